@@ -1,0 +1,68 @@
+//! Errors of stores.
+
+use std::{error::Error as StdError, fmt};
+
+pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// A store could not do what was asked.
+///
+/// [`kind`](Self::kind) tells what is known about the effect, [`source`](StdError::source) keeps the cause.
+#[derive(Debug)]
+pub struct StoreError {
+    kind: StoreErrorKind,
+    message: String,
+    source: Option<BoxError>,
+}
+
+/// What is known about the effect of a call that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoreErrorKind {
+    /// The store could not be reached, is full or asked to come back later: nothing was done, a retry makes sense.
+    Unavailable,
+    /// The call was sent and its reply was lost: it may have been done. Repeat it, or undo it.
+    Ambiguous,
+    /// A table, a right or a setting is missing: nothing was done and only an operator can help. The message says
+    /// what to do.
+    Misconfigured,
+    /// The store answered with something that should not happen. Nothing was done.
+    Internal,
+}
+
+impl StoreError {
+    /// An error of a kind, with a message that says what was tried and, where possible, what to do.
+    pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    /// Adds the cause.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// What is known about the effect of the call.
+    #[must_use]
+    pub fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+
+    /// Whether the same call may succeed later without anybody's help.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self.kind, StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous)
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl StdError for StoreError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_ref().map(|source| &**source as &(dyn StdError + 'static))
+    }
+}

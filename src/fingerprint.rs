@@ -1,0 +1,358 @@
+//! The fingerprint: tells a retry from a different request under the same key.
+
+mod canonical_json;
+
+use std::{fmt, sync::Arc};
+
+use bytes::Bytes;
+use hmac::{Hmac, KeyInit, Mac};
+use http::{HeaderName, header, request::Parts};
+use sha2::{Digest, Sha256};
+
+pub use canonical_json::InvalidPointer;
+
+/// Digest of a request, with the scheme it was computed in. Opaque to stores, which compare it byte by byte.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Fingerprint(Bytes);
+
+impl Fingerprint {
+    /// A fingerprint as it was read from a store.
+    #[must_use]
+    pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
+        Self(bytes.into())
+    }
+
+    /// The bytes that a store keeps.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn new(scheme: SchemeId, digest: &[u8]) -> Self {
+        Self([&scheme[..], digest].concat().into())
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Fingerprint(..)")
+    }
+}
+
+/// How the fingerprint of a request is computed.
+///
+/// The default is a SHA-256 over length-prefixed method, original path and query, content type and body bytes. Framing,
+/// `Host`, `User-Agent`, tracing and authentication headers do not take part.
+///
+/// In a nested axum router the original path comes from `OriginalUri` (feature `axum`); elsewhere use
+/// [`with_target`](Self::with_target) if an outer service changes the URI.
+///
+/// A record remembers the scheme (version, options, secret) of its fingerprint. A server that meets a record of another
+/// scheme computes the request's fingerprint in that one if it was given with [`add_previous`](Self::add_previous), and
+/// answers 409 `fingerprint-unknown` otherwise. So add the old value when you change options or secrets, and drop it
+/// after one retention.
+///
+/// ```
+/// # use tower_idempotency::Fingerprinter;
+/// let fingerprinter = Fingerprinter::default()
+///     .add_header(http::HeaderName::from_static("x-tenant"))
+///     .canonical_json(["/metadata/sent_at"])?
+///     .add_previous(Fingerprinter::default());
+/// # Ok::<(), tower_idempotency::InvalidPointer>(())
+/// ```
+#[derive(Clone)]
+pub struct Fingerprinter {
+    headers: Vec<HeaderName>,
+    payload: Payload,
+    secret: Option<Secret>,
+    target: Arc<Target>,
+    previous: Vec<Fingerprinter>,
+}
+
+type Target = dyn Fn(&Parts) -> String + Send + Sync;
+type Custom = dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync;
+type SchemeId = [u8; 9];
+
+#[derive(Clone)]
+enum Payload {
+    Bytes,
+    CanonicalJson(Vec<canonical_json::Pointer>),
+    Custom(u32, Arc<Custom>),
+    None,
+}
+
+#[derive(Clone)]
+struct Secret {
+    id: u32,
+    key: Vec<u8>,
+}
+
+impl Default for Fingerprinter {
+    fn default() -> Self {
+        Self {
+            headers: Vec::new(),
+            payload: Payload::Bytes,
+            secret: None,
+            target: Arc::new(original_target),
+            previous: Vec::new(),
+        }
+    }
+}
+
+impl Fingerprinter {
+    /// Covers method, path and query only: equal keys on one endpoint are retries, whatever the body says.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { payload: Payload::None, ..Self::default() }
+    }
+
+    /// Covers method, path, query and what `digest` returns instead of content type and body. Give another `version`
+    /// whenever the function changes.
+    #[must_use]
+    pub fn custom(version: u32, digest: impl Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self { payload: Payload::Custom(version, Arc::new(digest)), ..Self::default() }
+    }
+
+    /// Compares JSON bodies by their meaning: order of members, white space and escapes do not count, members at the
+    /// excluded JSON pointers ([RFC 6901]) are left out. Numbers are compared as they are written, so that `1` and
+    /// `1.0` differ and no digit is lost. A body that is not JSON, repeats a member or nests deeper than 32 levels is
+    /// compared byte by byte.
+    ///
+    /// [RFC 6901]: https://www.rfc-editor.org/rfc/rfc6901
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidPointer`] if one of the pointers is not a JSON pointer to a member.
+    pub fn canonical_json<'a>(mut self, excluded: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidPointer> {
+        let pointers = excluded.into_iter().map(canonical_json::Pointer::parse).collect::<Result<_, _>>()?;
+        self.payload = Payload::CanonicalJson(pointers);
+        Ok(self)
+    }
+
+    /// Covers another header too: all its lines, in order.
+    #[must_use]
+    pub fn add_header(mut self, name: HeaderName) -> Self {
+        self.headers.push(name);
+        self
+    }
+
+    /// Computes an HMAC with a secret, so that who reads the table cannot test guesses of a body. Rotate by a new `id`
+    /// with a new secret and [`add_previous`](Self::add_previous) for the old pair.
+    #[must_use]
+    pub fn keyed(mut self, id: u32, secret: impl Into<Vec<u8>>) -> Self {
+        self.secret = Some(Secret { id, key: secret.into() });
+        self
+    }
+
+    /// Takes path and query from this closure. Default: axum's original URI where there is one, else the request's.
+    #[must_use]
+    pub fn with_target(mut self, target: impl Fn(&Parts) -> String + Send + Sync + 'static) -> Self {
+        self.target = Arc::new(target);
+        self
+    }
+
+    /// Reads records whose fingerprint was made by another value of this type.
+    #[must_use]
+    pub fn add_previous(mut self, previous: Fingerprinter) -> Self {
+        self.previous.push(previous);
+        self
+    }
+
+    /// Computes the fingerprint of a request.
+    pub(crate) fn fingerprint(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
+        let mut input = Input::default();
+        input.field(parts.method.as_str().as_bytes());
+        input.field((self.target)(parts).as_bytes());
+        for name in &self.headers {
+            let lines: Vec<_> = parts.headers.get_all(name).iter().collect();
+            input.length(lines.len());
+            lines.iter().for_each(|line| input.field(line.as_bytes()));
+        }
+        self.payload.add_to(&mut input, parts, body);
+        Fingerprint::new(self.scheme(), &self.digest(&input.0))
+    }
+
+    /// Computes it in the scheme that `record` was made in. `None` if that scheme is unknown here.
+    pub(crate) fn fingerprint_like(&self, record: &Fingerprint, parts: &Parts, body: &Bytes) -> Option<Fingerprint> {
+        std::iter::once(self)
+            .chain(&self.previous)
+            .find(|scheme| record.0.starts_with(&scheme.scheme()))
+            .map(|scheme| scheme.fingerprint(parts, body))
+    }
+
+    /// Version of the algorithm, digest of the options, id of the secret.
+    fn scheme(&self) -> SchemeId {
+        let mut options = Input::default();
+        self.headers.iter().for_each(|name| options.field(name.as_str().as_bytes()));
+        options.length(self.headers.len());
+        self.payload.describe(&mut options);
+        let options = Sha256::digest(&options.0);
+        let mut scheme = [ALGORITHM_VERSION; 9];
+        scheme[1..5].copy_from_slice(&options[..4]);
+        scheme[5..].copy_from_slice(&self.secret.as_ref().map_or(0, |secret| secret.id).to_be_bytes());
+        scheme
+    }
+
+    fn digest(&self, input: &[u8]) -> Vec<u8> {
+        match &self.secret {
+            None => Sha256::digest(input).to_vec(),
+            Some(secret) => {
+                let mut mac = Hmac::<Sha256>::new_from_slice(&secret.key).expect("an HMAC takes keys of any length");
+                mac.update(input);
+                mac.finalize().into_bytes().to_vec()
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Fingerprinter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fingerprinter")
+            .field("headers", &self.headers)
+            .field("secret_id", &self.secret.as_ref().map(|secret| secret.id))
+            .field("previous", &self.previous.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Payload {
+    fn add_to(&self, input: &mut Input, parts: &Parts, body: &Bytes) {
+        match self {
+            Self::None => {}
+            Self::Custom(_, digest) => input.field(&digest(parts, body)),
+            Self::Bytes => input.content(parts, body),
+            Self::CanonicalJson(excluded) => match canonical_json::canonicalize(body, excluded) {
+                Some(canonical) => input.content(parts, &canonical),
+                None => input.content(parts, body),
+            },
+        }
+    }
+
+    fn describe(&self, options: &mut Input) {
+        match self {
+            Self::Bytes => options.field(b"bytes"),
+            Self::None => options.field(b"none"),
+            Self::Custom(version, _) => {
+                options.field(b"custom");
+                options.field(&version.to_be_bytes());
+            }
+            Self::CanonicalJson(excluded) => {
+                options.field(b"json");
+                excluded.iter().for_each(|pointer| options.field(pointer.as_str().as_bytes()));
+            }
+        }
+    }
+}
+
+/// Length-prefixed fields: no two different sequences of fields have the same bytes.
+#[derive(Default)]
+struct Input(Vec<u8>);
+
+impl Input {
+    fn length(&mut self, length: usize) {
+        self.0.extend_from_slice(&(length as u64).to_be_bytes());
+    }
+
+    fn field(&mut self, bytes: &[u8]) {
+        self.length(bytes.len());
+        self.0.extend_from_slice(bytes);
+    }
+
+    fn content(&mut self, parts: &Parts, body: &[u8]) {
+        let content_type = parts.headers.get(header::CONTENT_TYPE);
+        self.field(content_type.map_or(&[], |value| value.as_bytes()));
+        self.field(body);
+    }
+}
+
+fn original_target(parts: &Parts) -> String {
+    #[cfg(feature = "axum")]
+    let uri = parts.extensions.get::<axum::extract::OriginalUri>().map_or(&parts.uri, |original| &original.0);
+    #[cfg(not(feature = "axum"))]
+    let uri = &parts.uri;
+    uri.path_and_query().map_or_else(|| uri.path().to_owned(), ToString::to_string)
+}
+
+const ALGORITHM_VERSION: u8 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(method: &str, uri: &str, headers: &[(&str, &str)]) -> Parts {
+        let mut builder = http::Request::builder().method(method).uri(uri);
+        for (name, value) in headers {
+            builder = builder.header(*name, *value);
+        }
+        builder.body(()).unwrap().into_parts().0
+    }
+
+    fn differs(a: (&Parts, &'static str), b: (&Parts, &'static str)) -> bool {
+        let fingerprinter = Fingerprinter::default();
+        fingerprinter.fingerprint(a.0, &a.1.into()) != fingerprinter.fingerprint(b.0, &b.1.into())
+    }
+
+    #[test]
+    fn method_path_query_type_and_body_count() {
+        let post = request("POST", "/pay?x=1", &[("content-type", "a/b")]);
+        assert!(differs((&post, "1"), (&post, "2")));
+        assert!(differs((&post, ""), (&request("PATCH", "/pay?x=1", &[("content-type", "a/b")]), "")));
+        assert!(differs((&post, ""), (&request("POST", "/pay?x=2", &[("content-type", "a/b")]), "")));
+        assert!(differs((&post, ""), (&request("POST", "/pay?x=1", &[("content-type", "a/c")]), "")));
+    }
+
+    #[test]
+    fn host_user_agent_and_authority_do_not_count() {
+        let one = request("POST", "http://a/pay", &[("host", "a"), ("user-agent", "x"), ("traceparent", "1")]);
+        let two = request("POST", "/pay", &[("host", "b"), ("authorization", "y")]);
+        assert!(!differs((&one, "1"), (&two, "1")));
+    }
+
+    #[test]
+    fn fields_do_not_run_into_each_other() {
+        let one = request("POST", "/a", &[("content-type", "bc")]);
+        let two = request("POST", "/a", &[("content-type", "b")]);
+        assert!(differs((&one, "d"), (&two, "cd")));
+    }
+
+    #[test]
+    fn extra_headers_count_line_by_line() {
+        let fingerprinter = Fingerprinter::default().add_header(HeaderName::from_static("x-t"));
+        let of = |headers: &[(&str, &str)]| fingerprinter.fingerprint(&request("POST", "/", headers), &Bytes::new());
+        assert_ne!(of(&[("x-t", "1")]), of(&[("x-t", "2")]));
+        assert_ne!(of(&[("x-t", "1"), ("x-t", "2")]), of(&[("x-t", "12")]));
+        assert_ne!(of(&[("x-t", "")]), of(&[]));
+    }
+
+    #[test]
+    fn json_is_compared_by_meaning() {
+        let fingerprinter = Fingerprinter::default().canonical_json(["/at"]).unwrap();
+        let of = |body: &'static str| fingerprinter.fingerprint(&request("POST", "/", &[]), &body.into());
+        assert_eq!(of(r#"{"a":1,"b":[2,"x"],"at":5}"#), of(r#" {"b":[2, "\u0078"],"a":1}"#));
+        assert_ne!(of(r#"{"a":1}"#), of(r#"{"a":1.0}"#));
+        assert_ne!(of(r#"{"a":12345678901234567890123}"#), of(r#"{"a":12345678901234567890124}"#));
+        assert_ne!(of("not json"), of("not  json"));
+    }
+
+    #[test]
+    fn secrets_rotate_and_unknown_schemes_are_told() {
+        let parts = request("POST", "/", &[]);
+        let body = Bytes::from("x");
+        let old = Fingerprinter::default().keyed(1, "one");
+        let new = Fingerprinter::default().keyed(2, "two");
+        let stored = old.fingerprint(&parts, &body);
+        assert_ne!(stored, new.fingerprint(&parts, &body));
+        assert_eq!(new.fingerprint_like(&stored, &parts, &body), None);
+        assert_eq!(new.add_previous(old).fingerprint_like(&stored, &parts, &body), Some(stored.clone()));
+        assert_eq!(Fingerprinter::default().fingerprint_like(&stored, &parts, &body), None);
+        assert_eq!(Fingerprinter::none().fingerprint_like(&stored, &parts, &body), None);
+    }
+
+    #[test]
+    fn without_payload_method_and_path_still_count() {
+        let none = Fingerprinter::none();
+        let of = |uri: &str, body: &'static str| none.fingerprint(&request("POST", uri, &[]), &body.into());
+        assert_eq!(of("/a", "1"), of("/a", "2"));
+        assert_ne!(of("/a", "1"), of("/b", "1"));
+    }
+}

@@ -1,0 +1,251 @@
+//! The idempotency key: what the header may hold and how it is read.
+
+use std::fmt;
+
+use http::{HeaderMap, HeaderName};
+use uuid::Uuid;
+
+use crate::structured_field;
+
+/// An idempotency key: made by the client, opaque, 1 to 255 bytes of printable ASCII, compared byte by byte.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct IdempotencyKey(Box<str>);
+
+impl IdempotencyKey {
+    /// A key from its decoded value.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidKey`] if it is empty, longer than 255 bytes or not printable ASCII.
+    pub fn new(value: impl Into<String>) -> Result<Self, InvalidKey> {
+        let value = value.into();
+        if value.is_empty() {
+            return Err(InvalidKey::Empty);
+        }
+        if value.len() > MAX_LENGTH {
+            return Err(InvalidKey::TooLong { length: value.len(), maximum: MAX_LENGTH });
+        }
+        if !value.bytes().all(|byte| matches!(byte, 0x20..=0x7e)) {
+            return Err(InvalidKey::Character);
+        }
+        Ok(Self(value.into()))
+    }
+
+    /// The key as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for IdempotencyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for IdempotencyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a header value is no idempotency key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidKey {
+    /// There is more than one header line.
+    #[error("the key header was sent more than once; send exactly one")]
+    Repeated,
+    /// Nothing is left after decoding.
+    #[error("the key is empty")]
+    Empty,
+    /// Over the maximum.
+    #[error("the key has {length} bytes; at most {maximum} are allowed")]
+    TooLong {
+        /// What was sent.
+        length: usize,
+        /// What is allowed.
+        maximum: usize,
+    },
+    /// Below the minimum.
+    #[error("the key has {length} bytes; at least {minimum} are required")]
+    TooShort {
+        /// What was sent.
+        length: usize,
+        /// What is required.
+        minimum: usize,
+    },
+    /// A byte that a key cannot have.
+    #[error("the key holds a character that is not allowed; use visible ASCII without quotation mark, comma, semicolon and backslash, or a quoted string")]
+    Character,
+    /// Begins with a quotation mark and is no string Item of RFC 9651.
+    #[error("the key begins with a quotation mark but is not a well-formed structured field string (RFC 9651)")]
+    Malformed,
+    /// Not quoted, where only structured fields are accepted.
+    #[error("the key must be a structured field string (RFC 9651): put it in quotation marks")]
+    Unquoted,
+    /// Not a UUID, where only those are accepted.
+    #[error("the key must be a UUID")]
+    NotUuid,
+}
+
+/// Which keys are accepted.
+///
+/// A value that begins with `"` is read as a string Item of a structured field ([RFC 9651]): escapes are decoded,
+/// parameters must be well formed and are ignored. Anything else is a bare key of visible ASCII without `"`, `,`, `;`
+/// and `\`. So `"k"` and `k` are the same key. The default accepts 1 to 255 bytes after decoding.
+///
+/// [RFC 9651]: https://www.rfc-editor.org/rfc/rfc9651#name-strings
+#[derive(Clone, Debug)]
+pub struct KeySyntax {
+    minimum: usize,
+    maximum: usize,
+    form: Form,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Any,
+    Strict,
+    Uuid,
+}
+
+impl Default for KeySyntax {
+    fn default() -> Self {
+        Self { minimum: 1, maximum: MAX_LENGTH, form: Form::Any }
+    }
+}
+
+impl KeySyntax {
+    /// Accepts quoted strings only, as the IETF draft writes the header.
+    #[must_use]
+    pub fn structured_field() -> Self {
+        Self { form: Form::Strict, ..Self::default() }
+    }
+
+    /// Accepts UUIDs only, bare or quoted, hyphenated, in whichever case. The case is part of the key.
+    #[must_use]
+    pub fn uuid() -> Self {
+        Self { form: Form::Uuid, ..Self::default() }
+    }
+
+    /// Sets the least and the greatest length in bytes after decoding. Defaults: 1 and 255.
+    ///
+    /// # Panics
+    ///
+    /// If the range is empty or leaves 1 to 255.
+    #[must_use]
+    #[track_caller]
+    pub fn with_length(mut self, minimum: usize, maximum: usize) -> Self {
+        assert!(
+            1 <= minimum && minimum <= maximum && maximum <= MAX_LENGTH,
+            "key length {minimum} to {maximum} is impossible: choose a range within 1 to {MAX_LENGTH}"
+        );
+        (self.minimum, self.maximum) = (minimum, maximum);
+        self
+    }
+
+    /// Reads the key from the request headers; `None` if there is no such header.
+    pub(crate) fn read(&self, headers: &HeaderMap, name: &HeaderName) -> Result<Option<IdempotencyKey>, InvalidKey> {
+        let mut lines = headers.get_all(name).iter();
+        let Some(value) = lines.next() else { return Ok(None) };
+        if lines.next().is_some() {
+            return Err(InvalidKey::Repeated);
+        }
+        self.parse(value.as_bytes()).map(Some)
+    }
+
+    fn parse(&self, value: &[u8]) -> Result<IdempotencyKey, InvalidKey> {
+        let decoded = match value.first() {
+            None => return Err(InvalidKey::Empty),
+            Some(b'"') => structured_field::string_item(value).ok_or(InvalidKey::Malformed)?,
+            Some(_) if self.form == Form::Strict => return Err(InvalidKey::Unquoted),
+            Some(_) => bare(value)?,
+        };
+        if self.form == Form::Uuid && !is_hyphenated_uuid(&decoded) {
+            return Err(InvalidKey::NotUuid);
+        }
+        self.check_length(decoded.len())?;
+        IdempotencyKey::new(decoded)
+    }
+
+    fn check_length(&self, length: usize) -> Result<(), InvalidKey> {
+        if length == 0 {
+            return Err(InvalidKey::Empty);
+        }
+        if length < self.minimum {
+            return Err(InvalidKey::TooShort { length, minimum: self.minimum });
+        }
+        if length > self.maximum {
+            return Err(InvalidKey::TooLong { length, maximum: self.maximum });
+        }
+        Ok(())
+    }
+}
+
+fn bare(value: &[u8]) -> Result<String, InvalidKey> {
+    let allowed = |byte: &u8| matches!(byte, 0x21..=0x7e) && !matches!(byte, b'"' | b',' | b';' | b'\\');
+    if !value.iter().all(allowed) {
+        return Err(if value.iter().all(u8::is_ascii_whitespace) { InvalidKey::Empty } else { InvalidKey::Character });
+    }
+    Ok(value.iter().copied().map(char::from).collect())
+}
+
+fn is_hyphenated_uuid(value: &str) -> bool {
+    value.len() == uuid::fmt::Hyphenated::LENGTH && Uuid::try_parse(value).is_ok()
+}
+
+const MAX_LENGTH: usize = 255;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(value: &[u8]) -> Result<String, InvalidKey> {
+        KeySyntax::default().parse(value).map(|key| key.as_str().to_owned())
+    }
+
+    #[test]
+    fn quoted_and_bare_are_the_same_key() {
+        assert_eq!(parse(b"abc-123").unwrap(), "abc-123");
+        assert_eq!(parse(b"\"abc-123\"").unwrap(), "abc-123");
+        assert_eq!(parse(br#""a\"b\\c, d;e ";v=1;w"#).unwrap(), r#"a"b\c, d;e "#);
+    }
+
+    #[test]
+    fn case_and_inner_trailing_space_matter() {
+        assert_ne!(parse(b"Abc").unwrap(), parse(b"abc").unwrap());
+        assert_ne!(parse(b"\"abc \"").unwrap(), parse(b"\"abc\"").unwrap());
+    }
+
+    #[test]
+    fn malformed_keys_are_refused() {
+        let refused: [&[u8]; 16] = [
+            b"", b" ", b"\t", b"\"\"", b"\"abc", b"a b", b"a,b", b"a;b", b"a\\b", b"a\"b", b"\"a\" b", b"\"a\", \"b\"",
+            b"\"a\";", b"\xff\xfe", b"\"\xc3\xa4\"", b"a\x7f",
+        ];
+        for value in refused {
+            assert!(parse(value).is_err(), "{value:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn length_is_counted_after_decoding() {
+        assert!(parse("k".repeat(255).as_bytes()).is_ok());
+        assert_eq!(parse("k".repeat(256).as_bytes()), Err(InvalidKey::TooLong { length: 256, maximum: 255 }));
+        assert!(parse(format!("\"{}\"", r"\\".repeat(255)).as_bytes()).is_ok());
+        let syntax = KeySyntax::default().with_length(8, 16);
+        assert_eq!(syntax.parse(b"short"), Err(InvalidKey::TooShort { length: 5, minimum: 8 }));
+        assert!(syntax.parse(b"12345678").is_ok());
+    }
+
+    #[test]
+    fn strict_and_uuid_forms() {
+        assert_eq!(KeySyntax::structured_field().parse(b"abc"), Err(InvalidKey::Unquoted));
+        assert!(KeySyntax::structured_field().parse(b"\"abc\"").is_ok());
+        let uuid = b"8e03978e-40d5-43dd-bc93-6894a57f9324";
+        assert!(KeySyntax::uuid().parse(uuid).is_ok());
+        assert_eq!(KeySyntax::uuid().parse(b"8e03978e40d543ddbc936894a57f9324"), Err(InvalidKey::NotUuid));
+    }
+}

@@ -1,0 +1,267 @@
+//! Stored responses: what of a response is kept, and its encoding.
+
+use bytes::{Buf, BufMut, Bytes};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response::Parts};
+use sha2::{Digest, Sha256};
+
+/// A response as it is stored and replayed: status, every header line with its raw bytes, body and trailers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoredResponse {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers, without those that belong to one connection and without `Content-Length`, which is recomputed.
+    pub headers: HeaderMap,
+    /// The body, or that it was not kept.
+    pub body: StoredBody,
+}
+
+/// The body of a [`StoredResponse`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StoredBody {
+    /// The whole body.
+    #[non_exhaustive]
+    Kept {
+        /// Its bytes.
+        data: Bytes,
+        /// Its trailers, if it had any.
+        trailers: Option<HeaderMap>,
+    },
+    /// It was too large, endless or an event stream. The request was performed; its response cannot be replayed.
+    NotKept,
+}
+
+impl StoredResponse {
+    /// A response with a body, as an operator or a test makes it.
+    #[must_use]
+    pub fn new(status: StatusCode, headers: HeaderMap, body: impl Into<Bytes>) -> Self {
+        Self { status, headers, body: StoredBody::Kept { data: body.into(), trailers: None } }
+    }
+
+    /// What is kept of a response's head, with a body.
+    pub(crate) fn of(parts: &Parts, not_kept: &[HeaderName], body: StoredBody) -> Self {
+        let mut headers = parts.headers.clone();
+        remove_connection_headers(&mut headers);
+        for name in not_kept {
+            headers.remove(name);
+        }
+        if let StoredBody::Kept { trailers: Some(trailers), .. } = &body {
+            headers.insert(header::TRAILER, names_of(trailers));
+        }
+        Self { status: parts.status, headers, body }
+    }
+
+    /// Encodes the response: one version byte, eight bytes of checksum, then length-prefixed fields.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let mut payload = Vec::new();
+        payload.put_u16(self.status.as_u16());
+        put_headers(&mut payload, &self.headers);
+        match &self.body {
+            StoredBody::NotKept => payload.put_u8(BODY_NOT_KEPT),
+            StoredBody::Kept { data, trailers } => {
+                payload.put_u8(if trailers.is_some() { BODY_WITH_TRAILERS } else { BODY_KEPT });
+                put_bytes(&mut payload, data);
+                if let Some(trailers) = trailers {
+                    put_headers(&mut payload, trailers);
+                }
+            }
+        }
+        let mut encoded = Vec::with_capacity(payload.len() + 9);
+        encoded.put_u8(VERSION);
+        encoded.put_slice(&checksum(&payload));
+        encoded.put_slice(&payload);
+        encoded.into()
+    }
+
+    /// Decodes what [`encode`](Self::encode) made.
+    ///
+    /// # Errors
+    ///
+    /// [`UnreadableResponse`] if the version is unknown or the checksum does not match.
+    pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
+        let mut input = encoded.clone();
+        let version = input.try_get_u8().map_err(|_| UnreadableResponse::Damaged)?;
+        if version != VERSION {
+            return Err(UnreadableResponse::Version(version));
+        }
+        if input.len() < CHECKSUM_LENGTH || input.split_to(CHECKSUM_LENGTH) != checksum(&input)[..] {
+            return Err(UnreadableResponse::Damaged);
+        }
+        decode_payload(&mut input).ok_or(UnreadableResponse::Damaged)
+    }
+}
+
+/// Stored bytes that are no response. They are never replayed and never lead to another execution.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnreadableResponse {
+    /// Written by a version of this crate that this one does not know.
+    #[error("the stored response has version {0}, which this version of tower-idempotency does not know")]
+    Version(u8),
+    /// Cut or changed.
+    #[error("the stored response is damaged: its checksum does not match")]
+    Damaged,
+}
+
+/// Removes what belongs to one connection ([RFC 9110, section 7.6.1]) and what the server computes anew.
+///
+/// [RFC 9110, section 7.6.1]: https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
+fn remove_connection_headers(headers: &mut HeaderMap) {
+    let nominated: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect();
+    for name in nominated {
+        headers.remove(name);
+    }
+    for name in CONNECTION_HEADERS {
+        headers.remove(name);
+    }
+}
+
+/// The value of a `Trailer` header that names these trailers.
+fn names_of(trailers: &HeaderMap) -> HeaderValue {
+    let names: Vec<&str> = trailers.keys().map(HeaderName::as_str).collect();
+    HeaderValue::from_str(&names.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+fn checksum(payload: &[u8]) -> [u8; CHECKSUM_LENGTH] {
+    let digest = Sha256::digest(payload);
+    let mut checksum = [0; CHECKSUM_LENGTH];
+    checksum.copy_from_slice(&digest[..CHECKSUM_LENGTH]);
+    checksum
+}
+
+fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
+    put_length(out, headers.len());
+    for (name, value) in headers {
+        put_bytes(out, name.as_str().as_bytes());
+        put_bytes(out, value.as_bytes());
+    }
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_length(out, bytes.len());
+    out.put_slice(bytes);
+}
+
+fn put_length(out: &mut Vec<u8>, length: usize) {
+    out.put_u64(length as u64);
+}
+
+fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
+    let status = StatusCode::from_u16(input.try_get_u16().ok()?).ok()?;
+    let headers = get_headers(input)?;
+    let body = match input.try_get_u8().ok()? {
+        BODY_NOT_KEPT => StoredBody::NotKept,
+        BODY_KEPT => StoredBody::Kept { data: get_bytes(input)?, trailers: None },
+        BODY_WITH_TRAILERS => StoredBody::Kept { data: get_bytes(input)?, trailers: Some(get_headers(input)?) },
+        _ => return None,
+    };
+    input.is_empty().then_some(StoredResponse { status, headers, body })
+}
+
+fn get_headers(input: &mut Bytes) -> Option<HeaderMap> {
+    let count = input.try_get_u64().ok()?;
+    let mut headers = HeaderMap::new();
+    for _ in 0..count {
+        let name = HeaderName::from_bytes(&get_bytes(input)?).ok()?;
+        let value = HeaderValue::from_maybe_shared(get_bytes(input)?).ok()?;
+        headers.try_append(name, value).ok()?;
+    }
+    Some(headers)
+}
+
+fn get_bytes(input: &mut Bytes) -> Option<Bytes> {
+    let length = usize::try_from(input.try_get_u64().ok()?).ok()?;
+    (length <= input.len()).then(|| input.split_to(length))
+}
+
+const VERSION: u8 = 1;
+const CHECKSUM_LENGTH: usize = 8;
+const BODY_NOT_KEPT: u8 = 0;
+const BODY_KEPT: u8 = 1;
+const BODY_WITH_TRAILERS: u8 = 2;
+
+const CONNECTION_HEADERS: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::CONTENT_LENGTH,
+];
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header_maps() -> impl Strategy<Value = HeaderMap> {
+        let name = "[a-z!#$%&'*+.^_`|~0-9-]{1,12}";
+        let value = proptest::collection::vec(prop_oneof![Just(b'\t'), 0x20..=0x7eu8, 0x80..=0xffu8], 0..24);
+        proptest::collection::vec((name, value), 0..12).prop_map(|lines| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in lines {
+                headers.append(
+                    HeaderName::from_bytes(name.as_bytes()).unwrap(),
+                    HeaderValue::from_bytes(&value).unwrap(),
+                );
+            }
+            headers
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_gives_back_what_was_encoded(
+            status in 200u16..600,
+            headers in header_maps(),
+            data in proptest::collection::vec(any::<u8>(), 0..512),
+            trailers in proptest::option::of(header_maps()),
+        ) {
+            let status = StatusCode::from_u16(status).unwrap();
+            let body = StoredBody::Kept { data: data.into(), trailers };
+            let response = StoredResponse { status, headers, body };
+            prop_assert_eq!(StoredResponse::decode(&response.encode()).unwrap(), response);
+        }
+
+        #[test]
+        fn a_changed_byte_or_a_cut_is_noticed(at in 0usize..64, cut in 0usize..64) {
+            let encoded = StoredResponse::new(StatusCode::OK, HeaderMap::new(), vec![7; 64]).encode();
+            let mut changed = encoded.to_vec();
+            changed[at] ^= 0x55;
+            prop_assert!(StoredResponse::decode(&changed.into()).is_err());
+            prop_assert!(StoredResponse::decode(&encoded.slice(..cut)).is_err());
+        }
+    }
+
+    #[test]
+    fn an_unknown_version_is_named() {
+        let mut encoded = StoredResponse::new(StatusCode::OK, HeaderMap::new(), "x").encode().to_vec();
+        encoded[0] = 9;
+        assert_eq!(StoredResponse::decode(&encoded.into()), Err(UnreadableResponse::Version(9)));
+    }
+
+    #[test]
+    fn headers_of_the_connection_are_not_kept() {
+        let (parts, ()) = http::Response::builder()
+            .header("connection", "x-hop, Close")
+            .header("x-hop", "1")
+            .header("content-length", "99")
+            .header("transfer-encoding", "chunked")
+            .header("x-end", "2")
+            .body(())
+            .unwrap()
+            .into_parts();
+        let kept = StoredResponse::of(&parts, &[], StoredBody::NotKept).headers;
+        assert_eq!(kept.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-end"]);
+    }
+}

@@ -1,0 +1,184 @@
+//! Where records live: the [`Store`] trait, its contract, and the stores of this crate.
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+#[cfg(feature = "memory")]
+mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod sql;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+
+use std::{fmt::Debug, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+#[cfg(feature = "memory")]
+pub use memory::MemoryStore;
+#[cfg(feature = "postgres")]
+pub use postgres::{ConnectionMode, PostgresStore};
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use sql::{InvalidIdentifier, TableCreation};
+#[cfg(feature = "sqlite")]
+pub use sqlite::SqliteStore;
+
+use crate::{
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter, RenewOutcome,
+    Renewal, Resolution, ResolveOutcome, StoreError,
+};
+
+/// Keeps records. This is the contract that every store fulfils and that the conformance suite
+/// (feature `conformance`) checks.
+///
+/// ```text
+///             claim                     complete (attempt = mine)
+///   absent ───────────▶ in progress ─────────────────────────────▶ completed ──▶ purged after expiry
+///                        │   │   ▲  ▲                                  ▲
+///         release (mine) │   │   │  └ renew (mine)                     │ late completion (same attempt),
+///                        ▼   │   │                                     │ resolve
+///              claimable now │   └ lease over, running again allowed:  │
+///                            │     new attempt takes over              │
+///                            └ lease over, not allowed; hold (mine): held
+/// ```
+///
+/// # Rules
+///
+/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces matter.
+/// * **A claim is atomic.** Of any number of claims of an absent key, over any number of processes, exactly one is
+///   won. Reading first is fine, deciding by what was read is not.
+/// * **Absent** is also a record past its expiry, purged or not, unless its lease is alive or it is held. A claim of
+///   such a record makes a new one: new id, attempt number 1, any fingerprint.
+/// * **A lease that ran out** is taken over by a claim with the *same* fingerprint: same record id, next attempt
+///   number, one more abandoned attempt. When that would be abandoned attempt number `max_abandoned`, as the record
+///   was claimed with, the record becomes held instead, and stays so past its expiry.
+/// * **Fencing.** `renew`, `complete`, `release` and `hold` change a record only while it carries the id of the
+///   attempt that asks, however old its lease is: a lapsed lease that nobody took is still its owner's.
+/// * **A repeated claim by the same attempt** is won again, with the same number: the reply to the first may have been
+///   lost.
+/// * **Completed records never change**, and a claim that finds one writes nothing at all.
+/// * **Time** is the clock of the store alone. Claims and renewals carry durations.
+/// * **Nobody waits.** A claim that finds the key taken answers at once. No call that serves more than one request
+///   waits for a lock on one of its rows: such a row is skipped.
+/// * **Durability.** When a call has answered, its effect survives a crash of the process and, for a store that
+///   promises it, of the machine.
+/// * **Errors** say by their [kind](crate::StoreErrorKind) what is known about the effect.
+///
+/// Calls may be cancelled by dropping their future only if the store is not harmed by it; the layer awaits them in
+/// tasks that are not cancelled. A store is shared: clones and handles to the same tables see the same records.
+#[async_trait]
+pub trait Store: Debug + Send + Sync + 'static {
+    /// Makes the store ready: creates or migrates its tables unless told not to, and checks that the store can be
+    /// trusted. Every other call does this by itself once.
+    ///
+    /// Returns what an operator should know, one sentence each, for example that the server does not flush its log.
+    ///
+    /// # Errors
+    ///
+    /// [`Misconfigured`](crate::StoreErrorKind::Misconfigured) if the store cannot keep the contract: a read-only
+    /// replica, missing tables or rights.
+    async fn prepare(&self) -> Result<Vec<String>, StoreError>;
+
+    /// Takes a key, or shows who has it.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the key may have been won: claim again with the same
+    /// attempt, or release.
+    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError>;
+
+    /// Extends leases, in one round trip where the store can. Answers in the order of `renewals`.
+    ///
+    /// # Errors
+    ///
+    /// Any; some of the leases may have been extended.
+    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError>;
+
+    /// Stores the encoded response of an attempt whose record is in progress or held.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
+    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
+
+    /// Gives the key back: the record of the attempt is claimable at once, also by another fingerprint.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be released; calling again is harmless.
+    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError>;
+
+    /// Makes the record of the attempt held.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be held; calling again is harmless.
+    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError>;
+
+    /// Looks one record up, expired or not. Purged ones are gone.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError>;
+
+    /// Lists records, the oldest first, at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError>;
+
+    /// Deletes a record in whatever state. Returns whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be deleted; calling again is harmless.
+    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError>;
+
+    /// Ends a record that is held or whose lease ran out. A completion by this call gives the record its whole
+    /// retention anew, so that the waiting client can still fetch it, and takes it from its attempt.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be resolved; [`get`](Self::get) tells.
+    async fn resolve(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        resolution: Resolution,
+    ) -> Result<ResolveOutcome, StoreError>;
+
+    /// Deletes at most `limit` records that count as absent, and returns how many. Held ones and those that the next
+    /// claim would find held stay. Safe on many nodes at once.
+    ///
+    /// # Errors
+    ///
+    /// Any; some records may have been deleted.
+    async fn purge(&self, limit: u32) -> Result<u64, StoreError>;
+}
+
+/// What [`IdempotencyLayer::new`](crate::IdempotencyLayer::new) takes: a store, or a pool that a store is made of.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a store for idempotency records",
+    note = "a `sqlx::PgPool` needs the feature `postgres` of tower-idempotency, a `sqlx::SqlitePool` the feature `sqlite`",
+    note = "both must come from the same version of sqlx that tower-idempotency uses"
+)]
+pub trait IntoStore {
+    /// Makes the store.
+    fn into_store(self) -> Arc<dyn Store>;
+}
+
+impl<S: Store> IntoStore for S {
+    fn into_store(self) -> Arc<dyn Store> {
+        Arc::new(self)
+    }
+}
+
+impl IntoStore for Arc<dyn Store> {
+    fn into_store(self) -> Arc<dyn Store> {
+        self
+    }
+}
