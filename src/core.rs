@@ -70,9 +70,10 @@ impl Core {
 
     /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
     pub(crate) async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
+        // Past its lease a claim is worth nothing, by whichever clock: somebody else may run already.
+        let limit = limit.min(claim.lease);
         let (sender, mut receiver) = oneshot::channel();
-        let give_up = claim.lease.max(limit);
-        self.tasks.spawn(Arc::clone(self).claim_for(claim, sender, give_up));
+        self.tasks.spawn(Arc::clone(self).claim_for(claim, sender));
         let answer = match timeout(limit, &mut receiver).await {
             Ok(answer) => answer.ok(),
             Err(_) => {
@@ -88,7 +89,6 @@ impl Core {
         self: Arc<Self>,
         claim: Claim,
         caller: oneshot::Sender<Result<ClaimOutcome, StoreError>>,
-        give_up: Duration,
     ) {
         let mut sent = false;
         let mut pause = FIRST_PAUSE;
@@ -107,12 +107,13 @@ impl Core {
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
         let delivered = caller.send(outcome).is_ok();
         if unknown || (won && !delivered) {
-            self.release_unstarted(&claim.attempt, give_up).await;
+            self.release_unstarted(&claim.attempt).await;
         }
     }
 
-    async fn release_unstarted(&self, attempt: &Attempt, give_up: Duration) {
-        let give_up = Instant::now() + give_up;
+    /// A claim whose handler never started is always released, never held.
+    async fn release_unstarted(&self, attempt: &Attempt) {
+        let give_up = Instant::now() + UNDO_LIMIT;
         if let Err(error) = self.settle(attempt, None, &Settlement::Release, give_up).await {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
@@ -189,5 +190,7 @@ fn task_ended(error: JoinError) -> StoreError {
     StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
 }
 
+/// For how long a release of what was claimed in vain is tried.
+const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(1);

@@ -179,10 +179,6 @@ impl Lease {
     pub(crate) fn attempt(&self) -> &Attempt {
         &self.renewal.attempt
     }
-
-    pub(crate) fn interval(&self) -> Duration {
-        self.interval
-    }
 }
 
 impl Drop for Lease {
