@@ -5,7 +5,7 @@ use std::fmt;
 use http::{HeaderMap, HeaderName};
 use uuid::Uuid;
 
-use crate::structured_field;
+use crate::{consumer::hex, structured_field};
 
 /// An idempotency key: made by the client, opaque, 1 to 255 bytes of printable ASCII, compared byte by byte.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -29,6 +29,11 @@ impl IdempotencyKey {
             return Err(InvalidKey::Character);
         }
         Ok(Self(value.into()))
+    }
+
+    /// The key of a request whose client sent none.
+    pub(crate) fn from_digest(digest: &[u8]) -> Self {
+        Self(format!("derived:{}", hex(digest)).into())
     }
 
     /// The key as text.

@@ -1,24 +1,54 @@
+#![doc = include_str!("docs/crate.md")]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod answer;
+mod body;
+mod buffer;
 mod consumer;
+mod core;
 mod error;
+mod execution;
 mod fingerprint;
+mod future;
+mod guarded;
+mod handle;
+mod idempotency;
 mod key;
+mod layer;
+mod policy;
+mod reaper;
 mod record;
+mod rejection;
+mod renewal;
 mod response;
+mod service;
+mod settings;
 pub mod store;
 mod structured_field;
 
+pub use body::{RequestBody, ResponseBody};
 pub use consumer::{Consumer, ConsumerExtractor, InvalidConsumer};
 pub use error::{StoreError, StoreErrorKind};
 pub use fingerprint::{Fingerprint, Fingerprinter, InvalidPointer};
+pub use future::ResponseFuture;
+pub use handle::{DrainTimedOut, IdempotencyHandle};
+pub use idempotency::Idempotency;
+#[cfg(feature = "axum")]
+pub use idempotency::MissingIdempotency;
 pub use key::{IdempotencyKey, InvalidKey, KeySyntax};
+pub use layer::IdempotencyLayer;
+pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
+pub use reaper::Reaper;
 pub use record::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId, RecordState,
     RenewOutcome, Renewal, Resolution, ResolveOutcome,
 };
+pub use rejection::{OriginalResponse, ProblemJson, Rejection, RejectionCode, RenderRejection};
 pub use response::{StoredBody, StoredResponse, UnreadableResponse};
+pub use service::IdempotencyService;
+pub use settings::{KeyLogging, StoreOutage};
 #[cfg(feature = "memory")]
 pub use store::MemoryStore;
 #[cfg(feature = "postgres")]
@@ -26,3 +56,6 @@ pub use store::PostgresStore;
 #[cfg(feature = "sqlite")]
 pub use store::SqliteStore;
 pub use store::{IntoStore, Store};
+
+/// Target of all `tracing` events.
+const TRACING_TARGET: &str = "tower_idempotency";

@@ -292,6 +292,14 @@ pub enum Resolution {
     Complete(Bytes),
 }
 
+impl Resolution {
+    /// Store this response: the next request gets it.
+    #[must_use]
+    pub fn complete(response: &StoredResponse) -> Self {
+        Self::Complete(response.encode())
+    }
+}
+
 /// What became of a [`Resolution`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

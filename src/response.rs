@@ -40,16 +40,19 @@ impl StoredResponse {
     }
 
     /// What is kept of a response's head, with a body.
-    pub(crate) fn of(parts: &Parts, not_kept: &[HeaderName], body: StoredBody) -> Self {
+    pub(crate) fn of(parts: &Parts, body: StoredBody) -> Self {
         let mut headers = parts.headers.clone();
         remove_connection_headers(&mut headers);
-        for name in not_kept {
-            headers.remove(name);
-        }
         if let StoredBody::Kept { trailers: Some(trailers), .. } = &body {
             headers.insert(header::TRAILER, names_of(trailers));
         }
         Self { status: parts.status, headers, body }
+    }
+
+    pub(crate) fn remove_headers(&mut self, names: &[HeaderName]) {
+        for name in names {
+            self.headers.remove(name);
+        }
     }
 
     /// Encodes the response: one version byte, eight bytes of checksum, then length-prefixed fields.
@@ -261,7 +264,7 @@ mod tests {
             .body(())
             .unwrap()
             .into_parts();
-        let kept = StoredResponse::of(&parts, &[], StoredBody::NotKept).headers;
+        let kept = StoredResponse::of(&parts, StoredBody::NotKept).headers;
         assert_eq!(kept.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-end"]);
     }
 }

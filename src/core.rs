@@ -1,0 +1,196 @@
+//! What all layers over one store share: running attempts, claims, settlements, the end.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::AtomicBool,
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{
+    sync::oneshot,
+    task::JoinError,
+    time::{Instant, error::Elapsed, sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, Store, StoreError, StoreErrorKind, TRACING_TARGET,
+    renewal::{Lease, Renewer},
+};
+
+/// Shared by a layer, its clones, its services and its handles.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) store: Arc<dyn Store>,
+    /// Everything that must not be cut off: attempts, claims, settlements.
+    pub(crate) tasks: TaskTracker,
+    pub(crate) renewer: Arc<Renewer>,
+    /// Guarded requests are refused.
+    pub(crate) draining: CancellationToken,
+    /// Background tasks end.
+    pub(crate) stopped: CancellationToken,
+    pub(crate) reaper_runs: AtomicBool,
+}
+
+/// How an attempt ends.
+#[derive(Clone, Debug)]
+pub(crate) enum Settlement {
+    Complete(Bytes),
+    Release,
+    Hold,
+}
+
+/// What became of a [`Settlement`].
+#[derive(Debug)]
+pub(crate) enum Settled {
+    /// The record says what the attempt says.
+    Done,
+    /// The record says something else.
+    Lost(Box<Record>),
+    /// There is no record.
+    Absent,
+}
+
+impl Core {
+    pub(crate) fn new(store: Arc<dyn Store>) -> Arc<Self> {
+        let tasks = TaskTracker::new();
+        let renewer = Renewer::new(Arc::clone(&store), tasks.clone());
+        Arc::new(Self {
+            store,
+            tasks,
+            renewer,
+            draining: CancellationToken::new(),
+            stopped: CancellationToken::new(),
+            reaper_runs: AtomicBool::new(false),
+        })
+    }
+
+    /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
+    pub(crate) async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
+        // Past its lease a claim is worth nothing, by whichever clock: somebody else may run already.
+        let limit = limit.min(claim.lease);
+        let (sender, mut receiver) = oneshot::channel();
+        self.tasks.spawn(Arc::clone(self).claim_for(claim, sender));
+        let answer = match timeout(limit, &mut receiver).await {
+            Ok(answer) => answer.ok(),
+            Err(_) => {
+                receiver.close();
+                receiver.try_recv().ok()
+            }
+        };
+        answer.unwrap_or_else(|| Err(no_answer(limit)))
+    }
+
+    /// Learns the outcome of a claim, whether or not somebody still waits for it.
+    async fn claim_for(
+        self: Arc<Self>,
+        claim: Claim,
+        caller: oneshot::Sender<Result<ClaimOutcome, StoreError>>,
+    ) {
+        let mut sent = false;
+        let mut pause = FIRST_PAUSE;
+        let outcome = loop {
+            let outcome = self.store.claim(&claim).await;
+            let Err(error) = &outcome else { break outcome };
+            let ambiguous = error.kind() == StoreErrorKind::Ambiguous;
+            sent |= ambiguous;
+            if !ambiguous || caller.is_closed() {
+                break outcome;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        };
+        let unknown = outcome.is_err() && sent;
+        let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
+        let delivered = caller.send(outcome).is_ok();
+        if unknown || (won && !delivered) {
+            self.release_unstarted(&claim.attempt).await;
+        }
+    }
+
+    /// A claim whose handler never started is always released, never held.
+    async fn release_unstarted(&self, attempt: &Attempt) {
+        let give_up = Instant::now() + UNDO_LIMIT;
+        if let Err(error) = self.settle(attempt, None, &Settlement::Release, give_up).await {
+            tracing::error!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                error = &error as &dyn std::error::Error,
+                "a claim without an attempt could not be released; its lease runs out by itself"
+            );
+        }
+    }
+
+    /// Writes how an attempt ended, trying again until `give_up`. Between two tries the lease is renewed, so that
+    /// nobody takes the record over in the meantime.
+    pub(crate) async fn settle(
+        &self,
+        attempt: &Attempt,
+        lease: Option<&Lease>,
+        settlement: &Settlement,
+        give_up: Instant,
+    ) -> Result<Settled, StoreError> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            lease.inspect(|lease| lease.leave());
+            let error = match self.settle_once(attempt, settlement).await {
+                Err(error) if error.is_retryable() && Instant::now() + pause < give_up => error,
+                settled => return settled,
+            };
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                error = &error as &dyn std::error::Error, "the end of an attempt is not stored yet; trying again"
+            );
+            lease.inspect(|lease| lease.keep(Duration::ZERO));
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    async fn settle_once(&self, attempt: &Attempt, settlement: &Settlement) -> Result<Settled, StoreError> {
+        match settlement {
+            Settlement::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
+                CompleteOutcome::Completed => Settled::Done,
+                CompleteOutcome::Lost(record) => Settled::Lost(record),
+                CompleteOutcome::Absent => Settled::Absent,
+            }),
+            Settlement::Release => self.store.release(attempt).await.map(|_| Settled::Done),
+            Settlement::Hold => self.store.hold(attempt).await.map(|_| Settled::Done),
+        }
+    }
+
+    /// Runs to its end in a task of its own, whoever stops waiting.
+    pub(crate) async fn uncut<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.tasks.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
+    }
+}
+
+/// The answer of a store call that ran in a task of its own and was waited for at most `limit`.
+pub(crate) fn flatten<T>(
+    answer: Result<Result<Result<T, StoreError>, JoinError>, Elapsed>,
+    limit: Duration,
+) -> Result<T, StoreError> {
+    match answer {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => Err(task_ended(error)),
+        Err(elapsed) => Err(no_answer(limit).with_source(elapsed)),
+    }
+}
+
+fn no_answer(limit: Duration) -> StoreError {
+    StoreError::new(StoreErrorKind::Ambiguous, format!("the store did not answer within {limit:?}"))
+}
+
+fn task_ended(error: JoinError) -> StoreError {
+    StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
+}
+
+/// For how long a release of what was claimed in vain is tried.
+const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_secs(1);

@@ -1,0 +1,191 @@
+//! A request with a key: received whole, decided by the store, run or answered.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{Request, Response, request::Parts};
+use http_body::Body;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tower_service::Service;
+
+use crate::{
+    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, Record, RecordState, Rejection,
+    RejectionCode, RequestBody, ResponseBody, StoreError, StoreErrorKind, StoredResponse, TRACING_TARGET,
+    answer::{answer_from, in_progress, refused, replay},
+    buffer::Buffered,
+    core::Core,
+    error::BoxError,
+    execution::Execution,
+    future::Answer,
+    settings::{KeySource, Settings, StoreOutage},
+};
+
+/// A request with a key, of a known consumer.
+pub(crate) struct Guarded {
+    core: Arc<Core>,
+    settings: Arc<Settings>,
+    consumer: Consumer,
+    key: KeySource,
+}
+
+/// What a guarded request comes to, unless it is refused.
+enum Decision {
+    Run(Execution),
+    Replay(StoredResponse),
+    RunUnprotected,
+}
+
+impl Guarded {
+    pub(crate) fn new(core: &Arc<Core>, settings: &Arc<Settings>, consumer: Consumer, key: KeySource) -> Self {
+        Self { core: Arc::clone(core), settings: Arc::clone(settings), consumer, key }
+    }
+
+    /// The rest of the way of a request. Runs in a task of its own.
+    pub(crate) async fn answer<S, ReqBody, ResBody>(
+        self,
+        mut inner: S,
+        parts: Parts,
+        body: ReqBody,
+        caller: oneshot::Receiver<()>,
+    ) -> Answer<ResBody, S::Error>
+    where
+        S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>> + Send + 'static,
+        S::Future: Send + 'static,
+        S::Error: Send + 'static,
+        ReqBody: Body<Data = Bytes> + Send + 'static,
+        ReqBody::Error: Into<BoxError>,
+        ResBody: Body<Data = Bytes> + Send + 'static,
+        ResBody::Error: Into<BoxError>,
+    {
+        let body = match self.receive(body, caller).await {
+            Ok(Some(body)) => body,
+            Ok(None) => return Ok(Response::default()),
+            Err(rejection) => return Ok(refused(&self.settings, rejection)),
+        };
+        let decision = self.decide(&parts, &body.data).await;
+        let request = Request::from_parts(parts, RequestBody::buffered(body.data, body.trailers));
+        match decision {
+            Ok(Decision::Run(execution)) => execution.run(inner, request).await,
+            Ok(Decision::Replay(stored)) => Ok(replay(&self.settings, stored)),
+            Ok(Decision::RunUnprotected) => {
+                inner.call(request).await.map(|response| response.map(ResponseBody::passed))
+            }
+            Err(rejection) => Ok(refused(&self.settings, rejection)),
+        }
+    }
+
+    async fn receive<B>(&self, body: B, caller: oneshot::Receiver<()>) -> Result<Option<Buffered>, Rejection>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<BoxError>,
+    {
+        if self.core.draining.is_cancelled() {
+            return Err(Rejection::new(RejectionCode::ShuttingDown, "The server is shutting down; send the request again."));
+        }
+        self.settings.request_limits.read(body, caller).await
+    }
+
+    async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Decision, Rejection> {
+        let permit = self.settings.admit()?;
+        self.settings.reaper.ensure_running(&self.core);
+        let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
+        let (key, retention) = match &self.key {
+            KeySource::Sent(key) => (key.clone(), self.settings.timing.retention),
+            KeySource::Derived(window) => (IdempotencyKey::from_digest(fingerprint.as_bytes()), *window),
+        };
+        let claim = Claim {
+            lease: self.settings.timing.lease,
+            retention,
+            max_abandoned: self.settings.policy.max_abandoned(),
+            ..Claim::new(Attempt::new(self.consumer.clone(), key), fingerprint)
+        };
+        self.claim(claim, permit, parts, body).await
+    }
+
+    /// Claims the key; once more if the record was made in another fingerprint scheme that is known here.
+    async fn claim(
+        &self,
+        mut claim: Claim,
+        mut permit: Option<OwnedSemaphorePermit>,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Result<Decision, Rejection> {
+        for _ in 0..2 {
+            let outcome = match self.core.claim(claim.clone(), self.settings.store_timeout).await {
+                Ok(outcome) => outcome,
+                Err(error) => return self.without_store(&claim.attempt, &error),
+            };
+            let record = match outcome {
+                ClaimOutcome::Won { record_id, attempt_number } => {
+                    let (core, settings) = (Arc::clone(&self.core), Arc::clone(&self.settings));
+                    let (attempt, permit) = (claim.attempt, permit.take());
+                    return Ok(Decision::Run(Execution { core, settings, attempt, record_id, attempt_number, _permit: permit }));
+                }
+                ClaimOutcome::Contended => return Err(in_progress()),
+                ClaimOutcome::Exists(record) => record,
+            };
+            let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
+            if claim.fingerprint == fingerprint || !may_be_taken_over(&record) {
+                return answer_from(&self.settings, &record).map(Decision::Replay);
+            }
+            claim.fingerprint = fingerprint;
+        }
+        Err(in_progress())
+    }
+
+    /// The request's fingerprint in the scheme of the record, if it is the record's.
+    fn same_request(
+        &self,
+        record: &Record,
+        fingerprint: &Fingerprint,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Result<Fingerprint, Rejection> {
+        if record.fingerprint == *fingerprint {
+            return Ok(fingerprint.clone());
+        }
+        match self.settings.fingerprinter.fingerprint_like(&record.fingerprint, parts, body) {
+            Some(fingerprint) if fingerprint == record.fingerprint => Ok(fingerprint),
+            Some(_) => {
+                tracing::info!(
+                    target: TRACING_TARGET, consumer = %self.consumer, key = %self.settings.shown(&record.key),
+                    "mismatch: the key was used for a different request"
+                );
+                Err(Rejection::new(
+                    RejectionCode::KeyReused,
+                    "This key was used for a request with another method, path or body. Use a new key for a new request.",
+                ))
+            }
+            None => Err(Rejection::new(
+                RejectionCode::FingerprintUnknown,
+                "This key's first request was recorded by a server with other settings; try again later.",
+            )),
+        }
+    }
+
+    fn without_store(&self, attempt: &Attempt, error: &StoreError) -> Result<Decision, Rejection> {
+        let (consumer, key) = (&attempt.consumer, self.settings.shown(&attempt.key));
+        let source = error as &dyn std::error::Error;
+        let down = matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous);
+        if down && self.settings.on_store_outage == StoreOutage::RunUnprotected {
+            tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "running without protection");
+            return Ok(Decision::RunUnprotected);
+        }
+        tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "no claim");
+        Err(match error.kind() {
+            StoreErrorKind::Misconfigured => {
+                Rejection::new(RejectionCode::StoreMisconfigured, "The request was not performed; the server's log says why.")
+            }
+            StoreErrorKind::Internal => {
+                Rejection::new(RejectionCode::Internal, "The request was not performed; the server's log says why.")
+            }
+            StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous => {
+                Rejection::new(RejectionCode::StoreUnavailable, "The request was not performed; send it again with the same key.")
+            }
+        })
+    }
+}
+
+fn may_be_taken_over(record: &Record) -> bool {
+    matches!(record.state, RecordState::InProgress { lease_remaining } if lease_remaining.is_zero())
+}

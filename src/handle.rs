@@ -1,0 +1,129 @@
+//! What operators and the shutdown of a server need.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    Consumer, IdempotencyKey, Record, RecordFilter, Resolution, ResolveOutcome, Store, StoreError, core::Core,
+};
+
+/// A handle to what an [`IdempotencyLayer`](crate::IdempotencyLayer), its clones and its services share.
+///
+/// ```
+/// # use std::time::Duration;
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+/// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let layer = IdempotencyLayer::new(MemoryStore::new());
+/// let handle = layer.handle();
+/// // serve ... and when the server has stopped accepting:
+/// handle.drain(Duration::from_secs(30)).await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct IdempotencyHandle {
+    core: Arc<Core>,
+}
+
+/// Attempts were still running when the time to drain was over.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{running} tasks were still running after {limit:?}; what they own is taken over when their leases run out")]
+#[non_exhaustive]
+pub struct DrainTimedOut {
+    /// How many.
+    pub running: usize,
+    /// How long was waited.
+    pub limit: Duration,
+}
+
+impl IdempotencyHandle {
+    pub(crate) fn new(core: &Arc<Core>) -> Self {
+        Self { core: Arc::clone(core) }
+    }
+
+    /// Creates or migrates the tables, unless the store was told not to, and checks that it can be trusted. Optional:
+    /// the first request does the same. Returns what an operator should know.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store cannot be reached or cannot keep its contract; the message says what to do.
+    pub async fn prepare(&self) -> Result<Vec<String>, StoreError> {
+        self.call(|store| async move { store.prepare().await }).await
+    }
+
+    /// Refuses new requests with a key (503 `shutting-down`) and waits until the running attempts have ended and their
+    /// responses are stored, but at most `limit`. Then the background tasks end. Call it after the server has stopped
+    /// accepting: a graceful shutdown alone does not wait for handlers whose client has left.
+    ///
+    /// # Errors
+    ///
+    /// [`DrainTimedOut`] if tasks were still running after `limit`.
+    pub async fn drain(&self, limit: Duration) -> Result<(), DrainTimedOut> {
+        self.core.draining.cancel();
+        self.core.tasks.close();
+        let drained = tokio::time::timeout(limit, self.core.tasks.wait()).await;
+        self.core.stopped.cancel();
+        drained.map_err(|_| DrainTimedOut { running: self.core.tasks.len(), limit })
+    }
+
+    /// Looks one record up.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
+        let (consumer, key) = (consumer.clone(), key.clone());
+        self.call(|store| async move { store.get(&consumer, &key).await }).await
+    }
+
+    /// Lists records, the oldest first, at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
+        self.call(|store| async move { store.list(filter, limit).await }).await
+    }
+
+    /// Deletes a record in whatever state: the next request with the key runs, even while an attempt is running.
+    /// Returns whether there was one.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
+        let (consumer, key) = (consumer.clone(), key.clone());
+        self.call(|store| async move { store.evict(&consumer, &key).await }).await
+    }
+
+    /// Ends a record that is held or whose lease ran out, once you know what became of the request.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn resolve(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        resolution: Resolution,
+    ) -> Result<ResolveOutcome, StoreError> {
+        let (consumer, key) = (consumer.clone(), key.clone());
+        self.call(|store| async move { store.resolve(&consumer, &key, resolution).await }).await
+    }
+
+    /// Purges at most `limit` records that count as absent, and returns how many. The [`Reaper`](crate::Reaper) does
+    /// it by itself unless it is off.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
+        self.call(|store| async move { store.purge(limit).await }).await
+    }
+
+    async fn call<T, F>(&self, work: impl FnOnce(Arc<dyn Store>) -> F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, StoreError>> + Send + 'static,
+    {
+        self.core.uncut(work(Arc::clone(&self.core.store))).await
+    }
+}

@@ -1,0 +1,145 @@
+//! What a handler learns about its attempt.
+
+use std::{fmt, sync::Arc};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, core::Core};
+
+/// The attempt that a handler runs for: in the request's extensions, and with the feature `axum` an extractor.
+///
+/// ```
+/// # #[cfg(feature = "axum")] {
+/// use tower_idempotency::Idempotency;
+///
+/// async fn create_charge(idempotency: Idempotency) -> String {
+///     format!("attempt {} of {}", idempotency.attempt_number(), idempotency.key())
+/// }
+/// # }
+/// ```
+///
+/// `Option<Idempotency>` is `None` for a request without a key. Task-locals of the caller do not reach the handler,
+/// which runs in a task of its own; the request's extensions and the current tracing span do.
+#[derive(Clone)]
+pub struct Idempotency(Arc<Inner>);
+
+struct Inner {
+    core: Arc<Core>,
+    attempt: Attempt,
+    record_id: RecordId,
+    attempt_number: u32,
+    cancelled: CancellationToken,
+}
+
+impl Idempotency {
+    pub(crate) fn new(
+        core: &Arc<Core>,
+        attempt: Attempt,
+        record_id: RecordId,
+        attempt_number: u32,
+        cancelled: CancellationToken,
+    ) -> Self {
+        Self(Arc::new(Inner { core: Arc::clone(core), attempt, record_id, attempt_number, cancelled }))
+    }
+
+    /// The key, decoded.
+    #[must_use]
+    pub fn key(&self) -> &IdempotencyKey {
+        &self.0.attempt.key
+    }
+
+    /// The consumer that the key belongs to.
+    #[must_use]
+    pub fn consumer(&self) -> &Consumer {
+        &self.0.attempt.consumer
+    }
+
+    /// The record's id: the same over all attempts, different once the key has expired and is used anew.
+    #[must_use]
+    pub fn record_id(&self) -> RecordId {
+        self.0.record_id
+    }
+
+    /// The id of this attempt: random, for fencing what the handler writes elsewhere.
+    #[must_use]
+    pub fn attempt_id(&self) -> AttemptId {
+        self.0.attempt.id
+    }
+
+    /// 1 for the first attempt of a record, higher after attempts that were abandoned.
+    #[must_use]
+    pub fn attempt_number(&self) -> u32 {
+        self.0.attempt_number
+    }
+
+    /// Completes when the attempt should come to its end: its lease was lost, so that its result will be discarded,
+    /// or nine tenths of `max_execution` are over.
+    pub async fn cancelled(&self) {
+        self.0.cancelled.cancelled().await;
+    }
+
+    /// Whether [`cancelled`](Self::cancelled) has completed.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.is_cancelled()
+    }
+
+    /// Whether the attempt belongs to this store, so that an inner layer over it passes the request through.
+    pub(crate) fn is_of(&self, core: &Arc<Core>) -> bool {
+        Arc::ptr_eq(&self.0.core, core)
+    }
+}
+
+impl fmt::Debug for Idempotency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Idempotency")
+            .field("attempt", &self.0.attempt)
+            .field("attempt_number", &self.0.attempt_number)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(feature = "axum")]
+mod extract {
+    use axum_core::{
+        body::Body,
+        extract::{FromRequestParts, OptionalFromRequestParts},
+        response::{IntoResponse, Response},
+    };
+    use http::request::Parts;
+
+    use super::Idempotency;
+    use crate::rejection::{ProblemJson, Rejection, RejectionCode, respond};
+
+    /// Rejection of the [`Idempotency`] extractor: 400 `key-missing`, because the request has no key or no
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the route.
+    #[derive(Clone, Copy, Debug)]
+    #[non_exhaustive]
+    pub struct MissingIdempotency;
+
+    impl IntoResponse for MissingIdempotency {
+        fn into_response(self) -> Response {
+            let detail = "This operation needs an Idempotency-Key header.";
+            respond(Rejection::new(RejectionCode::KeyMissing, detail), &ProblemJson).map(Body::from)
+        }
+    }
+
+    impl<S: Sync> FromRequestParts<S> for Idempotency {
+        type Rejection = MissingIdempotency;
+
+        async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+            parts.extensions.get::<Self>().cloned().ok_or(MissingIdempotency)
+        }
+    }
+
+    impl<S: Sync> OptionalFromRequestParts<S> for Idempotency {
+        type Rejection = std::convert::Infallible;
+
+        async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, Self::Rejection> {
+            Ok(parts.extensions.get::<Self>().cloned())
+        }
+    }
+}
+
+#[cfg(feature = "axum")]
+pub use extract::MissingIdempotency;

@@ -1,0 +1,109 @@
+//! Purges records that count as absent.
+
+use std::{
+    sync::{Arc, Weak, atomic::Ordering},
+    time::Duration,
+};
+
+use crate::{AttemptId, TRACING_TARGET, core::Core};
+
+/// Whether and how often expired records are purged in the background.
+///
+/// The task starts with the first request that has a key, survives errors of the store, may run on many nodes at once
+/// and ends when the layer is drained or dropped. Purging frees space only: whether a record has expired is decided by
+/// each claim itself.
+#[derive(Clone, Debug)]
+pub struct Reaper(Option<Schedule>);
+
+#[derive(Clone, Copy, Debug)]
+struct Schedule {
+    interval: Duration,
+    batch: u32,
+}
+
+impl Default for Reaper {
+    fn default() -> Self {
+        Self::every(Duration::from_secs(60), 1000)
+    }
+}
+
+impl Reaper {
+    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records until none is left.
+    /// Default: every 60 s, 1000 records.
+    ///
+    /// # Panics
+    ///
+    /// If one of them is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn every(interval: Duration, batch: u32) -> Self {
+        assert!(!interval.is_zero() && batch > 0, "a reaper needs an interval and a batch above zero; or use Reaper::off()");
+        Self(Some(Schedule { interval, batch }))
+    }
+
+    /// Purges nothing by itself: a job calls [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge).
+    #[must_use]
+    pub fn off() -> Self {
+        Self(None)
+    }
+
+    /// Starts the task unless it runs.
+    pub(crate) fn ensure_running(&self, core: &Arc<Core>) {
+        let Some(schedule) = self.0 else { return };
+        if !core.reaper_runs.load(Ordering::Relaxed) && !core.reaper_runs.swap(true, Ordering::Relaxed) {
+            tokio::spawn(run(Arc::downgrade(core), schedule));
+        }
+    }
+}
+
+async fn run(core: Weak<Core>, schedule: Schedule) {
+    let _running = Running(Weak::clone(&core));
+    while let Some(stopped) = core.upgrade().map(|core| core.stopped.clone()) {
+        if tokio::time::timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
+            return;
+        }
+        if let Some(core) = core.upgrade() {
+            purge_all(&core, schedule.batch).await;
+        }
+    }
+}
+
+async fn purge_all(core: &Core, batch: u32) {
+    let mut purged = 0;
+    while !core.stopped.is_cancelled() {
+        let store = Arc::clone(&core.store);
+        match core.uncut(async move { store.purge(batch).await }).await {
+            Ok(count) => {
+                purged += count;
+                if count < u64::from(batch) {
+                    break;
+                }
+            }
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(target: TRACING_TARGET, error, "expired records could not be purged; trying again later");
+                break;
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+    if purged > 0 {
+        tracing::debug!(target: TRACING_TARGET, purged, "purged");
+    }
+}
+
+struct Running(Weak<Core>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(core) = self.0.upgrade() {
+            core.reaper_runs.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Three to five quarters of the interval, so that nodes that started together part.
+fn jittered(interval: Duration) -> Duration {
+    let random = AttemptId::random().as_uuid().as_bytes()[0];
+    interval * 3 / 4 + interval / 2 * u32::from(random) / 255
+}

@@ -1,0 +1,239 @@
+//! Refusals: requests that the layer answers itself, without the handler.
+
+use std::{borrow::Cow, fmt, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use serde_json::json;
+
+/// Why the layer did not hand a request to the handler, or did not hand on what the handler did.
+///
+/// It travels in the extensions of the response, so that an outer layer can look at it:
+///
+/// ```
+/// # use tower_idempotency::{Rejection, RejectionCode};
+/// # fn outer_layer(response: http::Response<()>) {
+/// if let Some(rejection) = response.extensions().get::<Rejection>() {
+///     assert_ne!(rejection.code(), RejectionCode::StoreMisconfigured);
+/// }
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Rejection {
+    code: RejectionCode,
+    detail: Cow<'static, str>,
+    retryable: bool,
+    original: Option<OriginalResponse>,
+}
+
+/// What is known of a response whose body was not kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OriginalResponse {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its `Location`, if it had one that is text.
+    pub location: Option<String>,
+}
+
+impl Rejection {
+    pub(crate) fn new(code: RejectionCode, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self { code, detail: detail.into(), retryable: code.is_retryable(), original: None }
+    }
+
+    /// A failure after which the key is held: sending the request again leads nowhere.
+    pub(crate) fn final_if(mut self, held: bool) -> Self {
+        self.retryable &= !held;
+        self
+    }
+
+    pub(crate) fn with_original(mut self, original: OriginalResponse) -> Self {
+        self.original = Some(original);
+        self
+    }
+
+    /// What happened.
+    #[must_use]
+    pub fn code(&self) -> RejectionCode {
+        self.code
+    }
+
+    /// The status of the answer.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.code.status()
+    }
+
+    /// One or two sentences for the author of the client.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+
+    /// Whether the same request with the same key may succeed later.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        self.retryable
+    }
+
+    /// When to try again: the `Retry-After` of the answer.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        let later = matches!(self.status(), StatusCode::CONFLICT | StatusCode::SERVICE_UNAVAILABLE);
+        (self.retryable && later).then_some(Duration::from_secs(1))
+    }
+
+    /// Status and `Location` of a response that was not kept.
+    #[must_use]
+    pub fn original(&self) -> Option<&OriginalResponse> {
+        self.original.as_ref()
+    }
+}
+
+macro_rules! rejection_codes {
+    ($($(#[$doc:meta])* $variant:ident => $code:literal, $status:ident, $retryable:literal, $title:literal;)*) => {
+        /// What a [`Rejection`] says. The text form ([`as_str`](Self::as_str)) is the `code` of the problem document.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum RejectionCode {
+            $($(#[$doc])* #[doc = concat!("\n\nCode `", $code, "`, status ", stringify!($status), ".")] $variant,)*
+        }
+
+        impl RejectionCode {
+            /// The code as it stands in the problem document.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $code,)* }
+            }
+
+            /// The status of the answer.
+            #[must_use]
+            pub fn status(self) -> StatusCode {
+                match self { $(Self::$variant => StatusCode::$status,)* }
+            }
+
+            /// The title of the problem document.
+            #[must_use]
+            pub fn title(self) -> &'static str {
+                match self { $(Self::$variant => $title,)* }
+            }
+
+            fn is_retryable(self) -> bool {
+                match self { $(Self::$variant => $retryable,)* }
+            }
+        }
+    };
+}
+
+rejection_codes! {
+    /// The route requires a key and the request has none.
+    KeyMissing => "key-missing", BAD_REQUEST, false, "Idempotency-Key is missing";
+    /// The key header is malformed or was sent more than once.
+    KeyInvalid => "key-invalid", BAD_REQUEST, false, "Idempotency-Key is invalid";
+    /// It cannot be told safely whose key it is.
+    ConsumerUnidentified => "consumer-unidentified", FORBIDDEN, false, "The API consumer cannot be identified";
+    /// The request's body is larger than allowed.
+    RequestTooLarge => "request-too-large", PAYLOAD_TOO_LARGE, false, "The request is too large";
+    /// The request's body broke off.
+    RequestIncomplete => "request-incomplete", BAD_REQUEST, true, "The request is incomplete";
+    /// The request's body did not arrive in time.
+    RequestTimeout => "request-timeout", REQUEST_TIMEOUT, true, "The request did not arrive in time";
+    /// All buffered request bodies together have reached their limit, or too many attempts are running.
+    Overloaded => "overloaded", SERVICE_UNAVAILABLE, true, "The server is overloaded";
+    /// The server is shutting down.
+    ShuttingDown => "shutting-down", SERVICE_UNAVAILABLE, true, "The server is shutting down";
+    /// The store cannot be reached, or did not answer in time.
+    StoreUnavailable => "store-unavailable", SERVICE_UNAVAILABLE, true, "Idempotency cannot be guaranteed right now";
+    /// The store lacks a table, a right or a setting. The server's log says which.
+    StoreMisconfigured => "store-misconfigured", INTERNAL_SERVER_ERROR, false, "The idempotency store is misconfigured";
+    /// The key was used for a different request.
+    KeyReused => "key-reused", UNPROCESSABLE_ENTITY, false, "Idempotency-Key is already used";
+    /// The first request with this key is still being processed.
+    InProgress => "in-progress", CONFLICT, true, "A request is outstanding for this Idempotency-Key";
+    /// An earlier request with this key ended without a known outcome, and must not run again.
+    OutcomeUnknown => "outcome-unknown", CONFLICT, false, "The outcome of the request is unknown";
+    /// The request was performed; its response was too large or endless and cannot be replayed.
+    ResponseNotKept => "response-not-kept", CONFLICT, false, "The response was not kept";
+    /// The record was made with fingerprint settings that this server does not know.
+    FingerprintUnknown => "fingerprint-unknown", CONFLICT, true, "The earlier request cannot be compared";
+    /// The stored response is damaged or was written by an unknown version.
+    RecordUnreadable => "record-unreadable", INTERNAL_SERVER_ERROR, false, "The stored response is unreadable";
+    /// The handler panicked.
+    HandlerPanicked => "handler-panicked", INTERNAL_SERVER_ERROR, true, "The request failed";
+    /// The body of the handler's response broke off.
+    ResponseIncomplete => "response-incomplete", INTERNAL_SERVER_ERROR, true, "The response is incomplete";
+    /// The handler ran longer than allowed and was cancelled.
+    MaxExecutionExceeded => "max-execution-exceeded", INTERNAL_SERVER_ERROR, true, "The request took too long";
+    /// The layer itself failed, or the runtime is going down.
+    Internal => "internal", INTERNAL_SERVER_ERROR, true, "Internal error";
+}
+
+impl fmt::Display for RejectionCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Makes responses of rejections. Implemented by closures; the default is [`ProblemJson`].
+///
+/// The layer adds `Cache-Control: no-store` and `Retry-After` where the response has none of its own.
+pub trait RenderRejection: Send + Sync {
+    /// Makes the response.
+    fn render(&self, rejection: &Rejection) -> Response<Bytes>;
+}
+
+impl<F> RenderRejection for F
+where
+    F: Fn(&Rejection) -> Response<Bytes> + Send + Sync,
+{
+    fn render(&self, rejection: &Rejection) -> Response<Bytes> {
+        self(rejection)
+    }
+}
+
+/// Renders `application/problem+json` ([RFC 9457]) with `type`, `title`, `status`, `detail`, `code`, `retryable` and, for
+/// a response that was not kept, `original_status` and `original_location`. The titles for 400, 409 and 422 are those of
+/// the [IETF draft].
+///
+/// [RFC 9457]: https://www.rfc-editor.org/rfc/rfc9457
+/// [IETF draft]: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct ProblemJson;
+
+impl RenderRejection for ProblemJson {
+    fn render(&self, rejection: &Rejection) -> Response<Bytes> {
+        let code = rejection.code;
+        let mut problem = json!({
+            "type": format!("{DOCUMENTATION}#variant.{code:?}"),
+            "title": code.title(),
+            "status": code.status().as_u16(),
+            "detail": rejection.detail,
+            "code": code.as_str(),
+            "retryable": rejection.retryable,
+        });
+        if let Some(original) = &rejection.original {
+            problem["original_status"] = original.status.as_u16().into();
+            problem["original_location"] = original.location.clone().into();
+        }
+        let mut response = Response::new(problem.to_string().into());
+        *response.status_mut() = code.status();
+        let content_type = HeaderValue::from_static("application/problem+json");
+        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+        response
+    }
+}
+
+/// Renders a rejection and marks the response as one.
+pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> Response<Bytes> {
+    let mut response = renderer.render(&rejection);
+    let headers = response.headers_mut();
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    if let Some(delay) = rejection.retry_after() {
+        headers.entry(header::RETRY_AFTER).or_insert_with(|| delay.as_secs().into());
+    }
+    response.extensions_mut().insert(rejection);
+    response
+}
+
+const DOCUMENTATION: &str = "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";

@@ -1,0 +1,126 @@
+//! Writes of attempts that do not own the record.
+
+use super::{Fixture, support::*};
+use crate::{Claim, Fenced, RecordState, RenewOutcome};
+
+/// A release by an attempt that does not own the record changes nothing.
+pub async fn a_release_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
+    let [store, other] = two_handles(fixture).await;
+    let owner = claim_of("k");
+    store.win(&owner, "first claim").await;
+    let stranger = retry_of(&owner).attempt;
+    assert_eq!(other.release(&stranger).await, Fenced::NotOwner, "answer to a release by another attempt");
+    let record = store.get(&owner, "after a release by another attempt").await;
+    assert_eq!(record.attempt, Some(owner.attempt.id), "attempt of the record");
+    other.be_refused(&retry_of(&owner), "after a release by another attempt").await;
+    store.complete_as_owner(&owner.attempt, response("r"), "by the owner").await;
+}
+
+/// A hold by an attempt that does not own the record changes nothing.
+pub async fn a_hold_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
+    let [store, other] = two_handles(fixture).await;
+    let owner = claim_of("k");
+    store.win(&owner, "first claim").await;
+    let stranger = retry_of(&owner).attempt;
+    assert_eq!(other.hold(&stranger).await, Fenced::NotOwner, "answer to a hold by another attempt");
+    assert!(
+        lease_of(&store.get(&owner, "after the hold").await) > LONG / 2,
+        "another's hold ended the lease"
+    );
+}
+
+/// After a takeover, nothing that the earlier attempt writes has an effect.
+pub async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn Fixture) {
+    let [store, other] = two_handles(fixture).await;
+    let first = Claim { lease: SHORT, ..claim_of("k") };
+    store.win(&first, "first claim").await;
+    run_out().await;
+    let second = Claim { lease: LONG, ..retry_of(&first) };
+    other.win(&second, "the lease ran out").await;
+    let before = store.get(&first, "after the takeover").await;
+
+    assert_eq!(store.release(&first.attempt).await, Fenced::NotOwner, "release after a takeover");
+    assert_eq!(store.hold(&first.attempt).await, Fenced::NotOwner, "hold after a takeover");
+    assert_eq!(
+        store.renew_one(&first.attempt, LONG * 9).await,
+        RenewOutcome::Lost,
+        "renewal after a takeover"
+    );
+    store.be_refused(&first, "the attempt that was taken over claims again").await;
+
+    let after = store.get(&first, "after the earlier attempt's writes").await;
+    assert!(lease_of(&after) <= lease_of(&before), "the earlier attempt extended the lease");
+    assert_eq!(but_for_the_lease(after), but_for_the_lease(before), "the earlier attempt changed the record");
+}
+
+/// An attempt whose key was released, and claimed by another, writes nothing to the new record.
+pub async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn Fixture) {
+    let [store, other] = two_handles(fixture).await;
+    let first = claim_of("k");
+    store.win(&first, "first claim").await;
+    assert_eq!(store.release(&first.attempt).await, Fenced::Applied, "the owner could not release");
+    let second = retry_of(&first);
+    other.win(&second, "after the release").await;
+
+    assert_eq!(store.release(&first.attempt).await, Fenced::NotOwner, "release of the next record");
+    assert_eq!(store.hold(&first.attempt).await, Fenced::NotOwner, "hold of the next record");
+    assert_eq!(store.renew_one(&first.attempt, LONG).await, RenewOutcome::Lost, "renewal of the next record");
+    let shown = store.lose_completion(&first.attempt, "the next record is another's").await;
+    assert_eq!(shown.id, second.record_id, "id of the record shown");
+    let record = store.get(&second, "afterwards").await;
+    assert_eq!(record.attempt, Some(second.attempt.id), "attempt of the next record");
+}
+
+/// The owner may release after its lease ran out, as long as nobody has taken the record.
+pub async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let released = Claim { lease: SHORT, ..claim_of("released") };
+    let held = Claim { lease: SHORT, ..claim_of("held") };
+    store.win(&released, "first claim").await;
+    store.win(&held, "first claim").await;
+    run_out().await;
+    assert_eq!(store.release(&released.attempt).await, Fenced::Applied, "release after the lease");
+    assert_eq!(store.hold(&held.attempt).await, Fenced::Applied, "hold after the lease");
+    assert_eq!(store.win(&other_request(&released), "after the release").await.1, 1, "attempt number");
+    store.be_refused(&retry_of(&held), "after the hold").await;
+}
+
+/// Release and hold without a record do nothing.
+pub async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let nobody = claim_of("k");
+    assert_eq!(store.release(&nobody.attempt).await, Fenced::NotOwner, "release of an absent key");
+    assert_eq!(store.hold(&nobody.attempt).await, Fenced::NotOwner, "hold of an absent key");
+    assert!(store.find(&nobody).await.is_none(), "a release or a hold made a record");
+
+    store.win(&nobody, "first claim").await;
+    assert_eq!(store.release(&nobody.attempt).await, Fenced::Applied, "first release");
+    assert_eq!(store.release(&nobody.attempt).await, Fenced::NotOwner, "second release");
+}
+
+/// A record that is completed cannot be released or held, not even by the attempt that completed it.
+pub async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let owner = claim_of("k");
+    store.win_and_complete(&owner, response("r")).await;
+    let before = store.get(&owner, "after the completion").await;
+    for attempt in [&owner.attempt, &retry_of(&owner).attempt] {
+        assert_eq!(store.release(attempt).await, Fenced::NotOwner, "release of a completed record");
+        assert_eq!(store.hold(attempt).await, Fenced::NotOwner, "hold of a completed record");
+    }
+    assert_eq!(store.get(&owner, "afterwards").await, before, "a completed record changed");
+}
+
+/// A held record is not given back by a release: its outcome is unknown.
+pub async fn a_held_record_is_not_released(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let owner = claim_of("k");
+    store.win_and_hold(&owner).await;
+    assert_eq!(
+        store.release(&owner.attempt).await,
+        Fenced::NotOwner,
+        "release of a held record by its attempt"
+    );
+    let record = store.get(&owner, "after the release").await;
+    assert_eq!(record.state, RecordState::Held, "state after the release");
+}

@@ -1,0 +1,170 @@
+//! Deleting what counts as absent.
+
+use std::time::Duration;
+
+use super::{Fixture, support::*};
+use crate::{Claim, ClaimOutcome, RecordFilter, RenewOutcome};
+
+/// A purge deletes what is past its expiry and spares everything else.
+pub async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let expiring = |key: &str| Claim { lease: SHORT, retention: SHORT, ..claim_of(key) };
+    store.win_and_complete(&expiring("completed, expired"), response("r")).await;
+    store.win(&expiring("lapsed, expired"), "first claim").await;
+    store.win_and_complete(&Claim { lease: SHORT, ..claim_of("completed") }, response("r")).await;
+    store.win(&Claim { lease: SHORT, ..claim_of("lapsed") }, "first claim").await;
+    store.win(&Claim { retention: SHORT, ..claim_of("lease alive, expired") }, "first claim").await;
+    store.win_and_hold(&expiring("held, expired")).await;
+    store.win(&Claim { max_abandoned: 1, ..expiring("to be held, expired") }, "first claim").await;
+    assert_eq!(store.purge(100).await, 0, "purged records before any has expired");
+    run_out().await;
+
+    assert_eq!(store.purge(100).await, 2, "purged records, of which two count as absent");
+    let mut left = store.keys_listed(RecordFilter::All, 100).await;
+    left.sort();
+    let spared = ["completed", "held, expired", "lapsed", "lease alive, expired", "to be held, expired"];
+    assert_eq!(left, spared, "what a purge has spared");
+    assert_eq!(store.purge(100).await, 0, "purged records by a second purge");
+}
+
+/// A purge deletes at most as many records as it was allowed, and says how many.
+pub async fn a_purge_keeps_to_its_limit(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    for n in 0..25 {
+        let expiring = Claim { retention: SHORT, ..claim_of(&format!("key {n}")) };
+        store.win_and_complete(&expiring, response("r")).await;
+    }
+    run_out().await;
+    assert_eq!(store.purge(0).await, 0, "purged records of at most 0");
+    for (deleted, left) in [(10, 15), (10, 5), (5, 0), (0, 0)] {
+        assert_eq!(store.purge(10).await, deleted, "purged records of at most 10");
+        let listed = store.list(RecordFilter::All, 100).await.len();
+        assert_eq!(listed, left, "records that are left");
+    }
+}
+
+/// What cannot be purged does not keep a purge from what can be, however much of it is older.
+pub async fn held_records_do_not_use_up_the_limit_of_a_purge(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    for n in 0..12 {
+        store.win_and_hold(&Claim { retention: SHORT / 2, ..claim_of(&format!("held {n}")) }).await;
+    }
+    for n in 0..3 {
+        let expiring = Claim { retention: SHORT, ..claim_of(&format!("completed {n}")) };
+        store.win_and_complete(&expiring, response("r")).await;
+    }
+    run_out().await;
+    assert_eq!(store.purge(5).await, 3, "purged records of at most 5, beside 12 held ones");
+}
+
+/// A purged key is claimable, and the attempt of the purged record has no say in the new one.
+pub async fn a_purged_key_is_claimed_anew(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let old = Claim { lease: SHORT, retention: SHORT, ..claim_of("k") };
+    store.win(&old, "first claim").await;
+    run_out().await;
+    assert_eq!(store.purge(100).await, 1, "purged records");
+    assert!(store.find(&old).await.is_none(), "a purged record is found");
+    let new = Claim { lease: LONG, retention: LONG, ..other_request(&old) };
+    assert_eq!(store.win(&new, "after the purge").await, (new.record_id, 1), "id and number");
+    assert_eq!(
+        store.renew_one(&old.attempt, LONG).await,
+        RenewOutcome::Lost,
+        "renewal by the purged attempt"
+    );
+    store.lose_completion(&old.attempt, "its record was purged").await;
+}
+
+/// Two processes that purge at once delete each record once.
+pub async fn simultaneous_purges_delete_each_record_once(fixture: &dyn Fixture) {
+    let handles = two_handles(fixture).await;
+    for n in 0..60 {
+        let expiring = Claim { retention: SHORT, ..claim_of(&format!("key {n}")) };
+        handles[n % 2].win_and_complete(&expiring, response("r")).await;
+    }
+    run_out().await;
+    let tasks = handles.clone().map(|store| async move {
+        let mut deleted = 0;
+        while !store.list(RecordFilter::All, 1).await.is_empty() {
+            deleted += store.purge(7).await;
+        }
+        deleted
+    });
+    let deleted: u64 = at_once(tasks).await.into_iter().sum();
+    assert_eq!(deleted, 60, "records that two purges at once say they have deleted, of 60");
+}
+
+/// A purge never deletes a record that was claimed anew meanwhile.
+pub async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixture) {
+    let [store, purger] = two_handles(fixture).await;
+    for round in 0..3 {
+        let olds = expired(&store, round, Claim { retention: SHORT, ..claim_of("k") }).await;
+        let purge = spawn_purge(purger.clone());
+        let claims = olds.into_iter().map(|old| {
+            let store = store.clone();
+            async move {
+                let new = Claim { retention: LONG, lease: LONG, ..retry_of(&old) };
+                while let ClaimOutcome::Contended = store.claim(&new).await {}
+                new
+            }
+        });
+        let claimed = at_once(claims).await;
+        finish(purge).await;
+        for new in claimed {
+            let record = store.get(&new, "claimed anew while a purge ran").await;
+            assert_eq!(record.attempt, Some(new.attempt.id), "attempt of a record claimed anew");
+        }
+    }
+}
+
+/// A purge never deletes a record whose owner has renewed its lease meanwhile.
+pub async fn a_purge_spares_what_is_renewed_meanwhile(fixture: &dyn Fixture) {
+    let [store, purger] = two_handles(fixture).await;
+    let olds = expired(&store, 0, Claim { retention: SHORT, lease: SHORT, ..claim_of("k") }).await;
+    let purge = spawn_purge(purger);
+    let renewals = olds.into_iter().map(|old| {
+        let store = store.clone();
+        async move {
+            let renewed = store.renew_one(&old.attempt, LONG).await == RenewOutcome::Renewed;
+            (old, renewed)
+        }
+    });
+    let outcomes = at_once(renewals).await;
+    finish(purge).await;
+    for (owner, _) in outcomes.into_iter().filter(|(_, renewed)| *renewed) {
+        let record = store.get(&owner, "its lease was renewed while a purge ran").await;
+        assert_eq!(record.attempt, Some(owner.attempt.id), "attempt of a record that was renewed");
+    }
+}
+
+/// Forty expired records, half of them completed unless their lease is to run out.
+async fn expired(store: &Handle, round: usize, like: Claim) -> Vec<Claim> {
+    let claims = (0..40).map(|n| {
+        let attempt = claim_of(&format!("round {round}, key {n}")).attempt;
+        Claim { attempt, record_id: crate::RecordId::random(), ..like.clone() }
+    });
+    let claims: Vec<Claim> = claims.collect();
+    for claim in &claims {
+        store.win(claim, "first claim").await;
+        if like.lease > SHORT {
+            store.complete_as_owner(&claim.attempt, response("old"), "by the owner").await;
+        }
+    }
+    run_out().await;
+    claims
+}
+
+fn spawn_purge(purger: Handle) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
+        for _ in 0..30 {
+            purger.purge(5).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+}
+
+async fn finish(purge: tokio::task::JoinHandle<()>) {
+    if let Err(error) = purge.await {
+        panic!("the purge ended early: {error}");
+    }
+}

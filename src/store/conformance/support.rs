@@ -1,0 +1,229 @@
+//! What the rules are written with.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::task::JoinSet;
+
+use crate::{
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
+    RecordFilter, RecordId, RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store,
+    StoreError,
+};
+
+/// A lease or a retention that runs out while the rule waits.
+pub(super) const SHORT: Duration = Duration::from_millis(400);
+/// A lease or a retention that does not run out.
+pub(super) const LONG: Duration = Duration::from_secs(60);
+
+/// Waits until everything that was made [`SHORT`] has run out.
+pub(super) async fn run_out() {
+    tokio::time::sleep(SHORT + Duration::from_millis(150)).await;
+}
+
+/// A claim of a key by a new attempt of one consumer, with one fingerprint, a long lease and a long retention.
+pub(super) fn claim_of(key: &str) -> Claim {
+    Claim {
+        lease: LONG,
+        ..Claim::new(Attempt::new(consumer("acme"), key_of(key)), fingerprint("the request"))
+    }
+}
+
+/// The same request again, by another attempt.
+pub(super) fn retry_of(claim: &Claim) -> Claim {
+    let attempt = Attempt::new(claim.attempt.consumer.clone(), claim.attempt.key.clone());
+    Claim { attempt, record_id: RecordId::random(), ..claim.clone() }
+}
+
+/// A different request under the same key.
+pub(super) fn other_request(claim: &Claim) -> Claim {
+    Claim { fingerprint: fingerprint("another request"), ..retry_of(claim) }
+}
+
+pub(super) fn consumer(name: &str) -> Consumer {
+    Consumer::new(name).unwrap_or_else(|error| panic!("{name:?}: {error}"))
+}
+
+pub(super) fn key_of(key: &str) -> IdempotencyKey {
+    IdempotencyKey::new(key).unwrap_or_else(|error| panic!("{key:?}: {error}"))
+}
+
+pub(super) fn fingerprint(text: &str) -> Fingerprint {
+    Fingerprint::from_bytes(text.as_bytes().to_vec())
+}
+
+pub(super) fn response(text: &str) -> Bytes {
+    Bytes::from(text.to_owned())
+}
+
+/// A store whose errors break the rule.
+#[derive(Clone, Debug)]
+pub(super) struct Handle(Arc<dyn Store>);
+
+impl Handle {
+    pub(super) fn new(store: Arc<dyn Store>) -> Self {
+        Self(store)
+    }
+
+    pub(super) async fn prepare(&self) -> Vec<String> {
+        expected(self.0.prepare().await, "prepare")
+    }
+
+    pub(super) async fn claim(&self, claim: &Claim) -> ClaimOutcome {
+        expected(self.0.claim(claim).await, "claim")
+    }
+
+    /// Claims and must win.
+    pub(super) async fn win(&self, claim: &Claim, why: &str) -> (RecordId, u32) {
+        match self.claim(claim).await {
+            ClaimOutcome::Won { record_id, attempt_number } => (record_id, attempt_number),
+            other => panic!("{why}: the claim should have been won and was {other:?}"),
+        }
+    }
+
+    /// Claims and must be shown the record that has the key.
+    pub(super) async fn be_refused(&self, claim: &Claim, why: &str) -> Record {
+        match self.claim(claim).await {
+            ClaimOutcome::Exists(record) => *record,
+            other => panic!("{why}: the claim should have found the key taken and was {other:?}"),
+        }
+    }
+
+    /// Wins a key and completes its record.
+    pub(super) async fn win_and_complete(&self, claim: &Claim, body: Bytes) {
+        self.win(claim, "first claim of a key").await;
+        self.complete_as_owner(&claim.attempt, body, "completion by the owner").await;
+    }
+
+    pub(super) async fn complete(&self, attempt: &Attempt, body: Bytes) -> CompleteOutcome {
+        expected(self.0.complete(attempt, body).await, "complete")
+    }
+
+    pub(super) async fn complete_as_owner(&self, attempt: &Attempt, body: Bytes, why: &str) {
+        match self.complete(attempt, body).await {
+            CompleteOutcome::Completed => {}
+            other => panic!("{why}: the completion should have been accepted and was {other:?}"),
+        }
+    }
+
+    /// Completes and must be shown the record that is another's.
+    pub(super) async fn lose_completion(&self, attempt: &Attempt, why: &str) -> Record {
+        match self.complete(attempt, response("of a loser")).await {
+            CompleteOutcome::Lost(record) => *record,
+            other => panic!("{why}: the completion should have been lost and was {other:?}"),
+        }
+    }
+
+    pub(super) async fn renew(&self, renewals: &[Renewal]) -> Vec<RenewOutcome> {
+        expected(self.0.renew(renewals).await, "renew")
+    }
+
+    pub(super) async fn renew_one(&self, attempt: &Attempt, lease: Duration) -> RenewOutcome {
+        let outcomes = self.renew(&[Renewal::new(attempt.clone(), lease)]).await;
+        assert_eq!(outcomes.len(), 1, "one renewal has one answer, not {outcomes:?}");
+        outcomes[0]
+    }
+
+    pub(super) async fn release(&self, attempt: &Attempt) -> Fenced {
+        expected(self.0.release(attempt).await, "release")
+    }
+
+    pub(super) async fn hold(&self, attempt: &Attempt) -> Fenced {
+        expected(self.0.hold(attempt).await, "hold")
+    }
+
+    /// Wins a key and makes its record held.
+    pub(super) async fn win_and_hold(&self, claim: &Claim) {
+        self.win(claim, "first claim of a key").await;
+        assert_eq!(self.hold(&claim.attempt).await, Fenced::Applied, "the owner could not hold its record");
+    }
+
+    pub(super) async fn find(&self, claim: &Claim) -> Option<Record> {
+        expected(self.0.get(&claim.attempt.consumer, &claim.attempt.key).await, "get")
+    }
+
+    /// The record of a key, which must be there.
+    pub(super) async fn get(&self, claim: &Claim, why: &str) -> Record {
+        self.find(claim).await.unwrap_or_else(|| panic!("{why}: the record is gone"))
+    }
+
+    pub(super) async fn list(&self, filter: RecordFilter, limit: u32) -> Vec<Record> {
+        expected(self.0.list(filter, limit).await, "list")
+    }
+
+    pub(super) async fn keys_listed(&self, filter: RecordFilter, limit: u32) -> Vec<String> {
+        self.list(filter, limit).await.iter().map(|record| record.key.as_str().to_owned()).collect()
+    }
+
+    pub(super) async fn evict(&self, claim: &Claim) -> bool {
+        expected(self.0.evict(&claim.attempt.consumer, &claim.attempt.key).await, "evict")
+    }
+
+    pub(super) async fn resolve(&self, claim: &Claim, resolution: Resolution) -> ResolveOutcome {
+        let Attempt { consumer, key, .. } = &claim.attempt;
+        expected(self.0.resolve(consumer, key, resolution).await, "resolve")
+    }
+
+    pub(super) async fn purge(&self, limit: u32) -> u64 {
+        expected(self.0.purge(limit).await, "purge")
+    }
+}
+
+fn expected<T>(result: Result<T, StoreError>, call: &str) -> T {
+    result.unwrap_or_else(|error| panic!("{call} failed: {error} ({error:?})"))
+}
+
+/// What a record is made of, without the lease, which runs on by itself.
+pub(super) fn but_for_the_lease(record: Record) -> Record {
+    let state = match record.state {
+        RecordState::InProgress { .. } => RecordState::in_progress(Duration::ZERO),
+        state @ (RecordState::Held | RecordState::Completed { .. }) => state,
+    };
+    Record { state, ..record }
+}
+
+/// What is left of the lease of a record that must be in progress.
+pub(super) fn lease_of(record: &Record) -> Duration {
+    match &record.state {
+        RecordState::InProgress { lease_remaining } => *lease_remaining,
+        other => panic!("the record should be in progress and is {other:?}"),
+    }
+}
+
+/// The response of a record that must be completed.
+pub(super) fn response_of(record: &Record) -> &Bytes {
+    match &record.state {
+        RecordState::Completed { response } => response,
+        other => panic!("the record should be completed and is {other:?}"),
+    }
+}
+
+/// Runs tasks at once and returns what they returned; the panic of one is the panic of the rule.
+pub(super) async fn at_once<T, F>(tasks: impl IntoIterator<Item = F>) -> Vec<T>
+where
+    F: Future<Output = T> + Send + 'static,
+    T: Send + 'static,
+{
+    let mut set: JoinSet<T> = tasks.into_iter().collect();
+    let mut results = Vec::new();
+    while let Some(joined) = set.join_next().await {
+        match joined {
+            Ok(result) => results.push(result),
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(error) => panic!("a task of the rule ended early: {error}"),
+            },
+        }
+    }
+    results
+}
+
+/// Two handles to the storage, as of two processes.
+pub(super) async fn two_handles(fixture: &dyn super::Fixture) -> [Handle; 2] {
+    [Handle::new(fixture.open().await), Handle::new(fixture.open().await)]
+}
+
+/// One handle to the storage.
+pub(super) async fn handle(fixture: &dyn super::Fixture) -> Handle {
+    Handle::new(fixture.open().await)
+}

@@ -1,0 +1,297 @@
+//! What the SQL stores share: names, migrations, the rules of the contract as SQL, and the reading of rows and errors.
+
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use sqlx::{ColumnIndex, Decode, Row, Type};
+use uuid::Uuid;
+
+use crate::{
+    Attempt, AttemptId, ClaimOutcome, CompleteOutcome, Consumer, Fingerprint, IdempotencyKey, Record,
+    RecordFilter, RecordId, RecordState, ResolveOutcome, StoreError, StoreErrorKind, error::BoxError,
+};
+
+/// How often a claim asks the database before it answers
+/// [`Contended`](crate::ClaimOutcome::Contended): once, and twice again.
+pub(super) const CLAIM_ROUNDS: u32 = 3;
+
+/// How many leases one statement extends at most.
+pub(super) const RENEW_BATCH: usize = 500;
+
+/// Who creates the tables of an SQL store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TableCreation {
+    /// The store creates and migrates its tables before its first statement. The default.
+    #[default]
+    Automatic,
+    /// Somebody else does, by `migrate()` with another account or with the files in `migrations/`. For accounts
+    /// without the right to create tables: missing or old tables are an error that says what to run.
+    Manual,
+}
+
+/// A name that cannot be the table prefix or the schema of a store.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{name:?} is no usable identifier: 1 to {MAX_IDENTIFIER_BYTES} bytes of a-z, 0-9 and _, not beginning with a digit"
+)]
+pub struct InvalidIdentifier {
+    name: String,
+}
+
+/// A lowercase identifier that needs no quoting but for reserved words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identifier(String);
+
+impl Identifier {
+    pub(super) fn new(name: impl Into<String>) -> Result<Self, InvalidIdentifier> {
+        let name = name.into();
+        let begins_well = name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
+        let consists_well = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+        if begins_well && consists_well && name.len() <= MAX_IDENTIFIER_BYTES {
+            return Ok(Self(name));
+        }
+        Err(InvalidIdentifier { name })
+    }
+
+    pub(super) fn default_prefix() -> Self {
+        Self("idempotency".to_owned())
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Identifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One migration file.
+#[derive(Debug)]
+pub(super) struct Migration {
+    pub(super) version: i64,
+    pub(super) file: &'static str,
+    sql: &'static str,
+}
+
+impl Migration {
+    pub(super) const fn new(version: i64, file: &'static str, sql: &'static str) -> Self {
+        Self { version, file, sql }
+    }
+
+    /// The statements of the file for tables with this prefix.
+    pub(super) fn sql(&self, prefix: &Identifier) -> String {
+        self.sql.replace("idempotency_", &format!("{prefix}_"))
+    }
+}
+
+/// The migrations that tables of version `found` (0: there are none) lack.
+pub(super) fn pending(found: i64, known: &'static [Migration]) -> Result<&'static [Migration], StoreError> {
+    let newest = known.last().map_or(0, |migration| migration.version);
+    if found > newest {
+        return Err(misconfigured(format!(
+            "the tables are of version {found}, this release of tower-idempotency knows versions up to {newest}: upgrade it"
+        )));
+    }
+    let first = known.iter().position(|migration| migration.version > found).unwrap_or(known.len());
+    Ok(&known[first..])
+}
+
+/// The error for tables that are missing or old and that this store must not touch.
+pub(super) fn tables_missing(pending: &[Migration], schema: Option<&str>, prefix: &Identifier) -> StoreError {
+    let files = pending.iter().map(|migration| migration.file).collect::<Vec<_>>().join(", ");
+    let place = schema.map(|schema| format!(" in schema {schema}")).unwrap_or_default();
+    misconfigured(format!(
+        "tables `{prefix}_*`{place} are missing or old: run {files}, or call migrate() with an account that may create tables"
+    ))
+}
+
+pub(super) fn misconfigured(message: impl Into<String>) -> StoreError {
+    StoreError::new(StoreErrorKind::Misconfigured, message)
+}
+
+/// Fills the names in braces of a statement. Values may hold further names of entries that come later.
+pub(super) fn render(template: &str, names: &[(&str, &str)]) -> String {
+    let rules = RULES.iter().chain(names);
+    rules.fold(template.to_owned(), |sql, (name, value)| sql.replace(name, value))
+}
+
+/// The condition for the records that a filter shows.
+pub(super) fn filter(filter: RecordFilter) -> &'static str {
+    match filter {
+        RecordFilter::All => "TRUE",
+        RecordFilter::InProgress => "{r}.state = 'in_progress' AND NOT {due}",
+        RecordFilter::Held => "{held}",
+        RecordFilter::Completed => "{r}.state = 'completed'",
+    }
+}
+
+/// A duration in microseconds, at least one and at most a hundred years, which every database can add to its clock.
+pub(super) fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(MAX_MICROS).clamp(1, MAX_MICROS)
+}
+
+pub(super) fn small(count: u16) -> i16 {
+    i16::try_from(count).unwrap_or(i16::MAX)
+}
+
+/// Reads a row of `{columns}`.
+pub(super) fn record<'r, R>(row: &'r R) -> Result<Record, sqlx::Error>
+where
+    R: Row,
+    &'static str: ColumnIndex<R>,
+    i64: Decode<'r, R::Database> + Type<R::Database>,
+    String: Decode<'r, R::Database> + Type<R::Database>,
+    Uuid: Decode<'r, R::Database> + Type<R::Database>,
+    Vec<u8>: Decode<'r, R::Database> + Type<R::Database>,
+{
+    let attempt: Option<Uuid> = row.try_get("attempt")?;
+    let owner = Attempt {
+        consumer: Consumer::new(row.try_get::<String, _>("consumer")?).map_err(decoding)?,
+        key: IdempotencyKey::new(row.try_get::<String, _>("key")?).map_err(decoding)?,
+        id: AttemptId::from_uuid(attempt.unwrap_or_default()),
+    };
+    let state = match row.try_get::<String, _>("state")?.as_str() {
+        "in_progress" => RecordState::in_progress(span(row.try_get("lease_left")?)),
+        "held" => RecordState::Held,
+        "completed" => {
+            let response: Option<Vec<u8>> = row.try_get("response")?;
+            RecordState::completed(response.map(Bytes::from).unwrap_or_default())
+        }
+        unknown => return Err(decoding(format!("unknown state {unknown:?}"))),
+    };
+    let id = RecordId::from_uuid(row.try_get("id")?);
+    let mut record =
+        Record::new(owner, id, Fingerprint::from_bytes(row.try_get::<Vec<u8>, _>("fingerprint")?), state);
+    record.attempt = attempt.map(AttemptId::from_uuid);
+    record.attempt_number = number(row.try_get("attempt_number")?)?;
+    record.abandoned = number(row.try_get("abandoned")?)?;
+    record.created_at = instant(row.try_get("created_at")?);
+    record.expires_at = instant(row.try_get("expires_at")?);
+    Ok(record)
+}
+
+pub(super) fn number<N: TryFrom<i64>>(value: i64) -> Result<N, sqlx::Error>
+where
+    N::Error: Into<BoxError>,
+{
+    value.try_into().map_err(decoding)
+}
+
+/// The outcome of a claim that wrote `record`.
+pub(super) fn claimed(record: Record) -> ClaimOutcome {
+    match record.state {
+        RecordState::InProgress { .. } => ClaimOutcome::won(record.id, record.attempt_number),
+        RecordState::Held | RecordState::Completed { .. } => ClaimOutcome::Exists(Box::new(record)),
+    }
+}
+
+/// The outcome of a completion that changed nothing, by what is there instead.
+pub(super) fn not_completed(attempt: &Attempt, found: Option<Record>) -> CompleteOutcome {
+    match found {
+        None => CompleteOutcome::Absent,
+        Some(record)
+            if record.attempt == Some(attempt.id)
+                && matches!(record.state, RecordState::Completed { .. }) =>
+        {
+            CompleteOutcome::Completed
+        }
+        Some(record) => CompleteOutcome::Lost(Box::new(record)),
+    }
+}
+
+/// The outcome of a resolution that changed nothing, by what is there instead.
+pub(super) fn not_resolved(found: Option<Record>) -> ResolveOutcome {
+    match found.map(|record| record.state) {
+        None => ResolveOutcome::Absent,
+        Some(RecordState::Completed { .. }) => ResolveOutcome::AlreadyCompleted,
+        Some(RecordState::InProgress { .. } | RecordState::Held) => ResolveOutcome::InProgress,
+    }
+}
+
+fn decoding(cause: impl Into<BoxError>) -> sqlx::Error {
+    sqlx::Error::Decode(cause.into())
+}
+
+fn span(micros: i64) -> Duration {
+    Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+}
+
+fn instant(micros: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH.checked_add(span(micros)).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// What an error code of a database means, and what to tell an operator.
+pub(super) type Meaning = (StoreErrorKind, &'static str);
+
+/// An error from taking a connection out of a pool: nothing was sent.
+pub(super) fn connect_error(source: sqlx::Error, refusal: fn(&str) -> Option<&'static str>) -> StoreError {
+    let code = source.as_database_error().and_then(|error| error.code());
+    let error = match (&source, code.as_deref().and_then(refusal)) {
+        (_, Some(refused)) => misconfigured(refused),
+        (sqlx::Error::Configuration(_), None) => {
+            misconfigured("the settings of the connection are not usable")
+        }
+        _ => StoreError::new(StoreErrorKind::Unavailable, "no connection to the database"),
+    };
+    error.with_source(source)
+}
+
+/// An error from a statement that was sent.
+pub(super) fn statement_error(
+    operation: &str,
+    source: sqlx::Error,
+    meaning: fn(&str) -> Meaning,
+) -> StoreError {
+    use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
+    #[expect(clippy::wildcard_enum_match_arm, reason = "everything else comes from encoding and decoding")]
+    let (kind, hint) = match &source {
+        Database(error) => error.code().map_or((StoreErrorKind::Internal, UNEXPECTED), |code| meaning(&code)),
+        Io(_) | Protocol(_) | WorkerCrashed => {
+            (StoreErrorKind::Ambiguous, "the connection broke before the reply")
+        }
+        PoolClosed | PoolTimedOut => (StoreErrorKind::Unavailable, "no connection to the database"),
+        _ => (StoreErrorKind::Internal, "a row could not be read"),
+    };
+    StoreError::new(kind, format!("{operation}: {hint}")).with_source(source)
+}
+
+pub(super) const UNEXPECTED: &str = "the database answered with an unexpected error";
+
+const MAX_IDENTIFIER_BYTES: usize = 40;
+const MAX_MICROS: i64 = 100 * 365 * 24 * 60 * 60 * 1_000_000;
+
+/// The rules of the contract, for a record `{r}`. Each may use those below it; `{r}`, `{now}`, `{times}`, `{attempt}`
+/// and `{fingerprint}` are the store's.
+const RULES: &[(&str, &str)] = &[
+    (
+        "{action}",
+        "CASE WHEN {absent} THEN 'anew'
+              WHEN {r}.state <> 'in_progress' THEN 'none'
+              WHEN {r}.attempt = {attempt} THEN 'again'
+              WHEN {r}.lease_until > {now} OR {r}.fingerprint <> {fingerprint} THEN 'none'
+              WHEN {due} THEN 'hold'
+              ELSE 'takeover' END",
+    ),
+    (
+        "{columns}",
+        "{r}.consumer, {r}.key, {r}.id, {r}.fingerprint, CASE WHEN {held} THEN 'held' ELSE {r}.state END AS state, {r}.attempt,
+         CAST({r}.attempt_number AS bigint) AS attempt_number, CAST({r}.abandoned AS bigint) AS abandoned,
+         {times}, {r}.response",
+    ),
+    (
+        "{absent}",
+        "({r}.expires_at <= {now} AND NOT {held} AND NOT ({r}.state = 'in_progress' AND {r}.lease_until > {now}))",
+    ),
+    ("{resolvable}", "({r}.state = 'held' OR {lapsed})"),
+    ("{held}", "({r}.state = 'held' OR {due})"),
+    ("{due}", "({lapsed} AND {r}.attempt IS NOT NULL AND {r}.abandoned + 1 >= {r}.max_abandoned)"),
+    ("{lapsed}", "({r}.state = 'in_progress' AND {r}.lease_until <= {now})"),
+    ("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))"),
+];

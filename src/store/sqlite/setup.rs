@@ -1,0 +1,102 @@
+//! Tables and checks before the first statement.
+
+use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
+
+use super::{SqliteStore, connection::error, statements::Statements};
+use crate::{
+    StoreError,
+    store::sql::{self, Identifier, Migration, TableCreation, misconfigured},
+};
+
+/// What is known once the tables are there.
+#[derive(Debug)]
+pub(super) struct Ready {
+    pub(super) statements: Statements,
+    pub(super) warnings: Vec<String>,
+}
+
+impl SqliteStore {
+    pub(super) async fn ready(&self) -> Result<&Ready, StoreError> {
+        self.state.ready.get_or_try_init(|| self.set_up(self.creation)).await
+    }
+
+    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready, StoreError> {
+        // Detached, so that a call that is dropped half-way closes it and leaves no transaction open.
+        let mut connection = self.state.connections.writer(&self.pool).await?.detach();
+        refuse_memory(&mut connection).await?;
+        execute(&mut connection, "BEGIN IMMEDIATE").await?;
+        migrate(&mut connection, &self.prefix, creation).await?;
+        execute(&mut connection, "COMMIT").await?;
+        let warnings = warnings(&mut connection).await?;
+        for warning in &warnings {
+            tracing::warn!(target: "tower_idempotency", "{warning}");
+        }
+        connection.close().await.map_err(|source| error("prepare", source))?;
+        Ok(Ready { statements: Statements::new(&self.prefix), warnings })
+    }
+}
+
+async fn refuse_memory(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    let file =
+        sqlx::query("SELECT file FROM pragma_database_list WHERE name = 'main'").fetch_one(connection).await;
+    let file: Option<String> =
+        file.and_then(|row| row.try_get("file")).map_err(|source| error("prepare", source))?;
+    if file.is_none_or(|file| file.is_empty()) {
+        return Err(misconfigured(
+            "an in-memory SQLite database cannot be shared by connections: use MemoryStore, or a database file",
+        ));
+    }
+    Ok(())
+}
+
+async fn migrate(
+    connection: &mut SqliteConnection,
+    prefix: &Identifier,
+    creation: TableCreation,
+) -> Result<(), StoreError> {
+    let pending = sql::pending(version(connection, prefix).await?, MIGRATIONS)?;
+    if creation == TableCreation::Manual && !pending.is_empty() {
+        return Err(sql::tables_missing(pending, None, prefix));
+    }
+    for migration in pending {
+        execute(connection, migration.sql(prefix)).await?;
+        tracing::info!(target: "tower_idempotency", file = migration.file, "migrated the tables");
+    }
+    Ok(())
+}
+
+/// The version of the tables, 0 if there are none.
+async fn version(connection: &mut SqliteConnection, prefix: &Identifier) -> Result<i64, StoreError> {
+    let table = sqlx::query("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?")
+        .bind(format!("{prefix}_migrations"))
+        .fetch_optional(&mut *connection);
+    if table.await.map_err(|source| error("prepare", source))?.is_none() {
+        return Ok(0);
+    }
+    let version =
+        AssertSqlSafe(format!("SELECT COALESCE(MAX(version), 0) AS version FROM \"{prefix}_migrations\""));
+    let row = sqlx::query(version).fetch_one(connection).await;
+    row.and_then(|row| row.try_get("version")).map_err(|source| error("prepare", source))
+}
+
+async fn warnings(connection: &mut SqliteConnection) -> Result<Vec<String>, StoreError> {
+    let row = sqlx::query("PRAGMA journal_mode").fetch_one(connection).await;
+    let mode: String = row.and_then(|row| row.try_get(0)).map_err(|source| error("prepare", source))?;
+    if mode == "wal" {
+        return Ok(Vec::new());
+    }
+    Ok(vec![format!(
+        "the database cannot use write-ahead logging (journal_mode is {mode}): readers and writers block each other"
+    )])
+}
+
+async fn execute(connection: &mut SqliteConnection, sql: impl Into<String>) -> Result<(), StoreError> {
+    let done = sqlx::raw_sql(AssertSqlSafe(sql.into())).execute(connection).await;
+    done.map(drop).map_err(|source| error("prepare", source))
+}
+
+const MIGRATIONS: &[Migration] = &[Migration::new(
+    1,
+    "migrations/sqlite/0001_records.sql",
+    include_str!("../../../migrations/sqlite/0001_records.sql"),
+)];

@@ -1,0 +1,159 @@
+//! The statements, in the dialect of SQLite.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    RecordFilter, Renewal,
+    store::sql::{self, Identifier},
+};
+
+/// The statements of a store, for its table.
+#[derive(Debug)]
+pub(super) struct Statements {
+    pub(super) look: Arc<str>,
+    pub(super) take: Arc<str>,
+    pub(super) renew: Arc<str>,
+    pub(super) still_mine: Arc<str>,
+    pub(super) complete: Arc<str>,
+    pub(super) release: Arc<str>,
+    pub(super) hold: Arc<str>,
+    pub(super) get: Arc<str>,
+    pub(super) evict: Arc<str>,
+    pub(super) resolve_release: Arc<str>,
+    pub(super) resolve_complete: Arc<str>,
+    pub(super) purge: Arc<str>,
+    list: [Arc<str>; 4],
+}
+
+impl Statements {
+    pub(super) fn new(prefix: &Identifier) -> Self {
+        let table = format!("\"{prefix}_records\"");
+        let render = |template: &str| -> Arc<str> {
+            let names = [
+                ("{times}", TIMES),
+                ("{now}", NOW),
+                ("{attempt}", "?3"),
+                ("{fingerprint}", "?4"),
+                ("{r}", &table),
+            ];
+            sql::render(template, &names).into()
+        };
+        let list = |filter| render(&LIST.replace("{filter}", sql::filter(filter)));
+        Self {
+            look: render(LOOK),
+            take: render(TAKE),
+            renew: render(RENEW),
+            still_mine: render(STILL_MINE),
+            complete: render(COMPLETE),
+            release: render(RELEASE),
+            hold: render(HOLD),
+            get: render(GET),
+            evict: render(EVICT),
+            resolve_release: render(RESOLVE_RELEASE),
+            resolve_complete: render(RESOLVE_COMPLETE),
+            purge: render(PURGE),
+            list: [RecordFilter::All, RecordFilter::InProgress, RecordFilter::Held, RecordFilter::Completed]
+                .map(list),
+        }
+    }
+
+    pub(super) fn list(&self, filter: RecordFilter) -> &Arc<str> {
+        match filter {
+            RecordFilter::All => &self.list[0],
+            RecordFilter::InProgress => &self.list[1],
+            RecordFilter::Held => &self.list[2],
+            RecordFilter::Completed => &self.list[3],
+        }
+    }
+}
+
+/// A duration in milliseconds, rounded up so that a lease is never shorter than asked for.
+pub(super) fn millis(duration: Duration) -> i64 {
+    sql::micros(duration).saturating_add(999) / 1000
+}
+
+/// Renewals as the JSON that the statements over many rows read: consumer, key, attempt in hexadecimal, lease.
+pub(super) fn renewals(renewals: &[Renewal]) -> String {
+    let row = |renewal: &Renewal| {
+        let attempt = &renewal.attempt;
+        let id = attempt.id.as_uuid().simple().to_string().to_uppercase();
+        serde_json::json!([attempt.consumer.as_str(), attempt.key.as_str(), id, millis(renewal.lease)])
+    };
+    renewals.iter().map(row).collect::<serde_json::Value>().to_string()
+}
+
+const NOW: &str = "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)";
+
+const TIMES: &str = "({r}.lease_until - {now}) * 1000 AS lease_left, {r}.created_at * 1000 AS created_at,
+    {r}.expires_at * 1000 AS expires_at";
+
+const LOOK: &str = "SELECT {columns}, {action} AS action FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
+
+const TAKE: &str = "
+INSERT INTO {r} (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned, max_abandoned,
+    lease_until, created_at, expires_at)
+VALUES (?1, ?2, ?5, ?4, 'in_progress', ?3, 1, 0, ?6, {now} + ?7, {now}, {now} + ?8)
+ON CONFLICT (consumer, key) DO UPDATE SET
+    id             = CASE {action} WHEN 'anew' THEN excluded.id ELSE {r}.id END,
+    fingerprint    = CASE {action} WHEN 'anew' THEN excluded.fingerprint ELSE {r}.fingerprint END,
+    state          = CASE {action} WHEN 'hold' THEN 'held' ELSE 'in_progress' END,
+    attempt        = CASE {action} WHEN 'hold' THEN {r}.attempt ELSE excluded.attempt END,
+    attempt_number = CASE {action} WHEN 'anew' THEN 1 WHEN 'takeover' THEN {r}.attempt_number + 1
+                     ELSE {r}.attempt_number END,
+    abandoned      = CASE {action} WHEN 'anew' THEN 0 WHEN 'takeover' THEN {r}.abandoned + ({r}.attempt IS NOT NULL)
+                     ELSE {r}.abandoned END,
+    max_abandoned  = CASE {action} WHEN 'anew' THEN excluded.max_abandoned ELSE {r}.max_abandoned END,
+    lease_until    = CASE {action} WHEN 'hold' THEN {r}.lease_until ELSE excluded.lease_until END,
+    created_at     = CASE {action} WHEN 'anew' THEN excluded.created_at ELSE {r}.created_at END,
+    expires_at     = CASE {action} WHEN 'anew' THEN excluded.expires_at ELSE {r}.expires_at END,
+    completed_at   = NULL,
+    response       = NULL
+WHERE {action} <> 'none'
+RETURNING {columns}";
+
+const RENEW: &str = "
+UPDATE {r} SET lease_until = {now} + i.lease
+FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt, value ->> 3 AS lease
+      FROM json_each(?1)) AS i
+WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt AND {r}.state = 'in_progress'
+RETURNING {r}.attempt";
+
+const STILL_MINE: &str = "
+SELECT {r}.attempt
+FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt FROM json_each(?1)) AS i
+CROSS JOIN {r}
+WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt
+    AND {r}.state IN ('in_progress', 'held')";
+
+const COMPLETE: &str = "
+UPDATE {r} SET state = 'completed', response = ?4, completed_at = {now}
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
+RETURNING 1";
+
+const RELEASE: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} RETURNING 1";
+
+const HOLD: &str = "
+UPDATE {r} SET state = 'held', lease_until = {now}
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
+RETURNING 1";
+
+const GET: &str = "SELECT {columns} FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
+
+const LIST: &str =
+    "SELECT {columns} FROM {r} WHERE {filter} ORDER BY {r}.created_at, {r}.consumer, {r}.key LIMIT ?1";
+
+const EVICT: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 RETURNING 1";
+
+const RESOLVE_RELEASE: &str = "
+DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable} RETURNING 1";
+
+const RESOLVE_COMPLETE: &str = "
+UPDATE {r} SET state = 'completed', response = ?3, attempt = NULL, completed_at = {now},
+    expires_at = {now} + ({r}.expires_at - {r}.created_at)
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable}
+RETURNING 1";
+
+const PURGE: &str = "
+DELETE FROM {r} WHERE rowid IN (
+    SELECT {r}.rowid FROM {r} WHERE {r}.expires_at <= {now} AND {absent} ORDER BY {r}.expires_at LIMIT ?1)
+RETURNING 1";
