@@ -8,6 +8,8 @@ use support::{
     http::{Client, RawConnection, exchange, request},
     postgres::Postgres,
     proxy::{Fault, Proxy},
+    required_env,
+    server::Server,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -185,6 +187,55 @@ async fn a_frozen_server_can_be_dropped() {
     let address = server.address();
     drop(server);
     assert!(TcpStream::connect(address).await.is_err());
+}
+
+#[tokio::test]
+async fn the_example_server_is_killed_frozen_and_ended() {
+    let mut server = Server::start(None, &[]);
+    let first = server.charge("/charges", "key").await;
+    assert_eq!((first.status, first.header("idempotent-replayed")), (201, None));
+    server.kill9();
+    server.start_again();
+    let retry = server.charge("/charges", "key").await;
+    assert_eq!((retry.header("idempotent-replayed"), &retry.body), (Some("true"), &first.body));
+    server.stop();
+    let mut frozen = Box::pin(server.get("/charges", &[]));
+    assert!(timeout(Duration::from_millis(300), &mut frozen).await.is_err());
+    server.cont();
+    assert_eq!(frozen.await.json().as_array().unwrap().len(), 1);
+    assert_eq!(server.get("/charges", &[("x-api-key", "globex-key")]).await.text(), "[]");
+    assert!(server.sqlite_file().exists());
+    assert!(server.terminate().success(), "{}", server.log());
+}
+
+#[tokio::test]
+async fn the_example_server_ends_after_the_requests_whose_clients_have_left() {
+    let mut server = Server::start(None, &[]);
+    let mut client = RawConnection::open(server.address()).await;
+    let headers =
+        [("x-api-key", "acme-key"), ("idempotency-key", "key"), ("content-type", "application/json")];
+    let body = r#"{"amount":1,"currency":"usd"}"#;
+    client.send(request("POST", "/charges?delay_ms=1000", &headers, body)).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    client.reset();
+    assert!(server.terminate().success(), "{}", server.log());
+    server.start_again();
+    let retry = server.post("/charges?delay_ms=1000", &headers[1..2], body).await;
+    assert_eq!((retry.status, retry.header("idempotent-replayed")), (201, Some("true")));
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn the_example_server_runs_on_postgres() {
+    for variable in ["TEST_POSTGRES_URL", "TEST_PGBOUNCER_URL"] {
+        sqlx::PgPool::connect(&required_env(variable)).await.unwrap();
+    }
+    let database = Postgres::start();
+    let proxy = Proxy::start(database.address());
+    let server = Server::start(Some(&database.url_through(proxy.address())), &[("LEASE_MS", "1000")]);
+    assert_eq!(server.charge("/charges", "key").await.status, 201);
+    assert_eq!(server.charge("/charges", "key").await.header("idempotent-replayed"), Some("true"));
+    assert!(proxy.counts().open > 0);
 }
 
 async fn connect(proxy: &Proxy) -> TcpStream {
