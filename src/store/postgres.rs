@@ -1,5 +1,6 @@
 //! The PostgreSQL store.
 
+mod call;
 mod connection;
 mod setup;
 mod statements;
@@ -8,13 +9,10 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::{
-    AssertSqlSafe, PgPool, Row,
-    postgres::{PgArguments, PgRow, Postgres},
-    query::Query,
-};
+use sqlx::{PgPool, Row, postgres::PgRow};
 
 use self::{
+    call::{Call, Value},
     connection::{Connections, Settings},
     setup::Ready,
     statements::Statements,
@@ -68,6 +66,9 @@ pub enum ConnectionMode {
     Direct,
     /// A pooler that hands out server connections per transaction, like PgBouncer with `pool_mode = transaction`.
     /// Nothing outlives a transaction: no prepared statements, no start-up options, no session state.
+    ///
+    /// Values, responses among them, are sent in the text of the statements, and so are in the server's log if that
+    /// logs statements that failed.
     TransactionPooler,
 }
 
@@ -168,19 +169,19 @@ impl PostgresStore {
         Ok(&self.ready().await?.statements)
     }
 
-    async fn rows(&self, operation: &str, query: Prepared<'_>) -> Result<Vec<PgRow>, StoreError> {
-        self.state.connections.rows(&self.pool, &self.settings, operation, query).await
+    async fn rows(&self, operation: &str, call: Call<'_>) -> Result<Vec<PgRow>, StoreError> {
+        self.state.connections.rows(&self.pool, &self.settings, operation, call).await
     }
 
     /// Asks once. `None` if another claim was changing the record.
     async fn ask(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError> {
-        let query = of_attempt(&self.sql().await?.claim, &claim.attempt)
-            .bind(claim.fingerprint.as_bytes())
-            .bind(claim.record_id.as_uuid())
-            .bind(sql::small(claim.max_abandoned))
-            .bind(sql::micros(claim.lease))
-            .bind(sql::micros(claim.retention));
-        let rows = self.rows("claim", query).await?;
+        let call = of_attempt(&self.sql().await?.claim, &claim.attempt)
+            .with(Value::Bytes(claim.fingerprint.as_bytes()))
+            .with(Value::Uuid(claim.record_id.as_uuid()))
+            .with(Value::Small(sql::small(claim.max_abandoned)))
+            .with(Value::Int(sql::micros(claim.lease)))
+            .with(Value::Int(sql::micros(claim.retention)));
+        let rows = self.rows("claim", call).await?;
         rows.first().map_or(Ok(None), answer).map_err(|source| connection::error("claim", source))
     }
 
@@ -191,12 +192,12 @@ impl PostgresStore {
 
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
         let attempts = || renewals.iter().map(|renewal| &renewal.attempt);
-        let query = prepared(Arc::clone(&self.sql().await?.renew))
-            .bind(attempts().map(|attempt| attempt.consumer.as_str()).collect::<Vec<_>>())
-            .bind(attempts().map(|attempt| attempt.key.as_str()).collect::<Vec<_>>())
-            .bind(attempts().map(|attempt| attempt.id.as_uuid()).collect::<Vec<_>>())
-            .bind(renewals.iter().map(|renewal| sql::micros(renewal.lease)).collect::<Vec<_>>());
-        let rows = self.rows("renew", query).await?;
+        let call = Call::new(Arc::clone(&self.sql().await?.renew))
+            .with(Value::Texts(attempts().map(|attempt| attempt.consumer.as_str()).collect()))
+            .with(Value::Texts(attempts().map(|attempt| attempt.key.as_str()).collect()))
+            .with(Value::Uuids(attempts().map(|attempt| attempt.id.as_uuid()).collect()))
+            .with(Value::Ints(renewals.iter().map(|renewal| sql::micros(renewal.lease)).collect()));
+        let rows = self.rows("renew", call).await?;
         renewed(&rows, renewals.len()).map_err(|source| connection::error("renew", source))
     }
 }
@@ -225,8 +226,8 @@ impl Store for PostgresStore {
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
-        let query = of_attempt(&self.sql().await?.complete, attempt).bind(&*response);
-        if !self.rows("complete", query).await?.is_empty() {
+        let call = of_attempt(&self.sql().await?.complete, attempt).with(Value::Bytes(&response));
+        if !self.rows("complete", call).await?.is_empty() {
             return Ok(CompleteOutcome::Completed);
         }
         Ok(sql::not_completed(attempt, self.get(&attempt.consumer, &attempt.key).await?))
@@ -246,8 +247,8 @@ impl Store for PostgresStore {
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        let query = prepared(Arc::clone(self.sql().await?.list(filter))).bind(i64::from(limit));
-        let rows = self.rows("list", query).await?;
+        let call = Call::new(Arc::clone(self.sql().await?.list(filter))).with(Value::Int(limit.into()));
+        let rows = self.rows("list", call).await?;
         rows.iter()
             .map(sql::record)
             .collect::<Result<_, _>>()
@@ -266,21 +267,21 @@ impl Store for PostgresStore {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let statements = self.sql().await?;
-        let query = match &resolution {
+        let call = match &resolution {
             Resolution::Release => of_key(&statements.resolve_release, consumer, key),
             Resolution::Complete(response) => {
-                of_key(&statements.resolve_complete, consumer, key).bind(&**response)
+                of_key(&statements.resolve_complete, consumer, key).with(Value::Bytes(response))
             }
         };
-        if !self.rows("resolve", query).await?.is_empty() {
+        if !self.rows("resolve", call).await?.is_empty() {
             return Ok(ResolveOutcome::Resolved);
         }
         Ok(sql::not_resolved(self.get(consumer, key).await?))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        let query = prepared(Arc::clone(&self.sql().await?.purge)).bind(i64::from(limit));
-        let rows = self.rows("purge", query).await?;
+        let call = Call::new(Arc::clone(&self.sql().await?.purge)).with(Value::Int(limit.into()));
+        let rows = self.rows("purge", call).await?;
         Ok(rows.len().try_into().unwrap_or(u64::MAX))
     }
 }
@@ -291,21 +292,12 @@ impl IntoStore for PgPool {
     }
 }
 
-type Prepared<'q> = Query<'q, Postgres, PgArguments>;
-
-fn prepared<'q, S>(sql: S) -> Prepared<'q>
-where
-    AssertSqlSafe<S>: sqlx::SqlSafeStr,
-{
-    sqlx::query(AssertSqlSafe(sql))
+fn of_key<'a>(sql: &Arc<str>, consumer: &'a Consumer, key: &'a IdempotencyKey) -> Call<'a> {
+    Call::new(Arc::clone(sql)).with(Value::Text(consumer.as_str())).with(Value::Text(key.as_str()))
 }
 
-fn of_key<'q>(sql: &Arc<str>, consumer: &'q Consumer, key: &'q IdempotencyKey) -> Prepared<'q> {
-    prepared(Arc::clone(sql)).bind(consumer.as_str()).bind(key.as_str())
-}
-
-fn of_attempt<'q>(sql: &Arc<str>, attempt: &'q Attempt) -> Prepared<'q> {
-    of_key(sql, &attempt.consumer, &attempt.key).bind(attempt.id.as_uuid())
+fn of_attempt<'a>(sql: &Arc<str>, attempt: &'a Attempt) -> Call<'a> {
+    of_key(sql, &attempt.consumer, &attempt.key).with(Value::Uuid(attempt.id.as_uuid()))
 }
 
 /// What a row of the claim's statement says; `None` if the key could have been taken but was locked.

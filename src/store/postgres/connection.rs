@@ -7,12 +7,12 @@ use std::{
 };
 
 use sqlx::{
-    PgPool, Postgres,
+    ConnectOptions, PgPool, Postgres,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgConnection, PgRow},
 };
 
-use super::{ConnectionMode, Prepared};
+use super::{ConnectionMode, call::Call};
 use crate::{
     StoreError, StoreErrorKind,
     store::sql::{self, Meaning},
@@ -42,11 +42,12 @@ impl Connections {
         base: &PgPool,
         settings: &Settings,
         operation: &str,
-        query: Prepared<'_>,
+        call: Call<'_>,
     ) -> Result<Vec<PgRow>, StoreError> {
-        let query = query.persistent(settings.mode == ConnectionMode::Direct);
         let mut connection = self.lend(base, settings).await?;
-        let reply = tokio::time::timeout(settings.statement_timeout, query.fetch_all(&mut *connection)).await;
+        let reply =
+            tokio::time::timeout(settings.statement_timeout, call.fetch_all(&mut connection, settings.mode))
+                .await;
         match reply {
             Ok(Ok(rows)) => {
                 connection.give_back();
@@ -124,7 +125,8 @@ fn own_pool(base: &PgPool, settings: &Settings) -> PgPool {
 fn connect_options(options: PgConnectOptions, mode: ConnectionMode) -> PgConnectOptions {
     match mode {
         ConnectionMode::Direct => options.options(START_UP),
-        ConnectionMode::TransactionPooler => options.extra_float_digits(None),
+        // The statements hold their values, which are nobody's business in a log.
+        ConnectionMode::TransactionPooler => options.extra_float_digits(None).disable_statement_logging(),
     }
 }
 
@@ -135,8 +137,7 @@ pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
 fn connect_error(source: sqlx::Error) -> StoreError {
     sql::connect_error(source, |code| match code {
         "08P01" => Some(
-            "the server refused the start-up parameters: for PgBouncer use ConnectionMode::TransactionPooler \
-             and ignore_startup_parameters = extra_float_digits",
+            "the server refused the start-up parameters: for PgBouncer use ConnectionMode::TransactionPooler",
         ),
         "3D000" => Some("the database does not exist"),
         code if code.starts_with("28") => Some("the server refused the account"),

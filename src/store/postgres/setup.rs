@@ -4,7 +4,12 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, PgConnection, Row, postgres::PgRow};
 
-use super::{PostgresStore, connection::error, prepared, statements::Statements};
+use super::{
+    PostgresStore,
+    call::{Call, Value},
+    connection::error,
+    statements::Statements,
+};
 use crate::{
     StoreError, StoreErrorKind,
     store::sql::{self, Identifier, Migration, TableCreation, misconfigured},
@@ -24,7 +29,7 @@ impl PostgresStore {
 
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready, StoreError> {
         let schema = self.schema.as_ref().map(Identifier::as_str);
-        let server = self.one_row(prepared(SERVER).bind(schema)).await?;
+        let server = self.one_row(Call::new(SERVER).with(Value::OptionalText(schema))).await?;
         refuse(&server).map_err(|source| error("prepare", source))??;
         let schema = schema_of(&server)?;
         let pending = sql::pending(self.version(&schema).await?, MIGRATIONS)?;
@@ -44,11 +49,11 @@ impl PostgresStore {
     /// The version of the tables, 0 if there are none.
     async fn version(&self, schema: &str) -> Result<i64, StoreError> {
         let table = format!("{schema}.{}_migrations", self.prefix);
-        let there = self.one_row(prepared(TABLE_THERE).bind(table.as_str())).await?;
+        let there = self.one_row(Call::new(TABLE_THERE).with(Value::Text(&table))).await?;
         if !there.try_get::<bool, _>("there").map_err(|source| error("prepare", source))? {
             return Ok(0);
         }
-        let row = self.one_row(prepared(VERSION.replace("{migrations}", &table))).await?;
+        let row = self.one_row(Call::new(VERSION.replace("{migrations}", &table))).await?;
         row.try_get("version").map_err(|source| error("prepare", source))
     }
 
@@ -67,8 +72,8 @@ impl PostgresStore {
         Ok(())
     }
 
-    async fn one_row(&self, query: super::Prepared<'_>) -> Result<PgRow, StoreError> {
-        let mut rows = self.rows("prepare", query).await?;
+    async fn one_row(&self, call: Call<'_>) -> Result<PgRow, StoreError> {
+        let mut rows = self.rows("prepare", call).await?;
         rows.pop().ok_or_else(|| error("prepare", sqlx::Error::RowNotFound))
     }
 }

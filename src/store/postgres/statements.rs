@@ -112,7 +112,8 @@ WITH i AS (
         attempt        = CASE l.action WHEN 'hold' THEN r.attempt ELSE l.attempt END,
         attempt_number = CASE l.action WHEN 'anew' THEN 1 WHEN 'takeover' THEN r.attempt_number + 1
                          ELSE r.attempt_number END,
-        abandoned      = CASE l.action WHEN 'anew' THEN 0 WHEN 'takeover' THEN r.abandoned + (r.attempt IS NOT NULL)::int
+        abandoned      = CASE WHEN l.action = 'anew' THEN 0
+                         WHEN l.action IN ('takeover', 'hold') THEN r.abandoned + (r.attempt IS NOT NULL)::int
                          ELSE r.abandoned END,
         max_abandoned  = CASE l.action WHEN 'anew' THEN l.max_abandoned ELSE r.max_abandoned END,
         lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE l.lease_until END,
@@ -160,7 +161,10 @@ UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} RETURNING 1";
+const RELEASE: &str = "
+DELETE FROM {table} AS r
+WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND r.state = 'in_progress'
+RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {table} AS r SET state = 'held', lease_until = {now}
