@@ -6,13 +6,17 @@ pub mod http;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod schema;
 pub mod server;
+pub mod sqlite;
 
 use std::{
     net::{Ipv4Addr, TcpListener},
     thread,
     time::{Duration, Instant},
 };
+
+use tower_idempotency::{Attempt, Claim, Consumer, Fingerprint, IdempotencyKey};
 
 /// An environment variable that `scripts/test` sets.
 ///
@@ -48,4 +52,11 @@ pub fn free_port() -> u16 {
         let port = 20_000 + (uuid::Uuid::new_v4().as_u128() % 12_000) as u16;
         TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok().map(|_| port)
     })
+}
+
+/// A claim of `key` by a fresh attempt, with the defaults of the layer.
+pub fn claim(key: &str) -> Claim {
+    let consumer = Consumer::new("acme").expect("a name");
+    let key = IdempotencyKey::new(key).expect("a key");
+    Claim::new(Attempt::new(consumer, key), Fingerprint::from_bytes("fingerprint"))
 }
