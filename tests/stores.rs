@@ -1,8 +1,15 @@
 //! The conformance suite, for every store and every mode of a store.
 
+mod support;
+
 use std::{sync::Arc, time::Duration};
 
 use tower_idempotency::{MemoryStore, Store, conformance_tests, store::conformance::Fixture};
+
+use support::{
+    schema::{PooledSchema, Schema},
+    sqlite::SqliteFile,
+};
 
 #[derive(Debug, Default)]
 struct Memory(MemoryStore);
@@ -19,3 +26,6 @@ impl Fixture for Memory {
 }
 
 conformance_tests!(memory, Memory::default());
+conformance_tests!(sqlite, SqliteFile::new());
+conformance_tests!(postgres, Schema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);
+conformance_tests!(pgbouncer, PooledSchema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);

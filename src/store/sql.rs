@@ -282,7 +282,7 @@ const RULES: &[(&str, &str)] = &[
     (
         "{columns}",
         "{r}.consumer, {r}.key, {r}.id, {r}.fingerprint, CASE WHEN {held} THEN 'held' ELSE {r}.state END AS state, {r}.attempt,
-         CAST({r}.attempt_number AS bigint) AS attempt_number, CAST({r}.abandoned AS bigint) AS abandoned,
+         CAST({r}.attempt_number AS bigint) AS attempt_number, CAST(CASE WHEN {due} THEN {r}.abandoned + 1 ELSE {r}.abandoned END AS bigint) AS abandoned,
          {times}, {r}.response",
     ),
     (

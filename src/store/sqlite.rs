@@ -8,7 +8,11 @@ use std::{collections::HashSet, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::{AssertSqlSafe, Row, SqlitePool, query::Query, sqlite::{Sqlite, SqliteArguments, SqliteRow}};
+use sqlx::{
+    AssertSqlSafe, Row, SqlitePool,
+    query::Query,
+    sqlite::{Sqlite, SqliteArguments, SqliteRow},
+};
 use uuid::Uuid;
 
 use self::{connection::Connections, setup::Ready, statements::Statements};
@@ -17,8 +21,8 @@ use super::{
     sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, TableCreation},
 };
 use crate::{
-    Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
+    Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record,
+    RecordFilter, RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
 };
 
 /// Keeps records in a SQLite database file.
@@ -60,7 +64,12 @@ impl SqliteStore {
     /// A store in the database of `pool`. Nothing is opened before the first call.
     #[must_use]
     pub fn new(pool: SqlitePool) -> Self {
-        Self { pool, prefix: Identifier::default_prefix(), creation: TableCreation::default(), state: Arc::default() }
+        Self {
+            pool,
+            prefix: Identifier::default_prefix(),
+            creation: TableCreation::default(),
+            state: Arc::default(),
+        }
     }
 
     /// Names the tables `<prefix>_records` and `<prefix>_migrations`. Default: `idempotency`.
@@ -134,7 +143,12 @@ impl SqliteStore {
     }
 
     /// Those of the attempts whose rows the statement returned.
-    async fn attempts(&self, query: &Arc<str>, renewals: &[Renewal], write: bool) -> Result<HashSet<Uuid>, StoreError> {
+    async fn attempts(
+        &self,
+        query: &Arc<str>,
+        renewals: &[Renewal],
+        write: bool,
+    ) -> Result<HashSet<Uuid>, StoreError> {
         let query = prepared(query).bind(statements::renewals(renewals));
         let rows = if write { self.write("renew", query).await? } else { self.read("renew", query).await? };
         let ids = rows.iter().map(|row| row.try_get::<Uuid, _>("attempt"));
@@ -209,7 +223,10 @@ impl Store for SqliteStore {
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
         let query = prepared(self.sql().await?.list(filter)).bind(limit);
         let rows = self.read("list", query).await?;
-        rows.iter().map(sql::record).collect::<Result<_, _>>().map_err(|source| connection::error("list", source))
+        rows.iter()
+            .map(sql::record)
+            .collect::<Result<_, _>>()
+            .map_err(|source| connection::error("list", source))
     }
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {

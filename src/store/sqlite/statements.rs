@@ -100,7 +100,8 @@ ON CONFLICT (consumer, key) DO UPDATE SET
     attempt        = CASE {action} WHEN 'hold' THEN {r}.attempt ELSE excluded.attempt END,
     attempt_number = CASE {action} WHEN 'anew' THEN 1 WHEN 'takeover' THEN {r}.attempt_number + 1
                      ELSE {r}.attempt_number END,
-    abandoned      = CASE {action} WHEN 'anew' THEN 0 WHEN 'takeover' THEN {r}.abandoned + ({r}.attempt IS NOT NULL)
+    abandoned      = CASE WHEN {action} = 'anew' THEN 0
+                     WHEN {action} IN ('takeover', 'hold') THEN {r}.abandoned + ({r}.attempt IS NOT NULL)
                      ELSE {r}.abandoned END,
     max_abandoned  = CASE {action} WHEN 'anew' THEN excluded.max_abandoned ELSE {r}.max_abandoned END,
     lease_until    = CASE {action} WHEN 'hold' THEN {r}.lease_until ELSE excluded.lease_until END,
@@ -130,7 +131,10 @@ UPDATE {r} SET state = 'completed', response = ?4, completed_at = {now}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} RETURNING 1";
+const RELEASE: &str = "
+DELETE FROM {r}
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} AND {r}.state = 'in_progress'
+RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {r} SET state = 'held', lease_until = {now}

@@ -1,0 +1,255 @@
+//! A small payments API that is safe to retry.
+//!
+//! ```sh
+//! cargo run --example server
+//! ```
+//!
+//! listens on 127.0.0.1:3000 and keeps charges and idempotency records in `payments.sqlite`. Charge a card:
+//!
+//! ```sh
+//! curl -i localhost:3000/charges -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: order-1' \
+//!   --json '{"amount": 2000, "currency": "usd", "description": "one book"}'
+//! ```
+//!
+//! answers `201 Created` with the new charge. The same command again answers with the very same charge, marked
+//! `idempotent-replayed: true`, and nothing was charged: `curl localhost:3000/charges -H 'X-Api-Key: acme-key'` shows
+//! one. Another amount under the same key is refused with 422. For another consumer it is another key:
+//!
+//! ```sh
+//! curl -i localhost:3000/charges -H 'X-Api-Key: globex-key' -H 'Idempotency-Key: order-1' \
+//!   --json '{"amount": 500, "currency": "eur"}'
+//! ```
+//!
+//! `POST /charges?delay_ms=5000` goes on for that long after the charge was stored: press Ctrl-C in curl and send it
+//! again to get 409 while it runs and a replay afterwards. `?simulate=402` declines the card before anything is stored.
+//! `?simulate=500`, `503` and `panic` fail *after* the charge was stored: such results are not kept, so a retry charges
+//! again.
+//!
+//! | variable | default | |
+//! |---|---|---|
+//! | `DATABASE_URL` | `sqlite:payments.sqlite` | or `postgres://user@host/database` |
+//! | `PORT` | 3000 | |
+//! | `LEASE_MS` | 30000 | how long a retry waits after a crash |
+//! | `MAX_EXECUTION_MS` | 600000 | how long a request may run |
+//! | `STORE_TIMEOUT_MS` | 5000 | how long a request waits for the database to claim its key |
+//! | `ABANDONED` | `retry` | `hold`: store 5xx, and after a crash or a panic never run again (409) |
+//! | `RUST_LOG` | `info` | |
+
+mod charges;
+
+use std::{error::Error, net::Ipv4Addr, str::FromStr, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{Extension, Path, Query, Request, State, rejection::JsonRejection},
+    http::{StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use charges::{Charge, Charges};
+use serde::Deserialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPolicy};
+use tracing_subscriber::EnvFilter;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).init();
+
+    let database_url = variable("DATABASE_URL")?.unwrap_or_else(|| "sqlite:payments.sqlite".to_owned());
+    let charges = Charges::open(&database_url).await?;
+    let idempotency = idempotency_layer(&charges)?;
+    let handle = idempotency.handle();
+    for warning in handle.prepare().await? {
+        tracing::warn!("{warning}");
+    }
+
+    let app = Router::new()
+        .route("/charges", post(create_charge).get(list_charges))
+        .route("/charges/{id}", get(show_charge))
+        .layer(idempotency)
+        // Added last, so it is outside: the idempotency layer has to know whose key it is.
+        .layer(middleware::from_fn(authenticate))
+        .with_state(charges)
+        .route("/healthz", get(async || "ok\n"));
+
+    let port = variable("PORT")?.unwrap_or(3000);
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    println!("{url} keeps everything in {}. Try:\n", without_password(&database_url));
+    println!("  curl -i {url}/charges -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: order-1' \\");
+    println!("    --json '{{\"amount\": 2000, \"currency\": \"usd\", \"description\": \"one book\"}}'\n");
+
+    axum::serve(listener, app).with_graceful_shutdown(asked_to_end()).await?;
+    // All connections are closed, but a request whose client has left may still be running.
+    handle.drain(Duration::from_secs(10)).await?;
+    Ok(())
+}
+
+fn idempotency_layer(charges: &Charges) -> Result<IdempotencyLayer, Box<dyn Error>> {
+    let mut layer = match charges {
+        Charges::Sqlite(pool) => IdempotencyLayer::new(pool.clone()),
+        Charges::Postgres(pool) => IdempotencyLayer::new(pool.clone()),
+    }
+    .with_consumer(ConsumerExtractor::extension());
+
+    if let Some(lease) = variable("LEASE_MS")? {
+        layer = layer.with_lease(Duration::from_millis(lease));
+    }
+    if let Some(limit) = variable("MAX_EXECUTION_MS")? {
+        layer = layer.with_max_execution(Duration::from_millis(limit));
+    }
+    if let Some(limit) = variable("STORE_TIMEOUT_MS")? {
+        layer = layer.with_store_timeout(Duration::from_millis(limit));
+    }
+    match variable::<String>("ABANDONED")?.as_deref() {
+        None | Some("retry") => Ok(layer),
+        Some("hold") => Ok(layer.with_policy(ResultPolicy::at_most_once())),
+        Some(other) => Err(format!("ABANDONED is {other:?}: use retry or hold").into()),
+    }
+}
+
+/// Knows the consumers by their API keys, and tells the layers inside.
+async fn authenticate(mut request: Request, next: Next) -> Response {
+    let consumer = match request.headers().get("x-api-key").map(|key| key.as_bytes()) {
+        Some(b"acme-key") => Consumer::new("acme"),
+        Some(b"globex-key") => Consumer::new("globex"),
+        _ => return Problem(StatusCode::UNAUTHORIZED, "send a valid X-Api-Key".to_owned()).into_response(),
+    };
+    request.extensions_mut().insert(consumer.expect("the names are valid"));
+    next.run(request).await
+}
+
+#[derive(Deserialize)]
+struct NewCharge {
+    amount: i64,
+    currency: String,
+    description: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Behaviour {
+    #[serde(default)]
+    delay_ms: u64,
+    simulate: Option<Simulate>,
+}
+
+#[derive(Clone, Copy, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Simulate {
+    Panic,
+    #[serde(rename = "402")]
+    Declined,
+    #[serde(rename = "500")]
+    InternalError,
+    #[serde(rename = "503")]
+    Unavailable,
+}
+
+async fn create_charge(
+    State(charges): State<Charges>,
+    Extension(consumer): Extension<Consumer>,
+    Query(behaviour): Query<Behaviour>,
+    body: Result<Json<NewCharge>, JsonRejection>,
+) -> Result<Response, Problem> {
+    let Json(new) = body.map_err(|rejection| Problem(rejection.status(), rejection.body_text()))?;
+    if new.amount <= 0 {
+        return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
+    }
+    if !CURRENCIES.contains(&new.currency.as_str()) {
+        let detail = format!("currency must be one of {}", CURRENCIES.join(", "));
+        return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, detail));
+    }
+    if behaviour.simulate == Some(Simulate::Declined) {
+        return Err(Problem(StatusCode::PAYMENT_REQUIRED, "the card was declined".to_owned()));
+    }
+
+    let charge = Charge::new(&consumer, new.amount, new.currency, new.description);
+    charges.insert(&charge).await?;
+    tokio::time::sleep(Duration::from_millis(behaviour.delay_ms).min(MAX_DELAY)).await;
+
+    match behaviour.simulate {
+        Some(Simulate::Panic) => panic!("simulated"),
+        Some(Simulate::InternalError) => {
+            Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, "simulated".to_owned()))
+        }
+        Some(Simulate::Unavailable) => Err(Problem(StatusCode::SERVICE_UNAVAILABLE, "simulated".to_owned())),
+        Some(Simulate::Declined) | None => {
+            let location = [(header::LOCATION, format!("/charges/{}", charge.id))];
+            Ok((StatusCode::CREATED, location, with_etag(charge)).into_response())
+        }
+    }
+}
+
+async fn list_charges(
+    State(charges): State<Charges>,
+    Extension(consumer): Extension<Consumer>,
+) -> Result<Json<Vec<Charge>>, Problem> {
+    Ok(Json(charges.list(&consumer).await?))
+}
+
+async fn show_charge(
+    State(charges): State<Charges>,
+    Extension(consumer): Extension<Consumer>,
+    Path(id): Path<String>,
+) -> Result<Response, Problem> {
+    match charges.find(&consumer, &id).await? {
+        Some(charge) => Ok(with_etag(charge).into_response()),
+        None => Err(Problem(StatusCode::NOT_FOUND, "no such charge".to_owned())),
+    }
+}
+
+/// A charge never changes, so its id is as good a tag as any.
+fn with_etag(charge: Charge) -> impl IntoResponse {
+    ([(header::ETAG, format!("\"{}\"", charge.id))], Json(charge))
+}
+
+/// A refusal as `application/problem+json`, like those of the idempotency layer.
+struct Problem(StatusCode, String);
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let Self(status, detail) = self;
+        let problem = serde_json::json!({
+            "title": status.canonical_reason(),
+            "status": status.as_u16(),
+            "detail": detail,
+        });
+        (status, [(header::CONTENT_TYPE, "application/problem+json")], problem.to_string()).into_response()
+    }
+}
+
+impl From<sqlx::Error> for Problem {
+    fn from(error: sqlx::Error) -> Self {
+        tracing::error!(%error, "the database failed");
+        Self(StatusCode::INTERNAL_SERVER_ERROR, "the database failed".to_owned())
+    }
+}
+
+/// Returns at Ctrl-C and SIGTERM.
+async fn asked_to_end() {
+    let mut terminate = signal(SignalKind::terminate()).expect("a handler for SIGTERM can be installed");
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+fn variable<T: FromStr<Err: std::fmt::Display>>(name: &str) -> Result<Option<T>, String> {
+    match std::env::var(name) {
+        Ok(value) => value.parse().map(Some).map_err(|error| format!("{name} is {value:?}: {error}")),
+        Err(_) => Ok(None),
+    }
+}
+
+fn without_password(url: &str) -> String {
+    match url.split_once("://").and_then(|(scheme, rest)| Some((scheme, rest.rsplit_once('@')?.1))) {
+        Some((scheme, place)) => format!("{scheme}://{place}"),
+        None => url.to_owned(),
+    }
+}
+
+const CURRENCIES: [&str; 5] = ["chf", "eur", "gbp", "jpy", "usd"];
+const MAX_DELAY: Duration = Duration::from_secs(120);

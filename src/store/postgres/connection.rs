@@ -1,0 +1,188 @@
+//! The store's own connections.
+
+use std::{
+    ops::{Deref, DerefMut},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use sqlx::{
+    ConnectOptions, PgPool, Postgres,
+    pool::PoolConnection,
+    postgres::{PgConnectOptions, PgConnection, PgRow},
+};
+
+use super::{ConnectionMode, call::Call};
+use crate::{
+    StoreError, StoreErrorKind,
+    store::sql::{self, Meaning},
+};
+
+/// A pool of the store's own, made of the user's at the first use.
+#[derive(Debug, Default)]
+pub(super) struct Connections(OnceLock<PgPool>);
+
+/// How the store uses its connections.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    pub(super) mode: ConnectionMode,
+    pub(super) max_connections: Option<u32>,
+    pub(super) statement_timeout: Duration,
+}
+
+impl Connections {
+    pub(super) async fn lend(&self, base: &PgPool, settings: &Settings) -> Result<Lent, StoreError> {
+        let pool = self.0.get_or_init(|| own_pool(base, settings));
+        pool.acquire().await.map(|connection| Lent(Some(connection))).map_err(connect_error)
+    }
+
+    /// Runs one statement. A connection whose statement did not end in time, or was not awaited, is thrown away.
+    pub(super) async fn rows(
+        &self,
+        base: &PgPool,
+        settings: &Settings,
+        operation: &str,
+        call: Call<'_>,
+    ) -> Result<Vec<PgRow>, StoreError> {
+        let mut connection = self.lend(base, settings).await?;
+        let reply =
+            tokio::time::timeout(settings.statement_timeout, call.fetch_all(&mut connection, settings.mode))
+                .await;
+        match reply {
+            Ok(Ok(rows)) => {
+                connection.give_back();
+                Ok(rows)
+            }
+            Ok(Err(source)) => {
+                if source.as_database_error().is_some() {
+                    connection.give_back();
+                } else {
+                    self.forget_idle();
+                }
+                Err(error(operation, source))
+            }
+            Err(elapsed) => {
+                let message = format!("{operation}: no reply within {:?}", settings.statement_timeout);
+                Err(StoreError::new(StoreErrorKind::Ambiguous, message).with_source(elapsed))
+            }
+        }
+    }
+
+    /// Where one connection broke the idle ones are as likely broken, and nothing tests them before their next use.
+    fn forget_idle(&self) {
+        while let Some(connection) = self.0.get().and_then(PgPool::try_acquire) {
+            drop(connection.detach());
+        }
+    }
+}
+
+/// A connection that goes back to its pool only when it is known to be in order, and else is closed.
+#[derive(Debug)]
+pub(super) struct Lent(Option<PoolConnection<Postgres>>);
+
+impl Lent {
+    pub(super) fn give_back(mut self) {
+        self.0.take();
+    }
+}
+
+impl Deref for Lent {
+    type Target = PgConnection;
+
+    #[expect(clippy::expect_used, reason = "the connection leaves only in `give_back` and `drop`")]
+    fn deref(&self) -> &PgConnection {
+        self.0.as_ref().expect("a lent connection is there until it is given back")
+    }
+}
+
+impl DerefMut for Lent {
+    #[expect(clippy::expect_used, reason = "the connection leaves only in `give_back` and `drop`")]
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        self.0.as_mut().expect("a lent connection is there until it is given back")
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            drop(connection.detach());
+        }
+    }
+}
+
+fn own_pool(base: &PgPool, settings: &Settings) -> PgPool {
+    let connections =
+        settings.max_connections.unwrap_or(base.options().get_max_connections().min(MAX_CONNECTIONS));
+    base.options()
+        .clone()
+        .min_connections(0)
+        .max_connections(connections.max(1))
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .test_before_acquire(false)
+        .connect_lazy_with(connect_options(base.connect_options().as_ref().clone(), settings.mode))
+}
+
+fn connect_options(options: PgConnectOptions, mode: ConnectionMode) -> PgConnectOptions {
+    match mode {
+        ConnectionMode::Direct => options.options(START_UP),
+        // The statements hold their values, which are nobody's business in a log.
+        ConnectionMode::TransactionPooler => options.extra_float_digits(None).disable_statement_logging(),
+    }
+}
+
+pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
+    sql::statement_error(operation, source, meaning)
+}
+
+fn connect_error(source: sqlx::Error) -> StoreError {
+    sql::connect_error(source, |code| match code {
+        "08P01" => Some(
+            "the server refused the start-up parameters: for PgBouncer use ConnectionMode::TransactionPooler",
+        ),
+        "3D000" => Some("the database does not exist"),
+        code if code.starts_with("28") => Some("the server refused the account"),
+        "42501" => Some("the account may not connect to the database"),
+        _ => None,
+    })
+}
+
+fn meaning(code: &str) -> Meaning {
+    use StoreErrorKind::{Ambiguous, Internal, Misconfigured, Unavailable};
+    match code {
+        "42P01" | "42703" | "3F000" => {
+            (Misconfigured, "tables are missing or old: call migrate(), or run migrations/postgres/*.sql")
+        }
+        "42501" => (
+            Misconfigured,
+            "the account lacks a right: it needs USAGE on the schema, SELECT, INSERT, UPDATE, DELETE on the records and \
+             SELECT on the migrations table; to create the tables it needs CREATE on the schema",
+        ),
+        "25006" => (Misconfigured, "the server is read-only: connect to the primary"),
+        "26000" | "42P05" => (
+            Misconfigured,
+            "prepared statements got lost between connections: for PgBouncer use ConnectionMode::TransactionPooler",
+        ),
+        "40001" | "40P01" | "55P03" => {
+            (Unavailable, "the statement collided with another one and was rolled back")
+        }
+        "57014" => (Unavailable, "the server cancelled the statement"),
+        "57P03" => (Unavailable, "the server does not accept connections at the moment"),
+        "40003" => (Ambiguous, "the server does not know whether the statement was completed"),
+        code if code.starts_with("57P") || code.starts_with("08") => {
+            (Ambiguous, "the server ended the connection")
+        }
+        code if code.starts_with("53") => (Unavailable, "the server is out of resources"),
+        code if code.starts_with("28") => (Misconfigured, "the server refused the account"),
+        _ => (Internal, sql::UNEXPECTED),
+    }
+}
+
+/// A statement that was prepared while the table was small must find its rows by an index when it has grown.
+const START_UP: [(&str, &str); 4] = [
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("jit", "off"),
+    ("default_transaction_isolation", "read committed"),
+];
+const MAX_CONNECTIONS: u32 = 16;
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);

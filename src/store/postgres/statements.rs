@@ -1,0 +1,196 @@
+//! The statements, in the dialect of PostgreSQL.
+//!
+//! A statement that serves many rows, or could, locks them in the order of their identity and skips the locked ones.
+//! Rows that it has locked are changed by their `ctid`: no plan can turn that into a walk over the table, and a row
+//! that has changed since the statement's snapshot is not found and so left alone.
+
+use std::sync::Arc;
+
+use crate::{
+    RecordFilter,
+    store::sql::{self, Identifier},
+};
+
+/// The statements of a store, for its table.
+#[derive(Debug)]
+pub(super) struct Statements {
+    pub(super) claim: Arc<str>,
+    pub(super) renew: Arc<str>,
+    pub(super) complete: Arc<str>,
+    pub(super) release: Arc<str>,
+    pub(super) hold: Arc<str>,
+    pub(super) get: Arc<str>,
+    pub(super) evict: Arc<str>,
+    pub(super) resolve_release: Arc<str>,
+    pub(super) resolve_complete: Arc<str>,
+    pub(super) purge: Arc<str>,
+    list: [Arc<str>; 4],
+}
+
+impl Statements {
+    /// `schema` is quoted where it needs to be.
+    pub(super) fn new(schema: &str, prefix: &Identifier) -> Self {
+        let table = format!("{schema}.{prefix}_records");
+        let render = |template: &str| -> Arc<str> {
+            let names = [
+                ("{times}", TIMES),
+                ("{now}", "statement_timestamp()"),
+                ("{attempt}", if template == CLAIM { "i.attempt" } else { "$3" }),
+                ("{fingerprint}", "i.fingerprint"),
+                ("{table}", &table),
+                ("{r}", "r"),
+            ];
+            sql::render(template, &names).into()
+        };
+        let list = |filter| render(&LIST.replace("{filter}", sql::filter(filter)));
+        Self {
+            claim: render(CLAIM),
+            renew: render(RENEW),
+            complete: render(COMPLETE),
+            release: render(RELEASE),
+            hold: render(HOLD),
+            get: render(GET),
+            evict: render(EVICT),
+            resolve_release: render(RESOLVE_RELEASE),
+            resolve_complete: render(RESOLVE_COMPLETE),
+            purge: render(PURGE),
+            list: [RecordFilter::All, RecordFilter::InProgress, RecordFilter::Held, RecordFilter::Completed]
+                .map(list),
+        }
+    }
+
+    pub(super) fn list(&self, filter: RecordFilter) -> &Arc<str> {
+        match filter {
+            RecordFilter::All => &self.list[0],
+            RecordFilter::InProgress => &self.list[1],
+            RecordFilter::Held => &self.list[2],
+            RecordFilter::Completed => &self.list[3],
+        }
+    }
+}
+
+const TIMES: &str = "CAST(extract(epoch FROM r.lease_until - {now}) * 1000000 AS bigint) AS lease_left,
+    CAST(extract(epoch FROM r.created_at) * 1000000 AS bigint) AS created_at,
+    CAST(extract(epoch FROM r.expires_at) * 1000000 AS bigint) AS expires_at";
+
+/// `i` is what is asked for, `found` what the snapshot shows. A row comes back whose `open` is true if it could have
+/// been taken but was locked, and none at all if another claim inserted the key at the same moment.
+///
+/// The insert sees only keys that the snapshot does not show: on a key that is there it would wait for whoever holds
+/// the row, and a duplicate would cost a row lock and a transaction id.
+const CLAIM: &str = "
+WITH i AS (
+    SELECT $1::text AS consumer, $2::text AS key, $3::uuid AS attempt, $4::bytea AS fingerprint, $5::uuid AS id,
+        $6::smallint AS max_abandoned, {now} + $7::bigint * interval '1 microsecond' AS lease_until,
+        {now} + $8::bigint * interval '1 microsecond' AS expires_at
+), found AS (
+    SELECT r.* FROM i CROSS JOIN LATERAL (
+        SELECT {columns}, {action} <> 'none' AS open
+        FROM {table} AS r WHERE r.consumer = i.consumer AND r.key = i.key LIMIT 1) AS r
+), added AS (
+    INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned, max_abandoned,
+        lease_until, created_at, expires_at)
+    SELECT i.consumer, i.key, i.id, i.fingerprint, 'in_progress', i.attempt, 1, 0, i.max_abandoned,
+        i.lease_until, {now}, i.expires_at
+    FROM i WHERE NOT EXISTS (SELECT FROM found WHERE found.consumer = i.consumer AND found.key = i.key)
+    ORDER BY i.consumer, i.key
+    ON CONFLICT (consumer, key) DO NOTHING
+    RETURNING {columns}
+), locked AS (
+    SELECT r.place, r.action, i.*
+    FROM (SELECT i.* FROM i JOIN found ON found.consumer = i.consumer AND found.key = i.key
+          WHERE found.open ORDER BY i.consumer, i.key) AS i
+    CROSS JOIN LATERAL (
+        SELECT r.ctid AS place, {action} AS action
+        FROM {table} AS r WHERE r.consumer = i.consumer AND r.key = i.key AND {action} <> 'none'
+        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS r
+), taken AS (
+    UPDATE {table} AS r SET
+        id             = CASE l.action WHEN 'anew' THEN l.id ELSE r.id END,
+        fingerprint    = CASE l.action WHEN 'anew' THEN l.fingerprint ELSE r.fingerprint END,
+        state          = CASE l.action WHEN 'hold' THEN 'held' ELSE 'in_progress' END,
+        attempt        = CASE l.action WHEN 'hold' THEN r.attempt ELSE l.attempt END,
+        attempt_number = CASE l.action WHEN 'anew' THEN 1 WHEN 'takeover' THEN r.attempt_number + 1
+                         ELSE r.attempt_number END,
+        abandoned      = CASE WHEN l.action = 'anew' THEN 0
+                         WHEN l.action IN ('takeover', 'hold') THEN r.abandoned + (r.attempt IS NOT NULL)::int
+                         ELSE r.abandoned END,
+        max_abandoned  = CASE l.action WHEN 'anew' THEN l.max_abandoned ELSE r.max_abandoned END,
+        lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE l.lease_until END,
+        created_at     = CASE l.action WHEN 'anew' THEN {now} ELSE r.created_at END,
+        expires_at     = CASE l.action WHEN 'anew' THEN l.expires_at ELSE r.expires_at END,
+        completed_at   = NULL,
+        response       = NULL
+    FROM locked AS l WHERE r.ctid = l.place
+    RETURNING {columns}
+)
+SELECT added.*, FALSE AS open, TRUE AS written FROM added
+UNION ALL
+SELECT taken.*, FALSE AS open, TRUE AS written FROM taken
+UNION ALL
+SELECT found.*, FALSE AS written FROM found
+WHERE NOT EXISTS (SELECT FROM taken WHERE taken.consumer = found.consumer AND taken.key = found.key)";
+
+const RENEW: &str = "
+WITH i AS (
+    SELECT i.* FROM unnest($1::text[], $2::text[], $3::uuid[], $4::bigint[])
+        WITH ORDINALITY AS i (consumer, key, attempt, lease, position)
+    ORDER BY consumer, key
+), seen AS (
+    SELECT i.position FROM i CROSS JOIN LATERAL (
+        SELECT FROM {table} AS r
+        WHERE r.consumer = i.consumer AND r.key = i.key AND r.attempt = i.attempt
+            AND r.state IN ('in_progress', 'held')
+        LIMIT 1) AS r
+), locked AS (
+    SELECT i.position, i.lease, r.place FROM i CROSS JOIN LATERAL (
+        SELECT r.ctid AS place FROM {table} AS r
+        WHERE r.consumer = i.consumer AND r.key = i.key AND r.attempt = i.attempt AND r.state = 'in_progress'
+        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS r
+), renewed AS (
+    UPDATE {table} AS r SET lease_until = {now} + l.lease * interval '1 microsecond'
+    FROM locked AS l WHERE r.ctid = l.place
+    RETURNING l.position
+)
+SELECT position, FALSE AS renewed FROM seen
+UNION ALL
+SELECT position, TRUE AS renewed FROM renewed";
+
+const COMPLETE: &str = "
+UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
+WHERE r.consumer = $1 AND r.key = $2 AND {mine}
+RETURNING 1";
+
+const RELEASE: &str = "
+DELETE FROM {table} AS r
+WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND r.state = 'in_progress'
+RETURNING 1";
+
+const HOLD: &str = "
+UPDATE {table} AS r SET state = 'held', lease_until = {now}
+WHERE r.consumer = $1 AND r.key = $2 AND {mine}
+RETURNING 1";
+
+const GET: &str = "SELECT {columns} FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2";
+
+const LIST: &str = "
+SELECT {columns} FROM {table} AS r WHERE {filter} ORDER BY r.created_at, r.consumer, r.key LIMIT $1";
+
+const EVICT: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 RETURNING 1";
+
+const RESOLVE_RELEASE: &str = "
+DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {resolvable} RETURNING 1";
+
+const RESOLVE_COMPLETE: &str = "
+UPDATE {table} AS r SET state = 'completed', response = $3, attempt = NULL, completed_at = {now},
+    expires_at = {now} + (r.expires_at - r.created_at)
+WHERE r.consumer = $1 AND r.key = $2 AND {resolvable}
+RETURNING 1";
+
+const PURGE: &str = "
+WITH doomed AS (
+    SELECT r.ctid AS place FROM {table} AS r
+    WHERE r.expires_at <= {now} AND {absent}
+    ORDER BY r.expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} RETURNING 1";

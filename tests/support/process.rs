@@ -1,0 +1,31 @@
+//! Signals to processes that a test has started.
+
+use std::{fs, process::Child};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Sends a signal to a child that was not waited for yet, so that its id cannot be another's.
+#[track_caller]
+pub fn signal_child(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).expect("a child that was not waited for can be signalled");
+}
+
+/// Sends a signal to the process with this id. Returns whether there was one.
+pub fn signal(id: i32, signal: Signal) -> bool {
+    Pid::from_raw(id).is_some_and(|pid| kill_process(pid, signal).is_ok())
+}
+
+/// The ids of a process's children.
+pub fn children(parent: i32) -> Vec<i32> {
+    fs::read_dir("/proc")
+        .expect("Linux has /proc")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|id| parent_of(*id) == Some(parent))
+        .collect()
+}
+
+/// The second field of `/proc/ID/stat` is a name in parentheses that may itself hold any.
+fn parent_of(id: i32) -> Option<i32> {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}

@@ -1,0 +1,101 @@
+//! Schemas of one test each, on the server that the environment names.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::{
+    AssertSqlSafe, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tower_idempotency::{
+    PostgresStore, Store,
+    store::{ConnectionMode, conformance::Fixture},
+};
+
+use super::required_env;
+
+/// A schema that only one test uses.
+#[derive(Debug)]
+pub struct Schema {
+    pub name: String,
+    pub pool: PgPool,
+}
+
+impl Schema {
+    pub async fn create() -> Self {
+        Self::create_named(&format!("t_{}", uuid::Uuid::new_v4().simple())).await
+    }
+
+    pub async fn create_named(name: &str) -> Self {
+        let pool = PgPoolOptions::new().max_connections(4).connect_lazy_with(server());
+        let schema = Self { name: name.to_owned(), pool };
+        schema.run(&format!("CREATE SCHEMA \"{name}\"")).await;
+        schema
+    }
+
+    pub fn store(&self) -> PostgresStore {
+        PostgresStore::new(self.pool.clone()).with_schema(&self.name).unwrap()
+    }
+
+    /// Runs statements in which `{s}` is the schema.
+    pub async fn run(&self, sql: &str) {
+        let sql = sql.replace("{s}", &self.name);
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&self.pool).await.unwrap();
+    }
+
+    /// The one number that a statement returns, in which `{s}` is the schema.
+    pub async fn number(&self, sql: &str) -> i64 {
+        let sql = format!("SELECT ({})::bigint", sql.replace("{s}", &self.name));
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&self.pool).await.unwrap()
+    }
+}
+
+#[async_trait::async_trait]
+impl Fixture for Schema {
+    async fn open(&self) -> Arc<dyn Store> {
+        Arc::new(self.store())
+    }
+
+    async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
+        self.open().await
+    }
+}
+
+/// A schema that only one test uses, behind a PgBouncer in transaction mode.
+#[derive(Debug)]
+pub struct PooledSchema(pub Schema);
+
+impl PooledSchema {
+    pub async fn create() -> Self {
+        Self(Schema::create().await)
+    }
+
+    /// A pool through PgBouncer.
+    pub fn pool(&self) -> PgPool {
+        PgPoolOptions::new().max_connections(16).connect_lazy_with(options("TEST_PGBOUNCER_URL"))
+    }
+
+    pub fn store(&self) -> PostgresStore {
+        let store = PostgresStore::new(self.pool()).with_schema(&self.0.name).unwrap();
+        store.with_connection_mode(ConnectionMode::TransactionPooler)
+    }
+}
+
+#[async_trait::async_trait]
+impl Fixture for PooledSchema {
+    async fn open(&self) -> Arc<dyn Store> {
+        Arc::new(self.store())
+    }
+
+    async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
+        self.open().await
+    }
+}
+
+/// The server that the environment names.
+pub fn server() -> PgConnectOptions {
+    options("TEST_POSTGRES_URL")
+}
+
+fn options(variable: &str) -> PgConnectOptions {
+    required_env(variable).parse().expect("the variable holds a PostgreSQL URL")
+}

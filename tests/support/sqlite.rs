@@ -1,0 +1,39 @@
+//! SQLite databases of one test each.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::{
+    SqlitePool,
+    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
+};
+use tempfile::TempDir;
+use tower_idempotency::{SqliteStore, Store, store::conformance::Fixture};
+
+/// A database file that goes away with the test.
+#[derive(Debug)]
+pub struct SqliteFile(TempDir);
+
+impl SqliteFile {
+    pub fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    pub fn options(&self) -> SqliteConnectOptions {
+        SqliteConnectOptions::new().filename(self.0.path().join("test.db")).create_if_missing(true)
+    }
+
+    pub fn pool(&self) -> SqlitePool {
+        SqlitePoolOptions::new().max_connections(4).connect_lazy_with(self.options())
+    }
+}
+
+#[async_trait::async_trait]
+impl Fixture for SqliteFile {
+    async fn open(&self) -> Arc<dyn Store> {
+        Arc::new(SqliteStore::new(self.pool()))
+    }
+
+    async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
+        self.open().await
+    }
+}
