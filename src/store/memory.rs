@@ -1,5 +1,7 @@
 //! The in-process store, and the executable specification of the contract.
 
+mod entry;
+
 use std::{
     collections::{BTreeSet, HashMap},
     hash::{BuildHasher, RandomState},
@@ -7,17 +9,17 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use self::entry::{Decision, Entry, State, decide};
 use crate::{
-    Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey,
-    Record, RecordFilter, RecordId, RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store,
-    StoreError, StoreErrorKind,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
+    RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind,
 };
 
 /// Keeps records in this process: for tests and for tools that run as a single process.
@@ -340,124 +342,6 @@ impl Shard {
     }
 }
 
-#[derive(Clone, Debug)]
-struct Entry {
-    record_id: RecordId,
-    fingerprint: Fingerprint,
-    state: State,
-    attempt: Option<AttemptId>,
-    attempt_number: u32,
-    abandoned: u16,
-    max_abandoned: u16,
-    retention: Duration,
-    created_at: Instant,
-    expires_at: Instant,
-}
-
-#[derive(Clone, Debug)]
-enum State {
-    InProgress { lease_until: Instant },
-    Held,
-    Completed { response: Bytes },
-}
-
-impl State {
-    fn in_progress(now: Instant, lease: Duration) -> Self {
-        Self::InProgress { lease_until: now + lease.min(LONGEST) }
-    }
-}
-
-impl Entry {
-    fn new(claim: &Claim, now: Instant) -> Self {
-        let retention = claim.retention.min(LONGEST);
-        Self {
-            record_id: claim.record_id,
-            fingerprint: claim.fingerprint.clone(),
-            state: State::in_progress(now, claim.lease),
-            attempt: Some(claim.attempt.id),
-            attempt_number: 1,
-            abandoned: 0,
-            max_abandoned: claim.max_abandoned,
-            retention,
-            created_at: now,
-            expires_at: now + retention,
-        }
-    }
-
-    /// A record past its expiry counts as absent, unless its lease is alive or it is held.
-    fn is_absent(&self, now: Instant) -> bool {
-        let must_stay = match self.state {
-            State::InProgress { .. } => !self.has_lapsed(now) || self.is_to_be_held(now),
-            State::Held => true,
-            State::Completed { .. } => false,
-        };
-        self.expires_at <= now && !must_stay
-    }
-
-    fn has_lapsed(&self, now: Instant) -> bool {
-        matches!(self.state, State::InProgress { lease_until } if lease_until <= now)
-    }
-
-    /// The last permitted attempt was abandoned, whether or not anybody has claimed the key since.
-    fn is_to_be_held(&self, now: Instant) -> bool {
-        self.has_lapsed(now) && self.abandoned.saturating_add(1) >= self.max_abandoned
-    }
-
-    fn is_in_progress_by(&self, attempt: &Attempt) -> bool {
-        matches!(self.state, State::InProgress { .. }) && self.attempt == Some(attempt.id)
-    }
-
-    fn is_completed(&self) -> bool {
-        matches!(self.state, State::Completed { .. })
-    }
-
-    fn size(&self) -> usize {
-        match &self.state {
-            State::Completed { response } => response.len(),
-            State::InProgress { .. } | State::Held => 0,
-        }
-    }
-
-    fn abandon(&self) -> Self {
-        Self { abandoned: self.abandoned.saturating_add(1), ..self.clone() }
-    }
-}
-
-/// What a claim does to the record of its key.
-enum Decision<'a> {
-    Create,
-    Change(Box<Entry>, ClaimOutcome),
-    Hold(Box<Entry>),
-    Show(&'a Entry),
-}
-
-fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) -> Decision<'a> {
-    let Some(entry) = entry.filter(|entry| !entry.is_absent(now)) else {
-        return Decision::Create;
-    };
-    if entry.is_in_progress_by(&claim.attempt) {
-        let state = State::in_progress(now, claim.lease);
-        return win(Entry { state, ..entry.clone() });
-    }
-    if entry.fingerprint != claim.fingerprint || !entry.has_lapsed(now) {
-        return Decision::Show(entry);
-    }
-    if entry.is_to_be_held(now) {
-        return Decision::Hold(Box::new(Entry { state: State::Held, ..entry.abandon() }));
-    }
-    win(Entry {
-        state: State::in_progress(now, claim.lease),
-        attempt: Some(claim.attempt.id),
-        attempt_number: entry.attempt_number.saturating_add(1),
-        ..entry.abandon()
-    })
-}
-
-fn win<'a>(entry: Entry) -> Decision<'a> {
-    let outcome = ClaimOutcome::won(entry.record_id, entry.attempt_number);
-    Decision::Change(Box::new(entry), outcome)
-}
-
 fn matches(filter: RecordFilter, state: &RecordState) -> bool {
     match filter {
         RecordFilter::All => true,
@@ -480,12 +364,13 @@ const SHARDS: usize = 16;
 const DEFAULT_MAX_RECORDS: usize = 100_000;
 const DEFAULT_MAX_BYTES: usize = 256 * 1024 * 1024;
 const PURGED_WHEN_FULL: u32 = 64;
-/// A thousand years, so that no sum of instants overflows.
-const LONGEST: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::Fingerprint;
 
     fn claim(key: &str) -> Claim {
         let consumer = Consumer::new("acme").unwrap();

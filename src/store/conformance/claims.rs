@@ -1,11 +1,11 @@
 //! Who wins a key.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::Barrier;
 
 use super::{Fixture, support::*};
-use crate::{AttemptId, Claim, ClaimOutcome, Fenced, RecordId, RecordState};
+use crate::{AttemptId, Claim, ClaimOutcome, Fenced, RecordFilter, RecordId, RecordState, RenewOutcome};
 
 /// Making a store ready twice, and by two processes at once, does no harm.
 pub async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fixture) {
@@ -47,6 +47,28 @@ pub async fn the_retention_counts_from_the_claim(fixture: &dyn Fixture) {
     store.complete_as_owner(&claim.attempt, response("r"), "by the owner").await;
     let completed = store.get(&claim, "after the completion").await;
     assert_eq!(completed.expires_at, made.expires_at, "a completion moved the expiry");
+}
+
+/// The largest settings are taken as they are: a retention of a century, as many attempts and rows as can be asked for.
+pub async fn the_largest_settings_are_taken(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let century = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    let claim = Claim { lease: SHORT, retention: century, max_abandoned: u16::MAX, ..claim_of("k") };
+    store.win(&claim, "with the largest settings").await;
+    run_out().await;
+    let won = store.win(&retry_of(&claim), "abandoned once of 65,535 times").await;
+    assert_eq!(won, (claim.record_id, 2), "id and number of the takeover");
+    let outcome = store.renew_one(&claim.attempt, century).await;
+    assert_eq!(outcome, RenewOutcome::Lost, "renewal by the attempt that was taken over");
+
+    let record = store.get(&claim, "with the largest settings").await;
+    let kept = record.expires_at.duration_since(record.created_at).unwrap_or_default();
+    assert!(
+        kept.abs_diff(century).as_millis() <= 2,
+        "a retention of {century:?} keeps the record for {kept:?}"
+    );
+    assert_eq!(store.purge(u32::MAX).await, 0, "purged records before any has expired");
+    assert_eq!(store.list(RecordFilter::All, u32::MAX).await.len(), 1, "number of records");
 }
 
 /// Of many claims of an absent key at once, through several handles, exactly one is won.

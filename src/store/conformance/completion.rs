@@ -119,10 +119,7 @@ pub async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn Fixtur
         let completion = tokio::spawn(async move { store.complete(&attempt, response("first")).await });
         let retry = Claim { lease: LONG, ..retry_of(&first) };
         let taken_over = !race(&handles, vec![retry.clone()]).await.is_empty();
-        let completed = match completion.await {
-            Ok(outcome) => matches!(outcome, CompleteOutcome::Completed),
-            Err(error) => panic!("the completion ended early: {error}"),
-        };
+        let completed = matches!(finished(completion).await, CompleteOutcome::Completed);
         assert!(completed != taken_over, "completed: {completed}, taken over: {taken_over}");
         let record = handles[1].get(&first, "afterwards").await;
         let owner = if completed { first.attempt.id } else { retry.attempt.id };

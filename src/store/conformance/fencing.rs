@@ -1,6 +1,6 @@
 //! Writes of attempts that do not own the record.
 
-use super::{Fixture, support::*};
+use super::{Fixture, claims::race, support::*};
 use crate::{Claim, Fenced, RecordState, RenewOutcome};
 
 /// A release by an attempt that does not own the record changes nothing.
@@ -83,6 +83,31 @@ pub async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixture) {
     assert_eq!(store.hold(&held.attempt).await, Fenced::Applied, "hold after the lease");
     assert_eq!(store.win(&other_request(&released), "after the release").await.1, 1, "attempt number");
     store.be_refused(&retry_of(&held), "after the hold").await;
+}
+
+/// A release at the moment of a takeover never gives the new attempt's record away.
+pub async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn Fixture) {
+    let handles = two_handles(fixture).await;
+    let firsts: Vec<Claim> =
+        (0..24).map(|n| Claim { lease: SHORT, ..claim_of(&format!("key {n}")) }).collect();
+    for first in &firsts {
+        handles[0].win(first, "first claim").await;
+    }
+    run_out().await;
+    for first in firsts {
+        let release = {
+            let (store, attempt) = (handles[0].clone(), first.attempt.clone());
+            tokio::spawn(async move { store.release(&attempt).await })
+        };
+        let retry = Claim { lease: LONG, ..retry_of(&first) };
+        let winners = race(&handles, vec![retry.clone()]).await;
+        let released = finished(release).await == Fenced::Applied;
+        for (_, _, number) in winners {
+            assert_eq!(number, if released { 1 } else { 2 }, "attempt number; released: {released}");
+            let record = handles[1].get(&retry, "claimed while the earlier attempt released").await;
+            assert_eq!(record.attempt, Some(retry.attempt.id), "attempt of the record; released: {released}");
+        }
+    }
 }
 
 /// Release and hold without a record do nothing.

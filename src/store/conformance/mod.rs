@@ -210,6 +210,7 @@ macro_rules! __for_each_conformance_rule {
             a_store_may_be_prepared_many_times_at_once
             the_first_claim_of_a_key_makes_its_record
             the_retention_counts_from_the_claim
+            the_largest_settings_are_taken
             of_many_simultaneous_claims_exactly_one_wins
             of_many_simultaneous_different_requests_exactly_one_wins
             simultaneous_claims_of_different_keys_are_all_won
@@ -252,6 +253,7 @@ macro_rules! __for_each_conformance_rule {
             an_attempt_that_was_taken_over_writes_nothing
             an_attempt_of_an_earlier_record_writes_nothing
             a_lapsed_owner_still_releases_and_holds
+            a_release_never_reaches_the_attempt_that_takes_over
             fenced_writes_without_a_record_do_nothing
             a_completed_record_is_neither_released_nor_held
             a_held_record_is_not_released
@@ -292,6 +294,7 @@ macro_rules! __for_each_conformance_rule {
             a_record_resolved_past_its_expiry_is_kept_anew
             only_unknown_outcomes_are_resolved
             of_simultaneous_resolutions_exactly_one_counts
+            a_resolution_and_a_completion_exclude_each_other
             a_clock_that_is_ahead_steals_no_lease
             a_clock_that_is_ahead_expires_nothing
             a_clock_that_is_ahead_makes_no_lease_longer

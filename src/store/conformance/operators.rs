@@ -204,6 +204,27 @@ pub async fn of_simultaneous_resolutions_exactly_one_counts(fixture: &dyn Fixtur
     }
 }
 
+/// Of an operator's completion and the attempt's own at the same moment, one is carried out.
+pub async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixture) {
+    let [store, other] = two_handles(fixture).await;
+    for round in 0..12 {
+        let owner = claim_of(&format!("round {round}"));
+        store.win_and_hold(&owner).await;
+        let resolution = {
+            let (other, owner) = (other.clone(), owner.clone());
+            tokio::spawn(
+                async move { other.resolve(&owner, Resolution::Complete(response("resolved"))).await },
+            )
+        };
+        let completed = store.complete(&owner.attempt, response("completed")).await;
+        let resolved = finished(resolution).await == ResolveOutcome::Resolved;
+        let completed = matches!(completed, CompleteOutcome::Completed);
+        assert!(completed != resolved, "completed: {completed}, resolved: {resolved}");
+        let expected = if completed { "completed" } else { "resolved" };
+        assert_eq!(response_of(&store.get(&owner, "afterwards").await), expected, "response that is stored");
+    }
+}
+
 /// Records that an operator may resolve, each with its attempt: held, lapsed, and to be held.
 async fn unknown_outcomes(store: &Handle) -> [Claim; 3] {
     let claims = [

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
@@ -207,15 +207,22 @@ where
     let mut set: JoinSet<T> = tasks.into_iter().collect();
     let mut results = Vec::new();
     while let Some(joined) = set.join_next().await {
-        match joined {
-            Ok(result) => results.push(result),
-            Err(error) => match error.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(error) => panic!("a task of the rule ended early: {error}"),
-            },
-        }
+        results.push(unless_it_panicked(joined));
     }
     results
+}
+
+/// What a spawned task returned; its panic is the panic of the rule.
+pub(super) async fn finished<T>(task: JoinHandle<T>) -> T {
+    unless_it_panicked(task.await)
+}
+
+fn unless_it_panicked<T>(joined: Result<T, JoinError>) -> T {
+    match joined.map_err(JoinError::try_into_panic) {
+        Ok(result) => result,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        Err(Err(error)) => panic!("a task of the rule ended early: {error}"),
+    }
 }
 
 /// Two handles to the storage, as of two processes.

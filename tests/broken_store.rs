@@ -1,0 +1,138 @@
+//! Proof that the conformance suite can fail: one store for each fault, and the rules that must catch it.
+
+#![allow(clippy::wildcard_enum_match_arm, reason = "a fault changes one thing and leaves the rest as it is")]
+
+#[path = "support/broken_store/mod.rs"]
+mod broken_store;
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use broken_store::{Fault, Storage};
+use tower_idempotency::store::conformance::rules;
+
+/// Names of those of the rules that a store with this fault breaks.
+fn broken(fault: Fault, names: &[&str]) -> BTreeSet<&'static str> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let rules = rules().into_iter().filter(|rule| names.contains(&rule.name()));
+        let checks = rules.map(|rule| {
+            let check = tokio::spawn(async move { rule.check(Arc::new(Storage::new(fault))).await });
+            (rule.name(), check)
+        });
+        let mut broken = BTreeSet::new();
+        for (name, check) in checks.collect::<Vec<_>>() {
+            if check.await.is_err() {
+                broken.insert(name);
+            }
+        }
+        broken
+    })
+}
+
+fn all_rules() -> Vec<&'static str> {
+    rules().iter().map(|rule| rule.name()).collect()
+}
+
+#[test]
+fn a_store_without_a_fault_breaks_no_rule() {
+    assert_eq!(broken(Fault::None, &all_rules()), BTreeSet::new());
+}
+
+#[test]
+fn every_rule_is_proved_by_a_fault() {
+    let proved: BTreeSet<&str> = FAULTS.iter().flat_map(|(_, rules)| rules.iter().copied()).collect();
+    assert_eq!(proved, all_rules().into_iter().collect());
+}
+
+macro_rules! faults {
+    ($($test:ident: $fault:ident => [$($rule:ident),+],)+) => {
+        $(
+            #[test]
+            fn $test() {
+                let expected = [$(stringify!($rule)),+];
+                assert_eq!(broken(Fault::$fault, &expected), BTreeSet::from(expected));
+            }
+        )+
+
+        const FAULTS: &[(Fault, &[&str])] = &[$((Fault::$fault, &[$(stringify!($rule)),+])),+];
+    };
+}
+
+faults! {
+    claim_looks_then_writes: ClaimLooksThenWrites => [of_many_simultaneous_claims_exactly_one_wins, of_many_simultaneous_different_requests_exactly_one_wins],
+    takeover_looks_then_writes: TakeoverLooksThenWrites => [a_lapsed_lease_is_taken_over_by_exactly_one, an_expired_key_is_won_by_exactly_one, of_many_simultaneous_claims_of_an_expired_key_exactly_one_wins, of_many_simultaneous_takeovers_exactly_one_wins, a_completion_and_a_takeover_exclude_each_other],
+    completion_looks_then_writes: CompletionLooksThenWrites => [a_completion_and_a_takeover_exclude_each_other],
+    resolution_looks_then_writes: ResolutionLooksThenWrites => [of_simultaneous_resolutions_exactly_one_counts, a_resolution_and_a_completion_exclude_each_other],
+    purge_looks_then_deletes: PurgeLooksThenDeletes => [a_purge_spares_what_is_claimed_meanwhile, a_purge_spares_what_is_renewed_meanwhile],
+    completion_unfenced: CompletionUnfenced => [a_completion_by_another_attempt_changes_nothing, a_completion_after_a_takeover_is_lost, a_completed_record_never_changes, a_held_record_takes_a_late_completion_by_its_attempt_alone],
+    release_looks_then_writes: ReleaseLooksThenWrites => [a_release_never_reaches_the_attempt_that_takes_over],
+    release_unfenced: ReleaseUnfenced => [a_release_by_another_attempt_changes_nothing, an_attempt_that_was_taken_over_writes_nothing, an_attempt_of_an_earlier_record_writes_nothing, an_attempt_of_an_expired_record_does_not_reach_the_next],
+    hold_unfenced: HoldUnfenced => [a_hold_by_another_attempt_changes_nothing, an_attempt_that_was_taken_over_writes_nothing],
+    renewal_unfenced: RenewalUnfenced => [a_renewal_without_ownership_is_lost, a_purged_key_is_claimed_anew, renewals_are_answered_in_their_order, the_largest_settings_are_taken],
+    completed_is_released_by_its_attempt: CompletedIsReleasedByItsAttempt => [a_completed_record_is_neither_released_nor_held],
+    application_clock_judges: ApplicationClockJudges => [a_clock_that_is_ahead_steals_no_lease, a_clock_that_is_ahead_expires_nothing],
+    application_clock_sets: ApplicationClockSets => [a_clock_that_is_ahead_makes_no_lease_longer],
+    replay_writes: ReplayWrites => [a_replay_writes_nothing, a_completed_record_is_shown_to_every_retry],
+    refusal_extends_the_lease: RefusalExtendsTheLease => [a_claim_of_a_taken_key_changes_nothing],
+    refusal_of_another_request_records_it: RefusalOfAnotherRequestRecordsIt => [a_claim_of_a_taken_key_changes_nothing, a_different_request_never_gets_the_key],
+    fingerprint_unchecked_at_takeover: FingerprintUncheckedAtTakeover => [a_different_request_never_gets_the_key, fingerprints_are_compared_byte_by_byte],
+    fingerprint_checked_after_expiry: FingerprintCheckedAfterExpiry => [an_expired_record_counts_as_absent],
+    fingerprint_is_text: FingerprintIsText => [fingerprints_are_compared_byte_by_byte],
+    purge_deletes_held: PurgeDeletesHeld => [a_held_record_stays_past_its_expiry, a_record_that_would_be_found_held_stays_past_its_expiry],
+    purge_deletes_leased: PurgeDeletesLeased => [a_purge_deletes_what_counts_as_absent_and_nothing_else, an_expired_record_with_a_live_lease_is_not_absent],
+    purge_miscounts: PurgeMiscounts => [simultaneous_purges_delete_each_record_once],
+    purge_ignores_its_limit: PurgeIgnoresItsLimit => [a_purge_keeps_to_its_limit],
+    purge_counts_held_against_its_limit: PurgeCountsHeldAgainstItsLimit => [held_records_do_not_use_up_the_limit_of_a_purge],
+    keys_fold_case: KeysFoldCase => [keys_are_compared_byte_by_byte, an_absent_key_is_not_found],
+    keys_are_trimmed: KeysAreTrimmed => [keys_are_compared_byte_by_byte],
+    consumers_fold_case: ConsumersFoldCase => [consumers_are_compared_byte_by_byte],
+    identity_is_concatenated: IdentityIsConcatenated => [consumer_and_key_are_kept_apart],
+    names_are_cut: NamesAreCut => [the_longest_names_are_kept_whole],
+    retention_is_cut_at_a_year: RetentionIsCutAtAYear => [the_largest_settings_are_taken],
+    response_is_text: ResponseIsText => [responses_are_kept_byte_by_byte],
+    repeated_claim_is_refused: RepeatedClaimIsRefused => [a_repeated_claim_by_the_same_attempt_is_won_again, a_repeated_claim_is_won_again_after_its_lease, simultaneous_claims_by_the_same_attempt_agree],
+    repeated_claim_is_a_new_attempt: RepeatedClaimIsANewAttempt => [a_repeated_claim_by_the_same_attempt_is_won_again, simultaneous_claims_by_the_same_attempt_agree],
+    ended_attempt_wins_again: EndedAttemptWinsAgain => [an_ended_attempt_does_not_win_again],
+    takeover_is_a_new_record: TakeoverIsANewRecord => [a_lapsed_lease_is_taken_over_by_the_same_request, attempt_numbers_count_the_takeovers],
+    takeover_restarts_the_retention: TakeoverRestartsTheRetention => [a_lapsed_lease_is_taken_over_by_the_same_request],
+    attempt_number_stays: AttemptNumberStays => [attempt_numbers_count_the_takeovers, a_renewed_lease_keeps_others_out_until_it_runs_out],
+    abandoned_attempts_are_not_counted: AbandonedAttemptsAreNotCounted => [attempt_numbers_count_the_takeovers, too_many_abandoned_attempts_hold_the_record],
+    limit_is_the_latest_claims: LimitIsTheLatestClaims => [the_limit_of_abandoned_attempts_is_the_records_own],
+    holds_one_too_late: HoldsOneTooLate => [one_permitted_attempt_holds_at_once, simultaneous_claims_hold_an_abandoned_record_once],
+    held_is_counted_again: HeldIsCountedAgain => [a_held_record_is_not_run_again, simultaneous_claims_hold_an_abandoned_record_once],
+    held_is_claimable: HeldIsClaimable => [a_held_record_is_not_run_again],
+    held_expires: HeldExpires => [a_held_record_stays_past_its_expiry],
+    held_forgets_its_attempt: HeldForgetsItsAttempt => [a_held_record_takes_a_late_completion_by_its_attempt_alone, a_late_completion_ends_the_hold],
+    held_is_released: HeldIsReleased => [a_held_record_is_not_released],
+    held_is_renewed: HeldIsRenewed => [a_renewal_of_a_held_record_is_skipped],
+    lapsed_owner_loses_at_once: LapsedOwnerLosesAtOnce => [a_lapsed_lease_that_nobody_took_is_renewed, a_lapsed_owner_still_completes, a_lapsed_owner_still_releases_and_holds],
+    repeated_completion_is_lost: RepeatedCompletionIsLost => [a_repeated_completion_is_completed],
+    repeated_completion_replaces: RepeatedCompletionReplaces => [a_repeated_completion_is_completed, a_completed_record_never_changes],
+    lost_completion_shows_the_own_attempt: LostCompletionShowsTheOwnAttempt => [a_completion_by_another_attempt_changes_nothing],
+    completion_makes_a_record: CompletionMakesARecord => [a_completion_without_a_record_is_absent, an_operator_gives_a_key_back],
+    completion_restarts_the_retention: CompletionRestartsTheRetention => [the_retention_counts_from_the_claim, the_owner_stores_its_response],
+    renewals_are_sorted: RenewalsAreSorted => [renewals_are_answered_in_their_order],
+    renewal_adds_to_the_lease: RenewalAddsToTheLease => [a_renewal_sets_the_lease_anew],
+    renewals_are_cut_at_a_hundred: RenewalsAreCutAtAHundred => [many_leases_are_renewed_by_one_call],
+    renewal_loses_what_is_contended: RenewalLosesWhatIsContended => [simultaneous_renewals_lose_no_lease],
+    no_renewals_is_an_error: NoRenewalsIsAnError => [no_renewals_have_no_answers],
+    expiry_needs_a_purge: ExpiryNeedsAPurge => [an_expired_record_counts_as_absent, an_expired_record_is_not_replayed, a_record_resolved_past_its_expiry_is_kept_anew],
+    expiry_ends_a_lease: ExpiryEndsALease => [an_expired_record_with_a_live_lease_is_not_absent],
+    expiry_keeps_the_record_id: ExpiryKeepsTheRecordId => [an_expired_record_counts_as_absent],
+    retention_starts_with_the_lease: RetentionStartsWithTheLease => [the_retention_counts_from_the_claim],
+    release_keeps_the_record: ReleaseKeepsTheRecord => [a_released_key_is_claimable_at_once, fenced_writes_without_a_record_do_nothing],
+    list_is_reversed: ListIsReversed => [a_list_begins_with_the_oldest],
+    list_ignores_its_filter: ListIgnoresItsFilter => [a_list_is_filtered_by_state],
+    list_forgets_the_attempt: ListForgetsTheAttempt => [a_list_shows_what_get_shows],
+    get_hides_the_expired: GetHidesTheExpired => [an_expired_record_is_found_until_it_is_purged],
+    get_hides_the_lapsed_attempt: GetHidesTheLapsedAttempt => [a_lapsed_lease_shows_nothing_remaining],
+    get_finds_anything: GetFindsAnything => [an_absent_key_is_not_found],
+    evict_does_nothing: EvictDoesNothing => [an_evicted_key_is_absent],
+    resolution_keeps_the_attempt: ResolutionKeepsTheAttempt => [an_operator_completes_a_record],
+    resolution_keeps_the_expiry: ResolutionKeepsTheExpiry => [a_record_resolved_past_its_expiry_is_kept_anew, an_operator_completes_a_record],
+    resolution_of_live_leases: ResolutionOfLiveLeases => [only_unknown_outcomes_are_resolved],
+    prepare_empties_the_store: PrepareEmptiesTheStore => [a_store_may_be_prepared_many_times_at_once],
+    completion_tears_the_response: CompletionTearsTheResponse => [retries_during_a_completion_see_all_of_it_or_nothing],
+    second_handle_sees_nothing: SecondHandleSeesNothing => [the_first_claim_of_a_key_makes_its_record],
+    few_keys_fit: FewKeysFit => [simultaneous_claims_of_different_keys_are_all_won],
+}
