@@ -5,7 +5,10 @@ use std::{fmt, time::Duration, time::SystemTime};
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::{Consumer, Fingerprint, IdempotencyKey, response::{StoredResponse, UnreadableResponse}};
+use crate::{
+    Consumer, Fingerprint, IdempotencyKey,
+    response::{StoredResponse, UnreadableResponse},
+};
 
 /// Name of a record.
 ///

@@ -74,7 +74,9 @@ impl Charges {
             }
             Some(("postgres" | "postgresql", _)) => Self::Postgres(PgPool::connect(url).await?),
             _ => {
-                return Err(format!("DATABASE_URL is {url:?}: it must begin with sqlite: or postgres:").into());
+                return Err(
+                    format!("DATABASE_URL is {url:?}: it must begin with sqlite: or postgres:").into()
+                );
             }
         };
         on!(&charges, pool => sqlx::query(CREATE_TABLE).execute(pool).await.map(drop))?;

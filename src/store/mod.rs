@@ -26,8 +26,8 @@ pub use sql::{InvalidIdentifier, TableCreation};
 pub use sqlite::SqliteStore;
 
 use crate::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter, RenewOutcome,
-    Renewal, Resolution, ResolveOutcome, StoreError,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
 };
 
 /// Keeps records. This is the contract that every store fulfils and that the conformance suite

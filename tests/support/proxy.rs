@@ -81,7 +81,7 @@ impl Proxy {
         self.address
     }
 
-    /// Changes what it does. A refusal takes effect with the next [`until`](Self::until) or a moment later.
+    /// Changes what it does. A refusal of connections, and its end, takes effect a moment later.
     pub fn set(&self, fault: Fault) {
         self.control.send_modify(|control| {
             control.fault = fault;
@@ -209,14 +209,14 @@ impl<'a> Direction<'a> {
                 return to.shutdown().await;
             }
             let (fault, setting) = self.fault();
-            let passed = match fault {
-                Fault::LoseRequestsAfter(limit) => self.pass_within(limit, read),
-                Fault::HoldRepliesFrom(wanted) if contains(&buffer[..read], wanted) => {
-                    self.seen_in.store(setting, Ordering::SeqCst);
-                    read
-                }
-                _ => read,
-            };
+            let mut passed = read;
+            if let Fault::LoseRequestsAfter(limit) = fault {
+                passed = self.pass_within(limit, read);
+            } else if let Fault::HoldRepliesFrom(wanted) = fault
+                && contains(&buffer[..read], wanted)
+            {
+                self.seen_in.store(setting, Ordering::SeqCst);
+            }
             to.write_all(&buffer[..passed]).await?;
         }
     }
@@ -229,28 +229,26 @@ impl<'a> Direction<'a> {
             if read == 0 {
                 return to.shutdown().await;
             }
-            let passed = match self.fault().0 {
-                Fault::LoseRepliesAfter(limit) => self.pass_within(limit, read),
-                Fault::DelayReplies(delay) => {
-                    tokio::time::sleep(delay).await;
-                    read
-                }
-                _ => read,
-            };
+            let mut passed = read;
+            let (fault, _) = self.fault();
+            if let Fault::LoseRepliesAfter(limit) = fault {
+                passed = self.pass_within(limit, read);
+            } else if let Fault::DelayReplies(delay) = fault {
+                tokio::time::sleep(delay).await;
+            }
             to.write_all(&buffer[..passed]).await?;
         }
     }
 
     async fn hold(&mut self) {
         let seen_in = self.seen_in.load(Ordering::SeqCst);
-        let passes = |control: &Control| match control.fault {
-            Fault::HoldReplies => false,
-            Fault::HoldRepliesFrom(_) => control.setting != seen_in,
-            _ => true,
+        let holds = |control: &Control| {
+            control.fault == Fault::HoldReplies
+                || matches!(control.fault, Fault::HoldRepliesFrom(_)) && control.setting == seen_in
         };
-        if !passes(&self.control.borrow()) {
+        if holds(&self.control.borrow()) {
             let _held = Counted::new(&self.counts, |counts| &mut counts.withheld);
-            let _ = self.control.wait_for(passes).await;
+            let _ = self.control.wait_for(|control| !holds(control)).await;
         }
     }
 
