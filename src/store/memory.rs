@@ -144,7 +144,7 @@ impl Store for MemoryStore {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get(&identity) {
-            Some(entry) if entry.is_in_progress_by(attempt) => {
+            Some(entry) if entry.is_open_to(attempt) => {
                 shard.remove(&identity, &self.shared);
                 Ok(Fenced::Applied)
             }
@@ -156,7 +156,7 @@ impl Store for MemoryStore {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get_mut(&identity) {
-            Some(entry) if entry.attempt == Some(attempt.id) && !entry.is_completed() => {
+            Some(entry) if entry.is_open_to(attempt) => {
                 entry.state = State::Held;
                 Ok(Fenced::Applied)
             }
@@ -401,6 +401,11 @@ impl Entry {
     /// The last permitted attempt was abandoned, whether or not anybody has claimed the key since.
     fn is_to_be_held(&self, now: Instant) -> bool {
         self.has_lapsed(now) && self.abandoned.saturating_add(1) >= self.max_abandoned
+    }
+
+    /// Whether the attempt may still end the record.
+    fn is_open_to(&self, attempt: &Attempt) -> bool {
+        self.attempt == Some(attempt.id) && !self.is_completed()
     }
 
     fn is_in_progress_by(&self, attempt: &Attempt) -> bool {

@@ -103,7 +103,8 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
 
-    /// Gives the key back: the record of the attempt is claimable at once, also by another fingerprint.
+    /// Gives the key back: the record of the attempt, in progress or held, is claimable at once, also by another
+    /// fingerprint. (A claim whose reply came too late is released even if it has become held by then.)
     ///
     /// # Errors
     ///

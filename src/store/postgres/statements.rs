@@ -161,10 +161,7 @@ UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "
-DELETE FROM {table} AS r
-WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND r.state = 'in_progress'
-RETURNING 1";
+const RELEASE: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {table} AS r SET state = 'held', lease_until = {now}
