@@ -40,6 +40,10 @@ pub(crate) struct Execution {
 type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 
 /// How the handler's task ended.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is made and taken apart once, and the large variant is the rule"
+)]
 enum Ended<B, E> {
     Performed(Performed<B, E>),
     Panicked,

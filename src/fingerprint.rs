@@ -201,6 +201,7 @@ impl Fingerprinter {
         scheme
     }
 
+    #[expect(clippy::expect_used, reason = "RFC 2104 defines HMAC for keys of any length")]
     fn digest(&self, input: &[u8]) -> Vec<u8> {
         match &self.secret {
             None => Sha256::digest(input).to_vec(),
