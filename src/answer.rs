@@ -3,8 +3,8 @@
 use http::{HeaderValue, Response, header};
 
 use crate::{
-    OriginalResponse, Record, RecordState, Rejection, RejectionCode, ResponseBody, StoredBody, StoredResponse,
-    TRACING_TARGET, settings::Settings,
+    OriginalResponse, Record, RecordState, Rejection, RejectionCode, ResponseBody, StoredBody,
+    StoredResponse, TRACING_TARGET, settings::Settings,
 };
 
 /// What a record answers to a retry of its request.
@@ -41,7 +41,8 @@ fn kept(response: StoredResponse) -> Result<StoredResponse, Rejection> {
     }
     let location = response.headers.get(header::LOCATION).and_then(|value| value.to_str().ok());
     let original = OriginalResponse { status: response.status, location: location.map(str::to_owned) };
-    let detail = "The request was performed once. Its response was too large or endless to be kept for a replay.";
+    let detail =
+        "The request was performed once. Its response was too large or endless to be kept for a replay.";
     Err(Rejection::new(RejectionCode::ResponseNotKept, detail).with_original(original))
 }
 

@@ -94,7 +94,10 @@ pin_project! {
 }
 
 impl<B: Body<Data = Bytes>> Inner<B> {
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         match self.project() {
             Projected::Passed { body } => body.poll_frame(cx),
             Projected::Buffered { data, trailers } => {
@@ -130,7 +133,8 @@ impl<B: Body<Data = Bytes>> Inner<B> {
                 hint
             }
             Self::Resumed { frames, rest } => {
-                let read = frames.iter().filter_map(Frame::data_ref).map(|data| data.len() as u64).sum::<u64>();
+                let read =
+                    frames.iter().filter_map(Frame::data_ref).map(|data| data.len() as u64).sum::<u64>();
                 let rest = rest.size_hint();
                 let mut hint = SizeHint::new();
                 hint.set_lower(rest.lower() + read);

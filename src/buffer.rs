@@ -38,7 +38,11 @@ pub(crate) struct RequestLimits {
 
 impl RequestLimits {
     /// Reads the body of a request. `Ok(None)` if the caller has gone meanwhile.
-    pub(crate) async fn read<B>(&self, body: B, caller: oneshot::Receiver<()>) -> Result<Option<Buffered>, Rejection>
+    pub(crate) async fn read<B>(
+        &self,
+        body: B,
+        caller: oneshot::Receiver<()>,
+    ) -> Result<Option<Buffered>, Rejection>
     where
         B: Body<Data = Bytes>,
         B::Error: Into<BoxError>,
@@ -52,7 +56,11 @@ impl RequestLimits {
         }
     }
 
-    async fn read_all<B>(&self, body: B, mut caller: oneshot::Receiver<()>) -> Result<Option<Buffered>, Rejection>
+    async fn read_all<B>(
+        &self,
+        body: B,
+        mut caller: oneshot::Receiver<()>,
+    ) -> Result<Option<Buffered>, Rejection>
     where
         B: Body<Data = Bytes>,
         B::Error: Into<BoxError>,
@@ -79,14 +87,16 @@ impl RequestLimits {
 
     /// Takes room for a body whose least size is known, before any of it is read.
     fn reserve(&self, lower: u64) -> Result<CountedBytes, Rejection> {
-        let capacity = u32::try_from(lower).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
+        let capacity =
+            u32::try_from(lower).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
         let permit = Arc::clone(&self.total).try_acquire_many_owned(capacity).map_err(|_| overloaded())?;
         Ok(CountedBytes { bytes: Vec::new(), capacity, permit })
     }
 
     fn append(&self, bytes: &mut CountedBytes, data: &[u8]) -> Result<(), Rejection> {
         let length = bytes.bytes.len() + data.len();
-        let needed = u32::try_from(length).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
+        let needed =
+            u32::try_from(length).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
         if needed > bytes.capacity {
             let capacity = needed.max(bytes.capacity.saturating_mul(2).min(self.body));
             let more = Arc::clone(&self.total).try_acquire_many_owned(capacity - bytes.capacity);
@@ -133,7 +143,10 @@ fn overloaded() -> Rejection {
 }
 
 fn incomplete(error: &BoxError) -> Rejection {
-    Rejection::new(RejectionCode::RequestIncomplete, format!("The body broke off ({error}); nothing was done."))
+    Rejection::new(
+        RejectionCode::RequestIncomplete,
+        format!("The body broke off ({error}); nothing was done."),
+    )
 }
 
 /// The body of a response, as far as it could be collected.
@@ -185,10 +198,13 @@ fn join(frames: VecDeque<Frame<Bytes>>, length: usize) -> Buffered {
     }
     whole.data = match <[Bytes; 1]>::try_from(chunks) {
         Ok([only]) => only,
-        Err(chunks) => chunks.iter().fold(Vec::with_capacity(length), |mut all, chunk| {
-            all.extend_from_slice(chunk);
-            all
-        }).into(),
+        Err(chunks) => chunks
+            .iter()
+            .fold(Vec::with_capacity(length), |mut all, chunk| {
+                all.extend_from_slice(chunk);
+                all
+            })
+            .into(),
     };
     whole
 }

@@ -1,6 +1,10 @@
 //! The API consumer that a key belongs to.
 
-use std::{fmt, sync::Arc, sync::atomic::{AtomicBool, Ordering}};
+use std::{
+    fmt,
+    sync::Arc,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use sha2::{Digest, Sha256};
@@ -182,7 +186,11 @@ mod tests {
     #[test]
     fn names_are_checked_when_made() {
         assert!(Consumer::new("a").is_ok() && Consumer::new("ä".repeat(127)).is_ok());
-        assert!(Consumer::new("").is_err() && Consumer::new("a\0").is_err() && Consumer::new("a".repeat(256)).is_err());
+        assert!(
+            Consumer::new("").is_err()
+                && Consumer::new("a\0").is_err()
+                && Consumer::new("a".repeat(256)).is_err()
+        );
     }
 
     #[test]
@@ -216,7 +224,8 @@ mod tests {
 
     #[test]
     fn a_consumer_in_the_extensions_wins() {
-        let (mut parts, ()) = http::Request::builder().header("x-api-key", "k").body(()).unwrap().into_parts();
+        let (mut parts, ()) =
+            http::Request::builder().header("x-api-key", "k").body(()).unwrap().into_parts();
         parts.extensions.insert(Consumer::new("acme").unwrap());
         assert_eq!(ConsumerExtractor::default().extract(&parts).unwrap().as_str(), "acme");
         assert_eq!(ConsumerExtractor::extension().extract(&parts).unwrap().as_str(), "acme");

@@ -1,10 +1,7 @@
 //! What all layers over one store share: running attempts, claims, settlements, the end.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::AtomicBool,
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -69,7 +66,11 @@ impl Core {
     }
 
     /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
-    pub(crate) async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
+    pub(crate) async fn claim(
+        self: &Arc<Self>,
+        claim: Claim,
+        limit: Duration,
+    ) -> Result<ClaimOutcome, StoreError> {
         // Past its lease a claim is worth nothing, by whichever clock: somebody else may run already.
         let limit = limit.min(claim.lease);
         let (sender, mut receiver) = oneshot::channel();
@@ -151,11 +152,13 @@ impl Core {
 
     async fn settle_once(&self, attempt: &Attempt, settlement: &Settlement) -> Result<Settled, StoreError> {
         match settlement {
-            Settlement::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
-                CompleteOutcome::Completed => Settled::Done,
-                CompleteOutcome::Lost(record) => Settled::Lost(record),
-                CompleteOutcome::Absent => Settled::Absent,
-            }),
+            Settlement::Complete(response) => {
+                Ok(match self.store.complete(attempt, response.clone()).await? {
+                    CompleteOutcome::Completed => Settled::Done,
+                    CompleteOutcome::Lost(record) => Settled::Lost(record),
+                    CompleteOutcome::Absent => Settled::Absent,
+                })
+            }
             Settlement::Release => self.store.release(attempt).await.map(|_| Settled::Done),
             Settlement::Hold => self.store.hold(attempt).await.map(|_| Settled::Done),
         }

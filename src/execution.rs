@@ -15,8 +15,8 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Idempotency, RecordId, Rejection, RejectionCode, RequestBody, ResponseBody, StoredBody,
-    StoredResponse, TRACING_TARGET,
+    Attempt, Directive, Idempotency, RecordId, Rejection, RejectionCode, RequestBody, ResponseBody,
+    StoredBody, StoredResponse, TRACING_TARGET,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
     core::{Core, Settled, Settlement},
@@ -40,6 +40,10 @@ pub(crate) struct Execution {
 type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 
 /// How the handler's task ended.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is made and taken apart once, and the large variant is the rule"
+)]
 enum Ended<B, E> {
     Performed(Performed<B, E>),
     Panicked,
@@ -79,13 +83,20 @@ impl Execution {
     fn keep_lease(&self, lost: &CancellationToken) -> Lease {
         let timing = &self.settings.timing;
         let interval = timing.renewal_interval();
-        let lease = Lease::new(&self.core.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
+        let lease =
+            Lease::new(&self.core.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
         lease.keep(interval);
         lease
     }
 
     fn idempotency(&self, cancelled: &CancellationToken) -> Idempotency {
-        Idempotency::new(&self.core, self.attempt.clone(), self.record_id, self.attempt_number, cancelled.clone())
+        Idempotency::new(
+            &self.core,
+            self.attempt.clone(),
+            self.record_id,
+            self.attempt_number,
+            cancelled.clone(),
+        )
     }
 
     /// Waits for the handler, at most `max_execution`; shortly before that it is told.

@@ -123,7 +123,10 @@ impl Fingerprinter {
     /// # Errors
     ///
     /// [`InvalidPointer`] if one of the pointers is not a JSON pointer to a member.
-    pub fn canonical_json<'a>(mut self, excluded: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidPointer> {
+    pub fn canonical_json<'a>(
+        mut self,
+        excluded: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, InvalidPointer> {
         let pointers = excluded.into_iter().map(canonical_json::Pointer::parse).collect::<Result<_, _>>()?;
         self.payload = Payload::CanonicalJson(pointers);
         Ok(self)
@@ -173,7 +176,12 @@ impl Fingerprinter {
     }
 
     /// Computes it in the scheme that `record` was made in. `None` if that scheme is unknown here.
-    pub(crate) fn fingerprint_like(&self, record: &Fingerprint, parts: &Parts, body: &Bytes) -> Option<Fingerprint> {
+    pub(crate) fn fingerprint_like(
+        &self,
+        record: &Fingerprint,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Option<Fingerprint> {
         std::iter::once(self)
             .chain(&self.previous)
             .find(|scheme| record.0.starts_with(&scheme.scheme()))
@@ -193,11 +201,13 @@ impl Fingerprinter {
         scheme
     }
 
+    #[expect(clippy::expect_used, reason = "RFC 2104 defines HMAC for keys of any length")]
     fn digest(&self, input: &[u8]) -> Vec<u8> {
         match &self.secret {
             None => Sha256::digest(input).to_vec(),
             Some(secret) => {
-                let mut mac = Hmac::<Sha256>::new_from_slice(&secret.key).expect("an HMAC takes keys of any length");
+                let mut mac =
+                    Hmac::<Sha256>::new_from_slice(&secret.key).expect("an HMAC takes keys of any length");
                 mac.update(input);
                 mac.finalize().into_bytes().to_vec()
             }
@@ -303,7 +313,8 @@ mod tests {
 
     #[test]
     fn host_user_agent_and_authority_do_not_count() {
-        let one = request("POST", "http://a/pay", &[("host", "a"), ("user-agent", "x"), ("traceparent", "1")]);
+        let one =
+            request("POST", "http://a/pay", &[("host", "a"), ("user-agent", "x"), ("traceparent", "1")]);
         let two = request("POST", "/pay", &[("host", "b"), ("authorization", "y")]);
         assert!(!differs((&one, "1"), (&two, "1")));
     }
@@ -318,7 +329,9 @@ mod tests {
     #[test]
     fn extra_headers_count_line_by_line() {
         let fingerprinter = Fingerprinter::default().add_header(HeaderName::from_static("x-t"));
-        let of = |headers: &[(&str, &str)]| fingerprinter.fingerprint(&request("POST", "/", headers), &Bytes::new());
+        let of = |headers: &[(&str, &str)]| {
+            fingerprinter.fingerprint(&request("POST", "/", headers), &Bytes::new())
+        };
         assert_ne!(of(&[("x-t", "1")]), of(&[("x-t", "2")]));
         assert_ne!(of(&[("x-t", "1"), ("x-t", "2")]), of(&[("x-t", "12")]));
         assert_ne!(of(&[("x-t", "")]), of(&[]));

@@ -83,6 +83,7 @@ impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
 }
 
 fn task_failed<B>() -> Response<ResponseBody<B>> {
-    let rejection = Rejection::new(RejectionCode::Internal, "The request could not be finished; send it again.");
+    let rejection =
+        Rejection::new(RejectionCode::Internal, "The request could not be finished; send it again.");
     respond(rejection, &ProblemJson).map(|data| ResponseBody::buffered(data, None))
 }

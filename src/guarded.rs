@@ -36,7 +36,12 @@ enum Decision {
 }
 
 impl Guarded {
-    pub(crate) fn new(core: &Arc<Core>, settings: &Arc<Settings>, consumer: Consumer, key: KeySource) -> Self {
+    pub(crate) fn new(
+        core: &Arc<Core>,
+        settings: &Arc<Settings>,
+        consumer: Consumer,
+        key: KeySource,
+    ) -> Self {
         Self { core: Arc::clone(core), settings: Arc::clone(settings), consumer, key }
     }
 
@@ -80,7 +85,10 @@ impl Guarded {
         B::Error: Into<BoxError>,
     {
         if self.core.draining.is_cancelled() {
-            return Err(Rejection::new(RejectionCode::ShuttingDown, "The server is shutting down; send the request again."));
+            return Err(Rejection::new(
+                RejectionCode::ShuttingDown,
+                "The server is shutting down; send the request again.",
+            ));
         }
         self.settings.request_limits.read(body, caller).await
     }
@@ -119,7 +127,14 @@ impl Guarded {
                 ClaimOutcome::Won { record_id, attempt_number } => {
                     let (core, settings) = (Arc::clone(&self.core), Arc::clone(&self.settings));
                     let (attempt, permit) = (claim.attempt, permit.take());
-                    return Ok(Decision::Run(Execution { core, settings, attempt, record_id, attempt_number, _permit: permit }));
+                    return Ok(Decision::Run(Execution {
+                        core,
+                        settings,
+                        attempt,
+                        record_id,
+                        attempt_number,
+                        _permit: permit,
+                    }));
                 }
                 ClaimOutcome::Contended => return Err(in_progress()),
                 ClaimOutcome::Exists(record) => record,
@@ -173,15 +188,18 @@ impl Guarded {
         }
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "no claim");
         Err(match error.kind() {
-            StoreErrorKind::Misconfigured => {
-                Rejection::new(RejectionCode::StoreMisconfigured, "The request was not performed; the server's log says why.")
-            }
-            StoreErrorKind::Internal => {
-                Rejection::new(RejectionCode::Internal, "The request was not performed; the server's log says why.")
-            }
-            StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous => {
-                Rejection::new(RejectionCode::StoreUnavailable, "The request was not performed; send it again with the same key.")
-            }
+            StoreErrorKind::Misconfigured => Rejection::new(
+                RejectionCode::StoreMisconfigured,
+                "The request was not performed; the server's log says why.",
+            ),
+            StoreErrorKind::Internal => Rejection::new(
+                RejectionCode::Internal,
+                "The request was not performed; the server's log says why.",
+            ),
+            StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous => Rejection::new(
+                RejectionCode::StoreUnavailable,
+                "The request was not performed; send it again with the same key.",
+            ),
         })
     }
 }

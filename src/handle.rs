@@ -25,7 +25,9 @@ pub struct IdempotencyHandle {
 
 /// Attempts were still running when the time to drain was over.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{running} tasks were still running after {limit:?}; what they own is taken over when their leases run out")]
+#[error(
+    "{running} tasks were still running after {limit:?}; what they own is taken over when their leases run out"
+)]
 #[non_exhaustive]
 pub struct DrainTimedOut {
     /// How many.

@@ -82,10 +82,14 @@ pub enum InvalidKey {
         minimum: usize,
     },
     /// A byte that a key cannot have.
-    #[error("the key holds a character that is not allowed; use visible ASCII without quotation mark, comma, semicolon and backslash, or a quoted string")]
+    #[error(
+        "the key holds a character that is not allowed; use visible ASCII without quotation mark, comma, semicolon and backslash, or a quoted string"
+    )]
     Character,
     /// Begins with a quotation mark and is no string Item of RFC 9651.
-    #[error("the key begins with a quotation mark but is not a well-formed structured field string (RFC 9651)")]
+    #[error(
+        "the key begins with a quotation mark but is not a well-formed structured field string (RFC 9651)"
+    )]
     Malformed,
     /// Not quoted, where only structured fields are accepted.
     #[error("the key must be a structured field string (RFC 9651): put it in quotation marks")]
@@ -152,7 +156,11 @@ impl KeySyntax {
     }
 
     /// Reads the key from the request headers; `None` if there is no such header.
-    pub(crate) fn read(&self, headers: &HeaderMap, name: &HeaderName) -> Result<Option<IdempotencyKey>, InvalidKey> {
+    pub(crate) fn read(
+        &self,
+        headers: &HeaderMap,
+        name: &HeaderName,
+    ) -> Result<Option<IdempotencyKey>, InvalidKey> {
         let mut lines = headers.get_all(name).iter();
         let Some(value) = lines.next() else { return Ok(None) };
         if lines.next().is_some() {
@@ -192,7 +200,11 @@ impl KeySyntax {
 fn bare(value: &[u8]) -> Result<String, InvalidKey> {
     let allowed = |byte: &u8| matches!(byte, 0x21..=0x7e) && !matches!(byte, b'"' | b',' | b';' | b'\\');
     if !value.iter().all(allowed) {
-        return Err(if value.iter().all(u8::is_ascii_whitespace) { InvalidKey::Empty } else { InvalidKey::Character });
+        return Err(if value.iter().all(u8::is_ascii_whitespace) {
+            InvalidKey::Empty
+        } else {
+            InvalidKey::Character
+        });
     }
     Ok(value.iter().copied().map(char::from).collect())
 }
@@ -227,8 +239,22 @@ mod tests {
     #[test]
     fn malformed_keys_are_refused() {
         let refused: [&[u8]; 16] = [
-            b"", b" ", b"\t", b"\"\"", b"\"abc", b"a b", b"a,b", b"a;b", b"a\\b", b"a\"b", b"\"a\" b", b"\"a\", \"b\"",
-            b"\"a\";", b"\xff\xfe", b"\"\xc3\xa4\"", b"a\x7f",
+            b"",
+            b" ",
+            b"\t",
+            b"\"\"",
+            b"\"abc",
+            b"a b",
+            b"a,b",
+            b"a;b",
+            b"a\\b",
+            b"a\"b",
+            b"\"a\" b",
+            b"\"a\", \"b\"",
+            b"\"a\";",
+            b"\xff\xfe",
+            b"\"\xc3\xa4\"",
+            b"a\x7f",
         ];
         for value in refused {
             assert!(parse(value).is_err(), "{value:?} was accepted");

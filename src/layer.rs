@@ -7,8 +7,8 @@ use tokio::sync::Semaphore;
 use tower_layer::Layer;
 
 use crate::{
-    ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeyLogging, KeySyntax, Reaper,
-    RenderRejection, ResultPolicy, StoreOutage, core::Core, settings::Settings,
+    ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeyLogging,
+    KeySyntax, Reaper, RenderRejection, ResultPolicy, StoreOutage, core::Core, settings::Settings,
 };
 
 /// Layer that performs a request with an idempotency key once and replays its response to every retry.
@@ -77,7 +77,9 @@ impl IdempotencyLayer {
         let methods: Vec<Method> = methods.into_iter().collect();
         let never = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::CONNECT];
         if let Some(method) = methods.iter().find(|method| never.contains(method)) {
-            panic!("{method} cannot be guarded: it changes nothing, so it is safe to retry; remove it from the methods");
+            panic!(
+                "{method} cannot be guarded: it changes nothing, so it is safe to retry; remove it from the methods"
+            );
         }
         self.set(|settings| settings.methods = methods)
     }
@@ -112,7 +114,10 @@ impl IdempotencyLayer {
     #[must_use]
     #[track_caller]
     pub fn with_derived_key(self, window: Duration) -> Self {
-        assert!(!window.is_zero(), "a window of zero derives keys that nothing can match: use at least a second");
+        assert!(
+            !window.is_zero(),
+            "a window of zero derives keys that nothing can match: use at least a second"
+        );
         self.set(|settings| settings.derived_key = Some(window))
     }
 

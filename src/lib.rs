@@ -42,8 +42,8 @@ pub use layer::IdempotencyLayer;
 pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
 pub use reaper::Reaper;
 pub use record::{
-    Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId, RecordState,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome,
+    Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId,
+    RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome,
 };
 pub use rejection::{OriginalResponse, ProblemJson, Rejection, RejectionCode, RenderRejection};
 pub use response::{StoredBody, StoredResponse, UnreadableResponse};
@@ -59,3 +59,7 @@ pub use store::{IntoStore, Store};
 
 /// Target of all `tracing` events.
 const TRACING_TARGET: &str = "tower_idempotency";
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -146,7 +146,10 @@ mod tests {
     #[test]
     fn presets_store_what_they_say() {
         assert_eq!(stored(&ResultPolicy::default()), [200, 204, 301, 304, 400, 402, 404, 409, 422]);
-        assert_eq!(stored(&ResultPolicy::at_most_once()), [200, 204, 301, 304, 400, 402, 404, 409, 422, 500, 503]);
+        assert_eq!(
+            stored(&ResultPolicy::at_most_once()),
+            [200, 204, 301, 304, 400, 402, 404, 409, 422, 500, 503]
+        );
         assert_eq!(stored(&ResultPolicy::success_only()), [200, 204, 301, 304]);
     }
 

@@ -37,7 +37,10 @@ impl Reaper {
     #[must_use]
     #[track_caller]
     pub fn every(interval: Duration, batch: u32) -> Self {
-        assert!(!interval.is_zero() && batch > 0, "a reaper needs an interval and a batch above zero; or use Reaper::off()");
+        assert!(
+            !interval.is_zero() && batch > 0,
+            "a reaper needs an interval and a batch above zero; or use Reaper::off()"
+        );
         Self(Some(Schedule { interval, batch }))
     }
 

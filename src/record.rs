@@ -5,7 +5,10 @@ use std::{fmt, time::Duration, time::SystemTime};
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::{Consumer, Fingerprint, IdempotencyKey, response::{StoredResponse, UnreadableResponse}};
+use crate::{
+    Consumer, Fingerprint, IdempotencyKey,
+    response::{StoredResponse, UnreadableResponse},
+};
 
 /// Name of a record.
 ///
@@ -205,8 +208,8 @@ pub enum RecordState {
         /// What is left of the lease; zero once it ran out.
         lease_remaining: Duration,
     },
-    /// The outcome is unknown and running again is not allowed. Ends by a late completion of the same attempt, by
-    /// reconciling or by an operator; never by itself.
+    /// The outcome is unknown and running again is not allowed. Ends by a late completion or release of the same
+    /// attempt, by reconciling or by an operator; never by itself.
     Held,
     /// The response is stored.
     #[non_exhaustive]

@@ -236,4 +236,5 @@ pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> R
     response
 }
 
-const DOCUMENTATION: &str = "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";
+const DOCUMENTATION: &str =
+    "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";

@@ -162,7 +162,9 @@ fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
     let body = match input.try_get_u8().ok()? {
         BODY_NOT_KEPT => StoredBody::NotKept,
         BODY_KEPT => StoredBody::Kept { data: get_bytes(input)?, trailers: None },
-        BODY_WITH_TRAILERS => StoredBody::Kept { data: get_bytes(input)?, trailers: Some(get_headers(input)?) },
+        BODY_WITH_TRAILERS => {
+            StoredBody::Kept { data: get_bytes(input)?, trailers: Some(get_headers(input)?) }
+        }
         _ => return None,
     };
     input.is_empty().then_some(StoredResponse { status, headers, body })

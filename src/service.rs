@@ -45,7 +45,9 @@ impl<S> IdempotencyService<S> {
     /// The key of a request that is to be guarded. A layer around this one may guard it already.
     fn key_of<B>(&self, request: &Request<B>) -> Result<Option<KeySource>, Rejection> {
         let key = self.settings.key_of(request.method(), request.headers())?;
-        Ok(key.filter(|_| !request.extensions().get::<Idempotency>().is_some_and(|outer| outer.is_of(&self.core))))
+        Ok(key.filter(|_| {
+            !request.extensions().get::<Idempotency>().is_some_and(|outer| outer.is_of(&self.core))
+        }))
     }
 }
 

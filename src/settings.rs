@@ -7,8 +7,8 @@ use http::{HeaderMap, HeaderName, Method, Response};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode, RenderRejection,
-    ResultPolicy,
+    ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
+    RenderRejection, ResultPolicy,
     buffer::RequestLimits,
     rejection::{ProblemJson, respond},
 };
@@ -139,7 +139,11 @@ impl Default for Settings {
 
 impl Settings {
     /// The key of a request that is to be guarded; `None` if it passes through.
-    pub(crate) fn key_of(&self, method: &Method, headers: &HeaderMap) -> Result<Option<KeySource>, Rejection> {
+    pub(crate) fn key_of(
+        &self,
+        method: &Method,
+        headers: &HeaderMap,
+    ) -> Result<Option<KeySource>, Rejection> {
         if !self.enabled || !self.methods.contains(method) {
             return Ok(None);
         }
@@ -148,10 +152,15 @@ impl Settings {
             Ok(None) if self.derived_key.is_some() => Ok(self.derived_key.map(KeySource::Derived)),
             Ok(None) if self.required => Err(Rejection::new(
                 RejectionCode::KeyMissing,
-                format!("This operation needs the header {} with a key that is new for each operation.", self.key_header),
+                format!(
+                    "This operation needs the header {} with a key that is new for each operation.",
+                    self.key_header
+                ),
             )),
             Ok(None) => Ok(None),
-            Err(error) => Err(Rejection::new(RejectionCode::KeyInvalid, format!("In {}: {error}.", self.key_header))),
+            Err(error) => {
+                Err(Rejection::new(RejectionCode::KeyInvalid, format!("In {}: {error}.", self.key_header)))
+            }
         }
     }
 

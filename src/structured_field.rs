@@ -114,7 +114,8 @@ impl<'a> Input<'a> {
 
     fn byte_sequence(&mut self) -> Option<()> {
         self.next();
-        let digits = self.take_while(|byte| byte.is_ascii_alphanumeric() || byte == b'+' || byte == b'/').len();
+        let digits =
+            self.take_while(|byte| byte.is_ascii_alphanumeric() || byte == b'+' || byte == b'/').len();
         let padding = self.take_while(|byte| byte == b'=').len();
         let complete = match digits % 4 {
             0 => padding == 0,

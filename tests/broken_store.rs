@@ -103,7 +103,7 @@ faults! {
     held_is_claimable: HeldIsClaimable => [a_held_record_is_not_run_again],
     held_expires: HeldExpires => [a_held_record_stays_past_its_expiry],
     held_forgets_its_attempt: HeldForgetsItsAttempt => [a_held_record_takes_a_late_completion_by_its_attempt_alone, a_late_completion_ends_the_hold],
-    held_is_released: HeldIsReleased => [a_held_record_is_not_released],
+    held_is_not_released: HeldIsNotReleased => [a_held_record_is_released_by_its_attempt_alone],
     held_is_renewed: HeldIsRenewed => [a_renewal_of_a_held_record_is_skipped],
     lapsed_owner_loses_at_once: LapsedOwnerLosesAtOnce => [a_lapsed_lease_that_nobody_took_is_renewed, a_lapsed_owner_still_completes, a_lapsed_owner_still_releases_and_holds],
     repeated_completion_is_lost: RepeatedCompletionIsLost => [a_repeated_completion_is_completed],

@@ -21,9 +21,9 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use tower::ServiceExt;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, Consumer, ConsumerExtractor, Directive, Fingerprinter, Idempotency, IdempotencyKey,
-    IdempotencyLayer, KeySyntax, MemoryStore, RecordFilter, RecordState, Rejection, RejectionCode, Resolution,
-    ResolveOutcome, ResultPolicy, Store, StoreOutage, StoredResponse,
+    Attempt, Claim, ClaimOutcome, Consumer, ConsumerExtractor, Directive, Fingerprinter, Idempotency,
+    IdempotencyKey, IdempotencyLayer, KeySyntax, MemoryStore, RecordFilter, RecordState, Rejection,
+    RejectionCode, Resolution, ResolveOutcome, ResultPolicy, Store, StoreOutage, StoredResponse,
 };
 
 /// Counts how often a handler ran.
@@ -93,7 +93,10 @@ impl Answer {
         assert_eq!(problem["code"], code.as_str());
         assert_eq!(problem["status"], self.status.as_u16());
         assert_eq!(self.status, code.status());
-        assert!(!problem["title"].as_str().unwrap().is_empty() && problem["type"].as_str().unwrap().starts_with("http"));
+        assert!(
+            !problem["title"].as_str().unwrap().is_empty()
+                && problem["type"].as_str().unwrap().starts_with("http")
+        );
         assert!(problem["detail"].is_string() && problem["retryable"].is_boolean());
         assert!(!self.is_replay());
     }
@@ -185,7 +188,9 @@ async fn row_6_a_body_over_the_limit_is_refused_and_nothing_is_claimed() {
     let layer = layer().with_request_body_limit(4);
     let handle = layer.handle();
     let (app, runs) = counting(layer);
-    send(&app, request(Method::POST, Some("k"), "12345")).await.assert_refused(RejectionCode::RequestTooLarge);
+    send(&app, request(Method::POST, Some("k"), "12345"))
+        .await
+        .assert_refused(RejectionCode::RequestTooLarge);
     let chunked = Body::from_stream(futures_stream(["123", "45"]));
     let request = Request::post("/charges").header("idempotency-key", "k").body(chunked).unwrap();
     send(&app, request).await.assert_refused(RejectionCode::RequestTooLarge);
@@ -470,7 +475,8 @@ async fn consumers_with_equal_keys_do_not_meet() {
 async fn in_a_nested_router_the_original_path_counts() {
     let runs = Runs::default();
     let counter = runs.clone();
-    let version = Router::new().route("/pay/{id}", post(move |Path(_): Path<String>| async move { counter.add().to_string() }));
+    let version = Router::new()
+        .route("/pay/{id}", post(move |Path(_): Path<String>| async move { counter.add().to_string() }));
     let guarded = version.layer(layer());
     let app = Router::new().nest("/v1", guarded.clone()).nest("/v2", guarded);
     let pay = |path: &str| Request::post(path).header("idempotency-key", "k").body(Body::empty()).unwrap();
@@ -503,7 +509,8 @@ async fn names_methods_and_refusals_are_configurable() {
             response
         });
     let (app, _) = counting(layer);
-    let put = |token: &str| Request::put("/charges").header("x-request-token", token).body(Body::empty()).unwrap();
+    let put =
+        |token: &str| Request::put("/charges").header("x-request-token", token).body(Body::empty()).unwrap();
     let token = "8e03978e-40d5-43dd-bc93-6894a57f9324";
     assert_eq!(send(&app, put(token)).await.body, "run 1");
     assert_eq!(send(&app, put(token)).await.headers["x-replayed"], "true");
@@ -545,7 +552,8 @@ async fn an_abandoned_record_of_another_scheme_is_taken_over() {
 
 #[tokio::test]
 async fn a_stored_response_that_is_damaged_or_unknown_fails_closed() {
-    for damage in [|bytes: &mut Vec<u8>| bytes[0] = 99, |bytes: &mut Vec<u8>| *bytes.last_mut().unwrap() ^= 1] {
+    for damage in [|bytes: &mut Vec<u8>| bytes[0] = 99, |bytes: &mut Vec<u8>| *bytes.last_mut().unwrap() ^= 1]
+    {
         let (store, layer) = with_store();
         let (app, runs) = counting(layer);
         let (consumer, key) = acme();
@@ -679,7 +687,10 @@ fn the_layer_can_be_built_outside_a_runtime_and_used_on_several() {
 fn impossible_configurations_are_refused_where_they_are_made() {
     let panics = |configure: fn(IdempotencyLayer) -> IdempotencyLayer| {
         let panic = std::panic::catch_unwind(|| configure(layer())).unwrap_err();
-        panic.downcast_ref::<String>().cloned().unwrap_or_else(|| (*panic.downcast_ref::<&str>().unwrap()).into())
+        panic
+            .downcast_ref::<String>()
+            .cloned()
+            .unwrap_or_else(|| (*panic.downcast_ref::<&str>().unwrap()).into())
     };
     let message = panics(|layer| layer.with_retention(Duration::from_secs(20)));
     assert!(message.contains("raise the retention"), "{message}");

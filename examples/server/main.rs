@@ -41,7 +41,8 @@ use std::{error::Error, net::Ipv4Addr, str::FromStr, time::Duration};
 
 use axum::{
     Json, Router,
-    extract::{Extension, Path, Query, Request, State, rejection::JsonRejection},
+    body::Bytes,
+    extract::{Extension, Path, Query, Request, State},
     http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -152,9 +153,10 @@ async fn create_charge(
     State(charges): State<Charges>,
     Extension(consumer): Extension<Consumer>,
     Query(behaviour): Query<Behaviour>,
-    body: Result<Json<NewCharge>, JsonRejection>,
+    body: Bytes,
 ) -> Result<Response, Problem> {
-    let Json(new) = body.map_err(|rejection| Problem(rejection.status(), rejection.body_text()))?;
+    let new: NewCharge = serde_json::from_slice(&body)
+        .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no charge: {error}")))?;
     if new.amount <= 0 {
         return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
     }

@@ -12,7 +12,10 @@ pub(super) struct Pointer(String);
 impl Pointer {
     pub(super) fn parse(text: &str) -> Result<Self, InvalidPointer> {
         let well_formed = text.starts_with('/')
-            && text.split('~').skip(1).all(|after_tilde| after_tilde.starts_with('0') || after_tilde.starts_with('1'));
+            && text
+                .split('~')
+                .skip(1)
+                .all(|after_tilde| after_tilde.starts_with('0') || after_tilde.starts_with('1'));
         well_formed.then(|| Self(text.to_owned())).ok_or_else(|| InvalidPointer(text.to_owned()))
     }
 

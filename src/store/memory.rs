@@ -146,7 +146,7 @@ impl Store for MemoryStore {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get(&identity) {
-            Some(entry) if entry.is_in_progress_by(attempt) => {
+            Some(entry) if entry.is_open_to(attempt) => {
                 shard.remove(&identity, &self.shared);
                 Ok(Fenced::Applied)
             }
@@ -158,7 +158,7 @@ impl Store for MemoryStore {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get_mut(&identity) {
-            Some(entry) if entry.attempt == Some(attempt.id) && !entry.is_completed() => {
+            Some(entry) if entry.is_open_to(attempt) => {
                 entry.state = State::Held;
                 Ok(Fenced::Applied)
             }

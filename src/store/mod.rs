@@ -26,8 +26,8 @@ pub use sql::{InvalidIdentifier, TableCreation};
 pub use sqlite::SqliteStore;
 
 use crate::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter, RenewOutcome,
-    Renewal, Resolution, ResolveOutcome, StoreError,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
 };
 
 /// Keeps records. This is the contract that every store fulfils and that the conformance suite
@@ -103,7 +103,8 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
 
-    /// Gives the key back: the record of the attempt is claimable at once, also by another fingerprint.
+    /// Gives the key back: the record of the attempt, in progress or held, is claimable at once, also by another
+    /// fingerprint. (A claim whose reply came too late is released even if it has become held by then.)
     ///
     /// # Errors
     ///

@@ -28,7 +28,7 @@ impl Schema {
     pub async fn create_named(name: &str) -> Self {
         let pool = PgPoolOptions::new().max_connections(4).connect_lazy_with(server());
         let schema = Self { name: name.to_owned(), pool };
-        schema.run(&format!("CREATE SCHEMA \"{name}\"")).await;
+        schema.run("CREATE SCHEMA \"{s}\"").await;
         schema
     }
 
@@ -36,16 +36,19 @@ impl Schema {
         PostgresStore::new(self.pool.clone()).with_schema(&self.name).unwrap()
     }
 
+    /// A statement in which `{s}` is the schema.
+    pub fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
+        AssertSqlSafe(sql.replace("{s}", &self.name))
+    }
+
     /// Runs statements in which `{s}` is the schema.
     pub async fn run(&self, sql: &str) {
-        let sql = sql.replace("{s}", &self.name);
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&self.pool).await.unwrap();
+        sqlx::raw_sql(self.sql(sql)).execute(&self.pool).await.unwrap();
     }
 
     /// The one number that a statement returns, in which `{s}` is the schema.
     pub async fn number(&self, sql: &str) -> i64 {
-        let sql = format!("SELECT ({})::bigint", sql.replace("{s}", &self.name));
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&self.pool).await.unwrap()
+        sqlx::query_scalar(self.sql(&format!("SELECT ({sql})::bigint"))).fetch_one(&self.pool).await.unwrap()
     }
 }
 

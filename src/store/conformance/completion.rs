@@ -1,6 +1,6 @@
 //! Responses that are stored, once.
 
-use super::{Fixture, claims::race, support::*};
+use super::{Fixture, support::*};
 use crate::{Claim, CompleteOutcome, RecordState};
 
 /// The owner stores its response, and every handle finds it.
@@ -114,12 +114,13 @@ pub async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn Fixtur
     }
     run_out().await;
     for first in firsts {
-        let store = handles[0].clone();
-        let attempt = first.attempt.clone();
-        let completion = tokio::spawn(async move { store.complete(&attempt, response("first")).await });
         let retry = Claim { lease: LONG, ..retry_of(&first) };
-        let taken_over = !race(&handles, vec![retry.clone()]).await.is_empty();
-        let completed = matches!(finished(completion).await, CompleteOutcome::Completed);
+        let completion = {
+            let (store, attempt) = (handles[0].clone(), first.attempt.clone());
+            async move { matches!(store.complete(&attempt, response("first")).await, CompleteOutcome::Completed) }
+        };
+        let (completed, won) = both_at_once(completion, wins(handles[1].clone(), retry.clone())).await;
+        let taken_over = won.is_some();
         assert!(completed != taken_over, "completed: {completed}, taken over: {taken_over}");
         let record = handles[1].get(&first, "afterwards").await;
         let owner = if completed { first.attempt.id } else { retry.attempt.id };

@@ -1,6 +1,6 @@
 //! Writes of attempts that do not own the record.
 
-use super::{Fixture, claims::race, support::*};
+use super::{Fixture, support::*};
 use crate::{Claim, Fenced, RecordState, RenewOutcome};
 
 /// A release by an attempt that does not own the record changes nothing.
@@ -95,14 +95,13 @@ pub async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn F
     }
     run_out().await;
     for first in firsts {
-        let release = {
-            let (store, attempt) = (handles[0].clone(), first.attempt.clone());
-            tokio::spawn(async move { store.release(&attempt).await })
-        };
         let retry = Claim { lease: LONG, ..retry_of(&first) };
-        let winners = race(&handles, vec![retry.clone()]).await;
-        let released = finished(release).await == Fenced::Applied;
-        for (_, _, number) in winners {
+        let release = {
+            let store = handles[0].clone();
+            async move { store.release(&first.attempt).await == Fenced::Applied }
+        };
+        let (released, won) = both_at_once(release, wins(handles[1].clone(), retry.clone())).await;
+        if let Some(number) = won {
             assert_eq!(number, if released { 1 } else { 2 }, "attempt number; released: {released}");
             let record = handles[1].get(&retry, "claimed while the earlier attempt released").await;
             assert_eq!(record.attempt, Some(retry.attempt.id), "attempt of the record; released: {released}");
@@ -136,16 +135,31 @@ pub async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixtu
     assert_eq!(store.get(&owner, "afterwards").await, before, "a completed record changed");
 }
 
-/// A held record is not given back by a release: its outcome is unknown.
-pub async fn a_held_record_is_not_released(fixture: &dyn Fixture) {
-    let store = handle(fixture).await;
-    let owner = claim_of("k");
-    store.win_and_hold(&owner).await;
-    assert_eq!(
-        store.release(&owner.attempt).await,
-        Fenced::NotOwner,
-        "release of a held record by its attempt"
-    );
-    let record = store.get(&owner, "after the release").await;
-    assert_eq!(record.state, RecordState::Held, "state after the release");
+/// A held record is given back by its own attempt, which knows its outcome after all, and by no other.
+pub async fn a_held_record_is_released_by_its_attempt_alone(fixture: &dyn Fixture) {
+    let [store, other] = two_handles(fixture).await;
+    let held = claim_of("held by its owner");
+    store.win_and_hold(&held).await;
+    let abandoned = Claim { lease: SHORT, max_abandoned: 1, ..claim_of("held after it was abandoned") };
+    store.win(&abandoned, "first claim").await;
+    run_out().await;
+    store.be_refused(&retry_of(&abandoned), "abandoned once").await;
+
+    for owner in [held, abandoned] {
+        let stranger = retry_of(&owner).attempt;
+        assert_eq!(
+            other.release(&stranger).await,
+            Fenced::NotOwner,
+            "release of a held record by another attempt"
+        );
+        let record = store.get(&owner, "after a release by another attempt").await;
+        assert_eq!(record.state, RecordState::Held, "state after a release by another attempt");
+        assert_eq!(
+            store.release(&owner.attempt).await,
+            Fenced::Applied,
+            "release of a held record by its attempt"
+        );
+        let next = other_request(&owner);
+        assert_eq!(other.win(&next, "after the release").await, (next.record_id, 1), "id and number");
+    }
 }

@@ -256,7 +256,7 @@ macro_rules! __for_each_conformance_rule {
             a_release_never_reaches_the_attempt_that_takes_over
             fenced_writes_without_a_record_do_nothing
             a_completed_record_is_neither_released_nor_held
-            a_held_record_is_not_released
+            a_held_record_is_released_by_its_attempt_alone
             a_completed_record_is_shown_to_every_retry
             a_replay_writes_nothing
             a_completed_record_never_changes

@@ -212,13 +212,16 @@ pub async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixt
         store.win_and_hold(&owner).await;
         let resolution = {
             let (other, owner) = (other.clone(), owner.clone());
-            tokio::spawn(
-                async move { other.resolve(&owner, Resolution::Complete(response("resolved"))).await },
-            )
+            async move { other.resolve(&owner, Resolution::Complete(response("resolved"))).await }
         };
-        let completed = store.complete(&owner.attempt, response("completed")).await;
-        let resolved = finished(resolution).await == ResolveOutcome::Resolved;
-        let completed = matches!(completed, CompleteOutcome::Completed);
+        let completion = {
+            let (store, attempt) = (store.clone(), owner.attempt.clone());
+            async move {
+                matches!(store.complete(&attempt, response("completed")).await, CompleteOutcome::Completed)
+            }
+        };
+        let (outcome, completed) = both_at_once(resolution, completion).await;
+        let resolved = outcome == ResolveOutcome::Resolved;
         assert!(completed != resolved, "completed: {completed}, resolved: {resolved}");
         let expected = if completed { "completed" } else { "resolved" };
         assert_eq!(response_of(&store.get(&owner, "afterwards").await), expected, "response that is stored");

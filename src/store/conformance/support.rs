@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::task::{JoinError, JoinHandle, JoinSet};
+use tokio::{
+    sync::Barrier,
+    task::{JoinError, JoinHandle, JoinSet},
+};
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
@@ -173,6 +176,14 @@ fn expected<T>(result: Result<T, StoreError>, call: &str) -> T {
     result.unwrap_or_else(|error| panic!("{call} failed: {error} ({error:?})"))
 }
 
+/// The attempt number of a claim if it is won.
+pub(super) async fn wins(store: Handle, claim: Claim) -> Option<u32> {
+    match store.claim(&claim).await {
+        ClaimOutcome::Won { attempt_number, .. } => Some(attempt_number),
+        ClaimOutcome::Exists(_) | ClaimOutcome::Contended => None,
+    }
+}
+
 /// What a record is made of, without the lease, which runs on by itself.
 pub(super) fn but_for_the_lease(record: Record) -> Record {
     let state = match record.state {
@@ -210,6 +221,25 @@ where
         results.push(unless_it_panicked(joined));
     }
     results
+}
+
+/// Runs two calls at the same moment and returns what they returned.
+pub(super) async fn both_at_once<L, R>(left: L, right: R) -> (L::Output, R::Output)
+where
+    L: Future<Output: Send> + Send + 'static,
+    R: Future<Output: Send> + Send + 'static,
+{
+    let barrier = Arc::new(Barrier::new(2));
+    let same_barrier = Arc::clone(&barrier);
+    let left = tokio::spawn(async move {
+        same_barrier.wait().await;
+        left.await
+    });
+    let right = tokio::spawn(async move {
+        barrier.wait().await;
+        right.await
+    });
+    (finished(left).await, finished(right).await)
 }
 
 /// What a spawned task returned; its panic is the panic of the rule.

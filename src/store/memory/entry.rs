@@ -70,7 +70,12 @@ impl Entry {
         self.has_lapsed(now) && self.abandoned.saturating_add(1) >= self.max_abandoned
     }
 
-    pub(super) fn is_in_progress_by(&self, attempt: &Attempt) -> bool {
+    /// Whether the attempt may still end the record.
+    pub(super) fn is_open_to(&self, attempt: &Attempt) -> bool {
+        self.attempt == Some(attempt.id) && !self.is_completed()
+    }
+
+    fn is_in_progress_by(&self, attempt: &Attempt) -> bool {
         matches!(self.state, State::InProgress { .. }) && self.attempt == Some(attempt.id)
     }
 

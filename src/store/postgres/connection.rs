@@ -54,12 +54,13 @@ impl Connections {
                 Ok(rows)
             }
             Ok(Err(source)) => {
-                if source.as_database_error().is_some() {
-                    connection.give_back();
-                } else {
+                let error = error(operation, source);
+                if error.kind() == StoreErrorKind::Ambiguous {
                     self.forget_idle();
+                } else {
+                    connection.give_back();
                 }
-                Err(error(operation, source))
+                Err(error)
             }
             Err(elapsed) => {
                 let message = format!("{operation}: no reply within {:?}", settings.statement_timeout);

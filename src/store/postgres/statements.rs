@@ -161,10 +161,7 @@ UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "
-DELETE FROM {table} AS r
-WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND r.state = 'in_progress'
-RETURNING 1";
+const RELEASE: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {table} AS r SET state = 'held', lease_until = {now}
@@ -187,10 +184,11 @@ UPDATE {table} AS r SET state = 'completed', response = $3, attempt = NULL, comp
 WHERE r.consumer = $1 AND r.key = $2 AND {resolvable}
 RETURNING 1";
 
+/// `IS TRUE` keeps the planner from looking the rows up a second time by their expiry, all that are due.
 const PURGE: &str = "
 WITH doomed AS (
     SELECT r.ctid AS place FROM {table} AS r
     WHERE r.expires_at <= {now} AND {absent}
     ORDER BY r.expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
-DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} RETURNING 1";
+DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} IS TRUE RETURNING 1";

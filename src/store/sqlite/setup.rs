@@ -62,7 +62,8 @@ async fn migrate(
         execute(connection, migration.sql(prefix)).await?;
         tracing::info!(target: "tower_idempotency", file = migration.file, "migrated the tables");
     }
-    Ok(())
+    // A database that is open read-only lets every transaction begin and refuses its first write.
+    execute(connection, format!("DELETE FROM \"{prefix}_migrations\" WHERE version < 0")).await
 }
 
 /// The version of the tables, 0 if there are none.

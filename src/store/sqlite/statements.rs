@@ -131,10 +131,7 @@ UPDATE {r} SET state = 'completed', response = ?4, completed_at = {now}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "
-DELETE FROM {r}
-WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} AND {r}.state = 'in_progress'
-RETURNING 1";
+const RELEASE: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {r} SET state = 'held', lease_until = {now}

@@ -125,7 +125,7 @@ impl Store for BrokenStore {
         let lapsed = self.lapsed(row) && self.has(Fault::LapsedOwnerLosesAtOnce);
         let open = match row.record.state {
             RecordState::InProgress { .. } => !lapsed,
-            RecordState::Held => self.has(Fault::HeldIsReleased),
+            RecordState::Held => !self.has(Fault::HeldIsNotReleased),
             _ => self.has(Fault::CompletedIsReleasedByItsAttempt),
         };
         if !mine || !open {

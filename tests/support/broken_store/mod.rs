@@ -63,7 +63,7 @@ pub enum Fault {
     HeldIsClaimable,
     HeldExpires,
     HeldForgetsItsAttempt,
-    HeldIsReleased,
+    HeldIsNotReleased,
     HeldIsRenewed,
     LapsedOwnerLosesAtOnce,
     RepeatedCompletionIsLost,

@@ -1,0 +1,506 @@
+//! What the SQL stores promise beyond the contract of every store: tables, names, plans, locks and poolers.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use sqlx::{Executor, PgPool, SqlitePool, postgres::PgPoolOptions};
+use tokio::task::JoinSet;
+use tower_idempotency::{
+    Claim, ClaimOutcome, CompleteOutcome, PostgresStore, RenewOutcome, Renewal, SqliteStore, Store,
+    StoreError, StoreErrorKind,
+    store::{ConnectionMode, TableCreation},
+};
+
+use support::{
+    claim,
+    schema::{PooledSchema, Schema, server},
+    sqlite::SqliteFile,
+};
+
+const SQLITE_FILE: &str = include_str!("../migrations/sqlite/0001_records.sql");
+const POSTGRES_FILE: &str = include_str!("../migrations/postgres/0001_records.sql");
+
+#[tokio::test]
+async fn sqlite_migrates_twice_and_from_many_stores_at_once() {
+    let file = SqliteFile::new();
+    let mut stores = JoinSet::new();
+    for _ in 0..8 {
+        let store = SqliteStore::new(file.pool());
+        stores.spawn(async move { store.migrate().await });
+    }
+    for migrated in stores.join_all().await {
+        migrated.unwrap();
+    }
+    let store = SqliteStore::new(file.pool());
+    store.migrate().await.unwrap();
+    store.migrate().await.unwrap();
+    let versions: i64 = sqlx::query_scalar("SELECT count(*) FROM idempotency_migrations")
+        .fetch_one(&file.pool())
+        .await
+        .unwrap();
+    assert_eq!(versions, 1);
+    win(&store, &claim("k")).await;
+}
+
+#[tokio::test]
+async fn sqlite_keeps_prefixes_apart() {
+    let file = SqliteFile::new();
+    let [one, two] =
+        ["orders", "payouts"].map(|prefix| SqliteStore::new(file.pool()).with_table_prefix(prefix).unwrap());
+    win(&one, &claim("k")).await;
+    win(&two, &claim("k")).await;
+    let rows: i64 = sqlx::query_scalar(
+        "SELECT (SELECT count(*) FROM orders_records) + (SELECT count(*) FROM payouts_records)",
+    )
+    .fetch_one(&file.pool())
+    .await
+    .unwrap();
+    assert_eq!(rows, 2);
+}
+
+#[tokio::test]
+async fn sqlite_says_which_file_to_run_when_it_may_not() {
+    let file = SqliteFile::new();
+    let store = SqliteStore::new(file.pool()).with_table_creation(TableCreation::Manual);
+    must_name(&store.prepare().await.unwrap_err(), "migrations/sqlite/0001_records.sql");
+    must_name(&store.claim(&claim("k")).await.unwrap_err(), "migrations/sqlite/0001_records.sql");
+    sqlx::raw_sql(SQLITE_FILE).execute(&file.pool()).await.unwrap();
+    store.prepare().await.unwrap();
+    win(&store, &claim("k")).await;
+}
+
+#[tokio::test]
+async fn sqlite_refuses_tables_of_a_newer_release() {
+    let file = SqliteFile::new();
+    SqliteStore::new(file.pool()).migrate().await.unwrap();
+    sqlx::query("INSERT INTO idempotency_migrations (version) VALUES (999)")
+        .execute(&file.pool())
+        .await
+        .unwrap();
+    must_name(&SqliteStore::new(file.pool()).prepare().await.unwrap_err(), "999");
+}
+
+#[tokio::test]
+async fn sqlite_refuses_databases_in_memory() {
+    for url in ["sqlite::memory:", "sqlite://"] {
+        let store = SqliteStore::new(SqlitePool::connect_lazy(url).unwrap());
+        must_name(&store.prepare().await.unwrap_err(), "MemoryStore");
+        must_name(&store.claim(&claim("k")).await.unwrap_err(), "MemoryStore");
+    }
+}
+
+#[tokio::test]
+async fn sqlite_refuses_read_only_databases() {
+    let file = SqliteFile::new();
+    SqliteStore::new(file.pool()).migrate().await.unwrap();
+    let store = SqliteStore::new(SqlitePool::connect_lazy_with(file.options().read_only(true)));
+    must_name(&store.prepare().await.unwrap_err(), "read-only");
+}
+
+#[tokio::test]
+async fn sqlite_answers_duplicates_while_another_process_writes() {
+    let file = SqliteFile::new();
+    let store = SqliteStore::new(file.pool());
+    win(&store, &claim("k")).await;
+    let mut writer = file.pool().acquire().await.unwrap();
+    writer.execute("BEGIN IMMEDIATE").await.unwrap();
+    let begun = Instant::now();
+    let duplicate = store.claim(&claim("k")).await.unwrap();
+    assert!(matches!(duplicate, ClaimOutcome::Exists(_)), "{duplicate:?}");
+    assert!(begun.elapsed() < Duration::from_secs(1), "a duplicate waited for {:?}", begun.elapsed());
+    let locked = store.claim(&claim("another")).await.unwrap_err();
+    assert_eq!(locked.kind(), StoreErrorKind::Unavailable, "{locked:?}");
+    writer.execute("COMMIT").await.unwrap();
+}
+
+#[tokio::test]
+async fn names_that_would_need_quoting_are_rejected() {
+    let long = "a".repeat(41);
+    for name in ["", "1a", "Orders", "a-b", "a b", "a\"b", "a;drop table b", "ä", long.as_str()] {
+        let sqlite = SqliteStore::new(SqlitePool::connect_lazy("sqlite::memory:").unwrap());
+        assert!(sqlite.with_table_prefix(name).is_err(), "{name:?}");
+        let postgres = PostgresStore::new(PgPool::connect_lazy("postgres://localhost").unwrap());
+        assert!(postgres.clone().with_table_prefix(name).is_err(), "{name:?}");
+        assert!(postgres.with_schema(name).is_err(), "{name:?}");
+    }
+}
+
+#[tokio::test]
+async fn postgres_that_cannot_be_reached_is_unavailable() {
+    let port = support::free_port();
+    let store =
+        PostgresStore::new(PgPool::connect_lazy(&format!("postgres://u@127.0.0.1:{port}/d")).unwrap());
+    let error = store.claim(&claim("k")).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{error:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_migrates_twice_and_from_many_stores_at_once() {
+    let schema = Schema::create().await;
+    let mut stores = JoinSet::new();
+    for _ in 0..8 {
+        let store = schema.store();
+        stores.spawn(async move { store.migrate().await });
+    }
+    for migrated in stores.join_all().await {
+        migrated.unwrap();
+    }
+    schema.store().migrate().await.unwrap();
+    assert_eq!(schema.number("SELECT count(*) FROM {s}.idempotency_migrations").await, 1);
+    win(&schema.store(), &claim("k")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_uses_the_names_it_is_given() {
+    let schema = Schema::create().await;
+    let longest = "p".repeat(40);
+    for prefix in ["select", longest.as_str()] {
+        let store = schema.store().with_table_prefix(prefix).unwrap();
+        win(&store, &claim("k")).await;
+        assert_eq!(schema.number(&format!("SELECT count(*) FROM {{s}}.{prefix}_records")).await, 1);
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_keeps_to_the_schema_that_was_current_at_first() {
+    let schema = Schema::create().await;
+    let quoted = Schema::create_named(&format!("Mixed 'Case\" {}", schema.name).replace('"', "")).await;
+    for schema in [&schema, &quoted] {
+        let path = format!("\"{}\"", schema.name);
+        let pool = PgPoolOptions::new().connect_lazy_with(server().options([("search_path", path)]));
+        let store = PostgresStore::new(pool);
+        win(&store, &claim("k")).await;
+        let rows = format!("SELECT count(*) FROM \"{}\".idempotency_records", schema.name);
+        assert_eq!(schema.number(&rows).await, 1);
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_says_which_file_to_run_when_it_may_not() {
+    let schema = Schema::create().await;
+    let store = schema.store().with_table_creation(TableCreation::Manual);
+    must_name(&store.prepare().await.unwrap_err(), "migrations/postgres/0001_records.sql");
+    schema.run(&format!("BEGIN; SET LOCAL search_path = \"{{s}}\"; {POSTGRES_FILE}; COMMIT")).await;
+    store.prepare().await.unwrap();
+    win(&store, &claim("k")).await;
+    schema.run("INSERT INTO {s}.idempotency_migrations (version) VALUES (999)").await;
+    must_name(&schema.store().prepare().await.unwrap_err(), "999");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_needs_no_right_to_create_tables_once_they_are_there() {
+    let schema = Schema::create().await;
+    let role = format!("r_{}", schema.name);
+    schema.store().migrate().await.unwrap();
+    schema.run(&format!("CREATE ROLE {role} LOGIN; GRANT USAGE ON SCHEMA {{s}} TO {role}")).await;
+    let store = || {
+        let pool = PgPoolOptions::new().connect_lazy_with(server().username(&role));
+        PostgresStore::new(pool).with_schema(&schema.name).unwrap()
+    };
+    must_name(&store().claim(&claim("k")).await.unwrap_err(), "SELECT, INSERT, UPDATE, DELETE");
+    schema.run(&format!("GRANT SELECT ON {{s}}.idempotency_migrations TO {role}")).await;
+    schema.run(&format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {{s}}.idempotency_records TO {role}")).await;
+    win(&store(), &claim("k")).await;
+    schema.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_refuses_read_only_servers_and_reports_lossy_ones() {
+    let schema = Schema::create().await;
+    let with = |setting: (&str, &str)| {
+        let pool = PgPoolOptions::new().connect_lazy_with(server().options([setting]));
+        PostgresStore::new(pool).with_schema(&schema.name).unwrap()
+    };
+    let error = with(("default_transaction_read_only", "on")).prepare().await.unwrap_err();
+    must_name(&error, "read-only");
+    let warnings = with(("synchronous_commit", "off")).prepare().await.unwrap();
+    assert!(warnings.iter().any(|warning| warning.contains("synchronous_commit")), "{warnings:?}");
+    let warnings = with(("synchronous_commit", "on")).prepare().await.unwrap();
+    assert!(!warnings.iter().any(|warning| warning.contains("synchronous_commit")), "{warnings:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_duplicates_neither_write_nor_wait() {
+    let schema = Schema::create().await;
+    let store = schema.store();
+    let (live, done) = (claim("live"), claim("done"));
+    win(&store, &live).await;
+    win(&store, &done).await;
+    complete(&store, &done).await;
+    must_exist(&store, &["live", "done"]).await;
+    // A row that was locked, even by a statement that then changed nothing, remembers by whom.
+    assert_eq!(schema.number("SELECT sum(xmax::text::bigint) FROM {s}.idempotency_records").await, 0);
+
+    let mut owner = schema.pool.begin().await.unwrap();
+    owner.execute(schema.sql("UPDATE {s}.idempotency_records SET completed_at = now()")).await.unwrap();
+    let begun = Instant::now();
+    must_exist(&store, &["live", "done"]).await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "duplicates waited for {:?}", begun.elapsed());
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_claims_and_renewals_skip_locked_rows() {
+    let schema = Schema::create().await;
+    let store = schema.store();
+    let mut lapsed = claim("lapsed");
+    lapsed.lease = Duration::from_millis(1);
+    let owned = claim("owned");
+    win(&store, &lapsed).await;
+    win(&store, &owned).await;
+    let mut other = schema.pool.begin().await.unwrap();
+    let lock = "SELECT FROM {s}.idempotency_records WHERE key = 'lapsed' FOR UPDATE";
+    other.execute(schema.sql(lock)).await.unwrap();
+
+    let begun = Instant::now();
+    let outcome = store.claim(&claim("lapsed")).await.unwrap();
+    assert!(matches!(outcome, ClaimOutcome::Contended), "{outcome:?}");
+    let lost = claim("owned");
+    let renewals =
+        [&lapsed, &owned, &lost].map(|claim| Renewal::new(claim.attempt.clone(), Duration::from_secs(30)));
+    let renewed = store.renew(&renewals).await.unwrap();
+    assert_eq!(renewed, [RenewOutcome::Skipped, RenewOutcome::Renewed, RenewOutcome::Lost]);
+    assert_eq!(store.purge(10).await.unwrap(), 0);
+    assert!(begun.elapsed() < Duration::from_secs(1), "something waited for {:?}", begun.elapsed());
+
+    other.rollback().await.unwrap();
+    win(&store, &claim("lapsed")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_gives_a_statement_up_after_its_time() {
+    let schema = Schema::create().await;
+    let store = schema.store().with_statement_timeout(Duration::from_millis(300)).with_max_connections(1);
+    win(&store, &claim("first")).await;
+    let mut other = schema.pool.begin().await.unwrap();
+    other.execute(schema.sql("LOCK TABLE {s}.idempotency_records")).await.unwrap();
+    let stuck = claim("stuck");
+    let begun = Instant::now();
+    let error = store.claim(&stuck).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Ambiguous, "{error:?}");
+    assert!(begun.elapsed() < Duration::from_secs(2), "gave up after {:?}", begun.elapsed());
+    other.rollback().await.unwrap();
+    win(&store, &stuck).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_survives_the_loss_of_its_connections() {
+    let schema = Schema::create().await;
+    let pool =
+        PgPoolOptions::new().max_connections(4).connect_lazy_with(server().application_name(&schema.name));
+    let store = PostgresStore::new(pool).with_schema(&schema.name).unwrap();
+    let mut claims = JoinSet::new();
+    for key in 0..16 {
+        let store = store.clone();
+        claims.spawn(async move { win(&store, &claim(&format!("{key}"))).await });
+    }
+    claims.join_all().await;
+    schema.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{s}'").await;
+    let next = claim("next");
+    let error = store.claim(&next).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Ambiguous, "{error:?}");
+    // One repetition is enough, however many idle connections there were.
+    win(&store, &next).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_completes_without_touching_an_index() {
+    let schema = Schema::create().await;
+    let store = schema.store();
+    store.prepare().await.unwrap();
+    const RECORDS: i64 = 2_000;
+    let mut workers = JoinSet::new();
+    for worker in 0..4 {
+        let store = store.clone();
+        workers.spawn(async move {
+            for number in 0..RECORDS / 4 {
+                let claim = claim(&format!("{worker}-{number}-{}", "x".repeat(24)));
+                win(&store, &claim).await;
+                complete(&store, &claim).await;
+            }
+        });
+    }
+    workers.join_all().await;
+    flush_statistics(&store).await;
+    let updates = |column: &str| {
+        format!(
+            "SELECT {column} FROM pg_stat_user_tables WHERE schemaname = '{{s}}' AND relname = 'idempotency_records'"
+        )
+    };
+    let all = schema.number(&updates("n_tup_upd")).await;
+    let hot = schema.number(&updates("n_tup_hot_upd")).await;
+    assert!(all > RECORDS * 9 / 10, "only {all} of {RECORDS} completions are counted");
+    assert!(hot * 100 > all * 95, "{hot} of {all} completions were HOT");
+}
+
+/// Every statement is prepared while the table is empty, on the only connection.
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_plans_survive_the_growth_of_the_table() {
+    let schema = Schema::create().await;
+    let store = schema.store().with_max_connections(1);
+    store.prepare().await.unwrap();
+    schema.run("ALTER TABLE {s}.idempotency_records SET (autovacuum_enabled = off)").await;
+    every_statement(&store, "small").await;
+    schema
+        .run(
+            "INSERT INTO {s}.idempotency_records (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at)
+             SELECT 'acme', 'grown-' || n, gen_random_uuid(), '\\x01', 'completed', gen_random_uuid(), 1, 0, 5,
+                 now(), now(), now() + (n - 250000) * interval '1 minute'
+             FROM generate_series(1, 500000) AS n",
+        )
+        .await;
+    flush_statistics(&store).await;
+    let scans = "SELECT seq_scan * 1000000 + coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0)
+                 FROM pg_stat_user_tables WHERE schemaname = '{s}' AND relname = 'idempotency_records'";
+    let entries = "SELECT sum(idx_tup_read) FROM pg_stat_user_indexes
+                   WHERE schemaname = '{s}' AND relname = 'idempotency_records'";
+    let before = (schema.number(scans).await, schema.number(entries).await);
+    let begun = Instant::now();
+    every_statement(&store, "large").await;
+    let elapsed = begun.elapsed();
+    flush_statistics(&store).await;
+    let rows = schema.number(scans).await - before.0;
+    let entries = schema.number(entries).await - before.1;
+    assert!(entries > 100, "the statistics were not counted");
+    assert!(rows < 5_000 && entries < 5_000, "read {rows} rows and {entries} index entries in {elapsed:?}");
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_purges_in_bounded_batches_on_many_nodes() {
+    let schema = Schema::create().await;
+    let store = schema.store();
+    store.prepare().await.unwrap();
+    schema
+        .run(
+            "INSERT INTO {s}.idempotency_records (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at)
+             SELECT 'acme', state || n, gen_random_uuid(), '\\x01', replace(state, 'live', 'in_progress'),
+                 gen_random_uuid(), 1, 0, 5, now() + interval '1 hour', now(), now() - n * interval '1 second'
+             FROM generate_series(1, 20000) AS n, unnest('{completed,held,live}'::text[]) AS state
+             WHERE state = 'completed' OR n <= 100",
+        )
+        .await;
+    let mut nodes = JoinSet::new();
+    for _ in 0..4 {
+        let store = schema.store();
+        nodes.spawn(async move {
+            let mut purged = 0;
+            loop {
+                match store.purge(1_000).await.unwrap() {
+                    0 => return purged,
+                    count => {
+                        assert!(count <= 1_000, "{count} records in one batch");
+                        purged += count;
+                    }
+                }
+            }
+        });
+    }
+    assert_eq!(nodes.join_all().await.into_iter().sum::<u64>(), 20_000);
+    assert_eq!(schema.number("SELECT count(*) FROM {s}.idempotency_records").await, 200);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn pgbouncer_serves_many_simultaneous_claims() {
+    let pooled = PooledSchema::create().await;
+    let stores: Vec<_> = (0..4).map(|_| pooled.store()).collect();
+    let mut claims = JoinSet::new();
+    for number in 0..100 {
+        for store in &stores {
+            let store = store.clone();
+            claims.spawn(async move {
+                let claim = claim(&format!("it's \\ $1 {number}"));
+                let won = matches!(store.claim(&claim).await.unwrap(), ClaimOutcome::Won { .. });
+                if won {
+                    complete(&store, &claim).await;
+                }
+                usize::from(won)
+            });
+        }
+    }
+    assert_eq!(claims.join_all().await.into_iter().sum::<usize>(), 100);
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn pgbouncer_without_its_mode_is_refused() {
+    let pooled = PooledSchema::create().await;
+    let store = pooled.store().with_connection_mode(ConnectionMode::Direct);
+    must_name(&store.prepare().await.unwrap_err(), "TransactionPooler");
+}
+
+/// Each statement of the store, with a hundred renewals.
+async fn every_statement(store: &PostgresStore, name: &str) {
+    let claims: Vec<_> = (0..100).map(|number| claim(&format!("{name}-{number}"))).collect();
+    for claim in &claims {
+        win(store, claim).await;
+    }
+    must_exist(store, &[claims[0].attempt.key.as_str()]).await;
+    let renewals: Vec<_> =
+        claims.iter().map(|claim| Renewal::new(claim.attempt.clone(), Duration::from_millis(1))).collect();
+    let renewed = store.renew(&renewals).await.unwrap();
+    assert!(renewed.iter().all(|outcome| *outcome == RenewOutcome::Renewed), "{renewed:?}");
+    tokio::time::sleep(Duration::from_millis(2)).await;
+    let takeover = claim(claims[0].attempt.key.as_str());
+    win(store, &takeover).await;
+    complete(store, &takeover).await;
+    for claim in &claims[1..] {
+        store.hold(&claim.attempt).await.unwrap();
+        store.release(&claim.attempt).await.unwrap();
+        store.evict(&claim.attempt.consumer, &claim.attempt.key).await.unwrap();
+    }
+    store.purge(100).await.unwrap();
+}
+
+/// A connection reports its statistics when it ends a statement a second after its last report.
+async fn flush_statistics(store: &PostgresStore) {
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    let mut workers = JoinSet::new();
+    for number in 0..16 {
+        let store = store.clone();
+        workers.spawn(async move {
+            store.get(&claim("k").attempt.consumer, &claim(&format!("{number}")).attempt.key).await
+        });
+    }
+    workers.join_all().await;
+}
+
+#[track_caller]
+fn must_name(error: &StoreError, what: &str) {
+    assert_eq!(error.kind(), StoreErrorKind::Misconfigured, "{error:?}");
+    assert!(error.to_string().contains(what), "{error}");
+}
+
+async fn win(store: &impl Store, claim: &Claim) {
+    let outcome = store.claim(claim).await.unwrap();
+    assert!(matches!(outcome, ClaimOutcome::Won { .. }), "{outcome:?}");
+}
+
+async fn complete(store: &impl Store, claim: &Claim) {
+    let response: Vec<u8> = uuid::Uuid::new_v4().as_bytes().iter().cycle().take(600).copied().collect();
+    let outcome = store.complete(&claim.attempt, Bytes::from(response)).await.unwrap();
+    assert!(matches!(outcome, CompleteOutcome::Completed), "{outcome:?}");
+}
+
+async fn must_exist(store: &impl Store, keys: &[&str]) {
+    for key in keys {
+        let outcome = store.claim(&claim(key)).await.unwrap();
+        assert!(matches!(outcome, ClaimOutcome::Exists(_)), "{key}: {outcome:?}");
+    }
+}
