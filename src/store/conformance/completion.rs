@@ -113,13 +113,13 @@ pub async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn Fixtur
         handles[0].win(first, "first claim").await;
     }
     run_out().await;
-    for first in firsts {
+    for (round, first) in firsts.into_iter().enumerate() {
         let retry = Claim { lease: LONG, ..retry_of(&first) };
         let completion = {
             let (store, attempt) = (handles[0].clone(), first.attempt.clone());
             async move { matches!(store.complete(&attempt, response("first")).await, CompleteOutcome::Completed) }
         };
-        let (completed, won) = both_at_once(completion, wins(handles[1].clone(), retry.clone())).await;
+        let (completed, won) = both_at_once(round, completion, wins(handles[1].clone(), retry.clone())).await;
         let taken_over = won.is_some();
         assert!(completed != taken_over, "completed: {completed}, taken over: {taken_over}");
         let record = handles[1].get(&first, "afterwards").await;

@@ -94,13 +94,13 @@ pub async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn F
         handles[0].win(first, "first claim").await;
     }
     run_out().await;
-    for first in firsts {
+    for (round, first) in firsts.into_iter().enumerate() {
         let retry = Claim { lease: LONG, ..retry_of(&first) };
         let release = {
             let store = handles[0].clone();
             async move { store.release(&first.attempt).await == Fenced::Applied }
         };
-        let (released, won) = both_at_once(release, wins(handles[1].clone(), retry.clone())).await;
+        let (released, won) = both_at_once(round, release, wins(handles[1].clone(), retry.clone())).await;
         if let Some(number) = won {
             assert_eq!(number, if released { 1 } else { 2 }, "attempt number; released: {released}");
             let record = handles[1].get(&retry, "claimed while the earlier attempt released").await;

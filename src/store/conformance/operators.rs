@@ -220,7 +220,7 @@ pub async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixt
                 matches!(store.complete(&attempt, response("completed")).await, CompleteOutcome::Completed)
             }
         };
-        let (outcome, completed) = both_at_once(resolution, completion).await;
+        let (outcome, completed) = both_at_once(round, resolution, completion).await;
         let resolved = outcome == ResolveOutcome::Resolved;
         assert!(completed != resolved, "completed: {completed}, resolved: {resolved}");
         let expected = if completed { "completed" } else { "resolved" };

@@ -223,23 +223,32 @@ where
     results
 }
 
-/// Runs two calls at the same moment and returns what they returned.
-pub(super) async fn both_at_once<L, R>(left: L, right: R) -> (L::Output, R::Output)
+/// Runs two calls at the same moment and returns what they returned. Which of them has the head start of the one
+/// that arrives last changes with the round.
+pub(super) async fn both_at_once<L, R>(round: usize, left: L, right: R) -> (L::Output, R::Output)
 where
     L: Future<Output: Send> + Send + 'static,
     R: Future<Output: Send> + Send + 'static,
 {
     let barrier = Arc::new(Barrier::new(2));
-    let same_barrier = Arc::clone(&barrier);
-    let left = tokio::spawn(async move {
-        same_barrier.wait().await;
-        left.await
-    });
-    let right = tokio::spawn(async move {
+    if round.is_multiple_of(2) {
+        let (left, right) = (spawn_behind(&barrier, left), spawn_behind(&barrier, right));
+        (finished(left).await, finished(right).await)
+    } else {
+        let (right, left) = (spawn_behind(&barrier, right), spawn_behind(&barrier, left));
+        (finished(left).await, finished(right).await)
+    }
+}
+
+fn spawn_behind<F>(barrier: &Arc<Barrier>, call: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    let barrier = Arc::clone(barrier);
+    tokio::spawn(async move {
         barrier.wait().await;
-        right.await
-    });
-    (finished(left).await, finished(right).await)
+        call.await
+    })
 }
 
 /// What a spawned task returned; its panic is the panic of the rule.
