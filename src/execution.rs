@@ -15,8 +15,8 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Idempotency, RecordId, Rejection, RejectionCode, RequestBody, ResponseBody,
-    StoredBody, StoredResponse, TRACING_TARGET,
+    Attempt, Directive, Fingerprint, Idempotency, RecordId, Rejection, RejectionCode, RequestBody,
+    ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
     core::{Core, Settled, Settlement},
@@ -31,6 +31,7 @@ pub(crate) struct Execution {
     pub(crate) core: Arc<Core>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) attempt: Attempt,
+    pub(crate) fingerprint: Fingerprint,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
@@ -72,11 +73,14 @@ impl Execution {
         let unfinished = matches!(ended, Ended::TimedOut).then_some(handler);
         let (settlement, answer) = self.judge(ended);
         match self.settle(lease, settlement, unfinished).await {
-            Some(Settled::Lost(record)) => Ok(match answer_from(&self.settings, &record) {
-                Ok(stored) => replay(&self.settings, stored),
-                Err(rejection) => refused(&self.settings, rejection),
-            }),
-            Some(Settled::Done | Settled::Absent) | None => answer,
+            // Another request's response must not be given for this one, and does not contradict it either.
+            Some(Settled::Lost(record)) if record.fingerprint == self.fingerprint => {
+                Ok(match answer_from(&self.settings, &record) {
+                    Ok(stored) => replay(&self.settings, stored),
+                    Err(rejection) => refused(&self.settings, rejection),
+                })
+            }
+            Some(Settled::Done | Settled::Lost(_) | Settled::Absent) | None => answer,
         }
     }
 
@@ -213,10 +217,10 @@ impl Execution {
             core.settle(lease.attempt(), Some(&lease), &settlement, give_up).await
         });
         let settled = crate::core::flatten(timeout(limit, task).await, limit);
-        if let Ok(Settled::Absent) = settled {
+        if let Ok(Settled::Absent | Settled::Lost(_)) = settled {
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
-                "the record was gone when its attempt ended: evicted, or forgotten by the store"
+                "the record was gone or another attempt's when its attempt ended"
             );
         }
         settled.inspect_err(|error| self.not_settled(error)).ok()

@@ -126,14 +126,15 @@ impl Guarded {
             let record = match outcome {
                 ClaimOutcome::Won { record_id, attempt_number } => {
                     let (core, settings) = (Arc::clone(&self.core), Arc::clone(&self.settings));
-                    let (attempt, permit) = (claim.attempt, permit.take());
+                    let Claim { attempt, fingerprint, .. } = claim;
                     return Ok(Decision::Run(Execution {
                         core,
                         settings,
                         attempt,
+                        fingerprint,
                         record_id,
                         attempt_number,
-                        _permit: permit,
+                        _permit: permit.take(),
                     }));
                 }
                 ClaimOutcome::Contended => return Err(in_progress()),

@@ -112,6 +112,7 @@ impl<'a> Input<'a> {
         matches!(self.next()?, b'0' | b'1').then_some(())
     }
 
+    /// Padding may be missing, as the RFC advises parsers to allow.
     fn byte_sequence(&mut self) -> Option<()> {
         self.next();
         let digits =
@@ -119,7 +120,7 @@ impl<'a> Input<'a> {
         let padding = self.take_while(|byte| byte == b'=').len();
         let complete = match digits % 4 {
             0 => padding == 0,
-            2 => padding == 0 || padding == 2,
+            2 => padding <= 2,
             3 => padding <= 1,
             _ => false,
         };

@@ -585,6 +585,23 @@ async fn after_a_takeover_the_first_attempt_answers_what_the_second_stored() {
 }
 
 #[tokio::test]
+async fn a_key_that_became_another_requests_meanwhile_does_not_lend_its_response() {
+    let (store, layer) = with_store();
+    let (app, runs) = waiting(layer, Duration::from_millis(300));
+    let first = tokio::spawn(send_owned(app.clone(), charge("k")));
+    while runs.count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let (consumer, key) = acme();
+    store.evict(&consumer, &key).await.unwrap();
+    let other = Attempt::new(consumer, key);
+    claim(&store, &other, &tower_idempotency::Fingerprint::from_bytes("another request")).await;
+    let stored = StoredResponse::new(StatusCode::CREATED, http::HeaderMap::new(), "the other's");
+    store.complete(&other, stored.encode()).await.unwrap();
+    assert_eq!(first.await.unwrap().body, "run 1");
+}
+
+#[tokio::test]
 async fn a_record_that_is_gone_does_not_take_the_answer_away() {
     let (store, layer) = with_store();
     let (app, runs) = waiting(layer, Duration::from_millis(300));

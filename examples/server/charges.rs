@@ -8,7 +8,7 @@ use std::{
 
 use serde::Serialize;
 use sqlx::{
-    PgPool, SqlitePool,
+    AssertSqlSafe, PgPool, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use tower_idempotency::Consumer;
@@ -79,7 +79,14 @@ impl Charges {
                 );
             }
         };
-        on!(&charges, pool => sqlx::query(CREATE_TABLE).execute(pool).await.map(drop))?;
+        match &charges {
+            Self::Sqlite(pool) => drop(sqlx::query(CREATE_TABLE).execute(pool).await?),
+            // Two servers that start at once would both find no table; the lock lets one go first.
+            Self::Postgres(pool) => {
+                let create = format!("SELECT pg_advisory_xact_lock(1); {CREATE_TABLE}");
+                sqlx::raw_sql(AssertSqlSafe(create)).execute(pool).await?;
+            }
+        }
         Ok(charges)
     }
 

@@ -25,7 +25,10 @@ use tower_idempotency::{Attempt, Claim, Consumer, Fingerprint, IdempotencyKey};
 /// If it is not set: a test that needs it must not pass by doing nothing.
 #[track_caller]
 pub fn required_env(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run this test with scripts/test"))
+    match std::env::var(name) {
+        Ok(value) => value,
+        Err(_) => panic!("{name} is not set: run this test with scripts/test"),
+    }
 }
 
 /// Blocks until the closure has an answer, for 30 s at most.
