@@ -2,7 +2,9 @@
 
 use std::{
     collections::VecDeque,
+    error::Error,
     future::{Future, poll_fn},
+    iter::successors,
     pin::{Pin, pin},
     sync::Arc,
     task::Poll,
@@ -12,6 +14,7 @@ use std::{
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame};
+use http_body_util::LengthLimitError;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::{Instant, timeout, timeout_at},
@@ -142,7 +145,15 @@ fn overloaded() -> Rejection {
     Rejection::new(RejectionCode::Overloaded, "Too many requests are being received; nothing was done.")
 }
 
+/// A body that ended with an error. A limit outside the layer ends bodies too: those must not be sent again.
 fn incomplete(error: &BoxError) -> Rejection {
+    let mut sources = successors(Some(error.as_ref() as &(dyn Error + 'static)), |error| (*error).source());
+    if sources.any(|error| error.is::<LengthLimitError>()) {
+        return Rejection::new(
+            RejectionCode::RequestTooLarge,
+            "The body is larger than allowed; nothing was done.",
+        );
+    }
     Rejection::new(
         RejectionCode::RequestIncomplete,
         format!("The body broke off ({error}); nothing was done."),

@@ -28,6 +28,8 @@ pub struct RawResponse {
     pub body: Vec<u8>,
     /// The lines after the last chunk.
     pub trailers: Vec<RawField>,
+    /// Everything, as it was sent.
+    pub bytes: Vec<u8>,
 }
 
 /// A header line: name and value without the space around the value.
@@ -47,6 +49,25 @@ impl RawResponse {
         values.first().map(|value| std::str::from_utf8(value).expect("the value is UTF-8"))
     }
 
+    /// Everything as it was sent, but for the header lines of these names. Readable, and equal only if the bytes are.
+    pub fn bytes_without(&self, names: &[&str]) -> String {
+        let end =
+            self.bytes.windows(4).position(|end| end == b"\r\n\r\n").expect("a response has a head") + 2;
+        let (head, rest) = self.bytes.split_at(end);
+        let is_left_out = |line: &&[u8]| {
+            let name = line.split(|byte| *byte == b':').next().unwrap_or_default();
+            names.iter().any(|left_out| left_out.as_bytes().eq_ignore_ascii_case(name))
+        };
+        let lines = head.split_inclusive(|byte| *byte == b'\n').filter(|line| !is_left_out(line));
+        [&lines.collect::<Vec<_>>().concat(), rest].concat().escape_ascii().to_string()
+    }
+
+    /// Whether the layer marked it as a replay.
+    #[track_caller]
+    pub fn is_replay(&self) -> bool {
+        self.header("idempotent-replayed").is_some_and(|value| value == "true")
+    }
+
     /// The body as text.
     #[track_caller]
     pub fn text(&self) -> &str {
@@ -64,6 +85,7 @@ impl RawResponse {
 #[derive(Debug)]
 pub struct RawConnection {
     stream: BufReader<TcpStream>,
+    read: Vec<u8>,
 }
 
 impl RawConnection {
@@ -71,7 +93,7 @@ impl RawConnection {
     pub async fn open(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).await.expect("the server accepts connections");
         stream.set_nodelay(true).expect("a connection can be configured");
-        Self { stream: BufReader::new(stream) }
+        Self { stream: BufReader::new(stream), read: Vec::new() }
     }
 
     /// Sends these bytes.
@@ -87,6 +109,19 @@ impl RawConnection {
     /// Reads one response to `HEAD`, which has no body whatever its headers say.
     pub async fn read_head(&mut self) -> RawResponse {
         self.read_response(true).await
+    }
+
+    /// Reads one chunk of a body whose head was read; `None` for the last, empty one. Trailers are left unread.
+    pub async fn read_chunk(&mut self) -> Option<Vec<u8>> {
+        let line = String::from_utf8(self.line().await).expect("a chunk's size is ASCII");
+        let size = line.split(';').next().unwrap_or_default().trim();
+        let size = usize::from_str_radix(size, 16).expect("a chunk's size is a hexadecimal number");
+        if size == 0 {
+            return None;
+        }
+        let chunk = self.exactly(size).await;
+        assert_eq!(self.line().await, b"", "a chunk ends with its size");
+        Some(chunk)
     }
 
     /// Waits until the server closes the connection. Returns what it still sent.
@@ -107,23 +142,31 @@ impl RawConnection {
     }
 
     async fn read_response(&mut self, head_only: bool) -> RawResponse {
+        self.read.clear();
         let status_line = self.line().await;
         let code = status_line.split(|byte| *byte == b' ').nth(1).map(String::from_utf8_lossy);
         let status = code.and_then(|code| code.parse().ok());
         let status =
             status.unwrap_or_else(|| panic!("no status line: {:?}", String::from_utf8_lossy(&status_line)));
         let headers = self.fields().await;
-        let mut response =
-            RawResponse { status, status_line, headers, body: Vec::new(), trailers: Vec::new() };
+        let mut response = RawResponse {
+            status,
+            status_line,
+            headers,
+            body: Vec::new(),
+            trailers: Vec::new(),
+            bytes: Vec::new(),
+        };
         if !head_only && !matches!(status, 100..=199 | 204 | 304) {
             self.read_body(&mut response).await;
         }
+        response.bytes = self.read.clone();
         response
     }
 
     async fn read_body(&mut self, response: &mut RawResponse) {
         if response.values("transfer-encoding").contains(&&b"chunked"[..]) {
-            while let Some(chunk) = self.chunk().await {
+            while let Some(chunk) = self.read_chunk().await {
                 response.body.extend(chunk);
             }
             response.trailers = self.fields().await;
@@ -132,19 +175,8 @@ impl RawConnection {
             response.body = self.exactly(length).await;
         } else {
             self.stream.read_to_end(&mut response.body).await.expect("the body ends with the connection");
+            self.read.extend(&response.body);
         }
-    }
-
-    async fn chunk(&mut self) -> Option<Vec<u8>> {
-        let line = String::from_utf8(self.line().await).expect("a chunk's size is ASCII");
-        let size = line.split(';').next().unwrap_or_default().trim();
-        let size = usize::from_str_radix(size, 16).expect("a chunk's size is a hexadecimal number");
-        if size == 0 {
-            return None;
-        }
-        let chunk = self.exactly(size).await;
-        assert_eq!(self.line().await, b"", "a chunk ends with its size");
-        Some(chunk)
     }
 
     async fn fields(&mut self) -> Vec<RawField> {
@@ -162,6 +194,7 @@ impl RawConnection {
     async fn line(&mut self) -> Vec<u8> {
         let mut line = Vec::new();
         self.stream.read_until(b'\n', &mut line).await.expect("the server sends a line");
+        self.read.extend(&line);
         let Some(line) = line.strip_suffix(b"\r\n") else {
             panic!("the connection ended within a line: {:?}", String::from_utf8_lossy(&line));
         };
@@ -171,6 +204,7 @@ impl RawConnection {
     async fn exactly(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.stream.read_exact(&mut bytes).await.expect("the server sends the whole body");
+        self.read.extend(&bytes);
         bytes
     }
 }
@@ -190,6 +224,22 @@ pub fn request(method: &str, path: &str, headers: &[(&str, &str)], body: &str) -
         head.push_str(&format!("{name}: {value}\r\n"));
     }
     format!("{head}\r\n{body}").into_bytes()
+}
+
+/// The bytes of a `POST` with a key to the path that [`App`](super::app::App) serves.
+pub fn post(key: &str, headers: &[(&str, &str)], body: &str) -> Vec<u8> {
+    request("POST", "/charges", &[&[("idempotency-key", key)], headers].concat(), body)
+}
+
+/// The bytes of such a `POST` whose body is sent in these chunks.
+pub fn post_chunked(key: &str, chunks: &[&str]) -> Vec<u8> {
+    let mut bytes = format!(
+        "POST /charges HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\nidempotency-key: {key}\r\n\r\n"
+    );
+    for chunk in chunks {
+        bytes.push_str(&format!("{:x}\r\n{chunk}\r\n", chunk.len()));
+    }
+    format!("{bytes}0\r\n\r\n").into_bytes()
 }
 
 /// A connection of hyper's client, in either version of HTTP. The clones of one for HTTP/2 share it.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary compiles its own copy and uses a part of it")]
 
+pub mod app;
 pub mod http;
 pub mod postgres;
 pub mod process;
