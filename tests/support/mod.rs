@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary compiles its own copy and uses a part of it")]
 
+pub mod app;
+pub mod database;
 pub mod http;
 pub mod postgres;
 pub mod process;
@@ -9,6 +11,7 @@ pub mod proxy;
 pub mod schema;
 pub mod server;
 pub mod sqlite;
+pub mod watched;
 
 use std::{
     net::{Ipv4Addr, TcpListener},
