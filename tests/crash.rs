@@ -32,7 +32,7 @@ async fn a_request_whose_server_was_killed_runs_again_after_the_lease_postgres()
 async fn a_request_whose_server_was_killed_runs_again_after_the_lease(database: Database) {
     let mut first = database.server(&[LEASE]);
     let second = database.server(&[LEASE]);
-    start(&first).await;
+    let _client = start(&first).await;
     database.until_charges(1).await;
     first.kill9();
     charge(&second).await.assert_refused("in-progress");
@@ -62,7 +62,7 @@ async fn a_request_whose_server_was_killed_is_held_until_it_is_resolved(database
     let variables = [LEASE, ("ABANDONED", "hold")];
     let mut first = database.server(&variables);
     let second = database.server(&variables);
-    start(&first).await;
+    let _client = start(&first).await;
     database.until_charges(1).await;
     first.kill9();
     let operator = database.handle();
@@ -90,7 +90,7 @@ async fn an_operator_can_give_the_answer_of_a_killed_server_sqlite() {
     let database = Database::sqlite();
     let variables = [LEASE, ("ABANDONED", "hold")];
     let mut first = database.server(&variables);
-    start(&first).await;
+    let _client = start(&first).await;
     database.until_charges(1).await;
     first.kill9();
     first.start_again();
