@@ -16,8 +16,8 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use support::{
-    app::{Count, layer, serve},
     http::{Client, RawConnection, RawResponse, exchange, post as charge},
+    served::{Count, layer, serve},
 };
 use tokio::time::{Instant, sleep};
 use tower::{ServiceBuilder, ServiceExt, service_fn};
@@ -260,10 +260,9 @@ async fn a_panic_is_answered_at_once_and_the_connection_stays_usable() {
 #[tokio::test]
 async fn a_panic_in_http2_leaves_other_streams_alone() {
     let work = Work::default();
-    let panics = || async {
-        let nothing: Option<String> = None;
-        nothing.expect("the handler breaks")
-    };
+    async fn panics() -> String {
+        panic!("the handler breaks")
+    }
     let router = work.router().route("/panics", post(panics)).layer(layer());
     let address = serve(router).await;
     let mut client = Client::http2(address).await;

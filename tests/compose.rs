@@ -20,8 +20,8 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, channel::Channel};
 use support::{
-    app::{Count, layer, serve},
     http::{RawResponse, exchange, post as charge, post_chunked, request},
+    served::{Count, layer, serve},
 };
 use tower::{BoxError, Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_http::{

@@ -17,12 +17,13 @@ use http_body_util::{Full, channel::Channel};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use support::{
-    app::{App, layer, serve},
     http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked, request},
+    served::{App, layer, serve},
 };
 use tokio::{net::TcpStream, time::timeout};
 
 /// Tells the number of the run and gives the body back.
+#[expect(clippy::needless_pass_by_value, reason = "a handler is given the body")]
 fn echo(run: usize, body: Bytes) -> Response {
     (StatusCode::CREATED, format!("run {run}: {}", body.escape_ascii())).into_response()
 }

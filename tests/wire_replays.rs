@@ -18,8 +18,8 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use proptest::{prelude::*, test_runner::TestRunner};
 use support::{
-    app::{App, layer, serve},
     http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked},
+    served::{App, layer, serve},
 };
 use tower_http::compression::CompressionLayer;
 use tower_idempotency::Idempotency;

@@ -20,8 +20,8 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
 use support::{
-    app::{App, Count, layer, serve},
     http::{RawConnection, RawResponse, exchange, post as charge, request},
+    served::{App, Count, layer, serve},
 };
 use tokio::{
     sync::mpsc,

@@ -80,7 +80,9 @@ impl Charges {
             }
         };
         match &charges {
-            Self::Sqlite(pool) => drop(sqlx::query(CREATE_TABLE).execute(pool).await?),
+            Self::Sqlite(pool) => {
+                sqlx::query(CREATE_TABLE).execute(pool).await?;
+            }
             // Two servers that start at once would both find no table; the lock lets one go first.
             Self::Postgres(pool) => {
                 let create = format!("SELECT pg_advisory_xact_lock(1); {CREATE_TABLE}");

@@ -3,13 +3,16 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary compiles its own copy and uses a part of it")]
 
 pub mod app;
+pub mod database;
 pub mod http;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod schema;
+pub mod served;
 pub mod server;
 pub mod sqlite;
+pub mod watched;
 
 use std::{
     net::{Ipv4Addr, TcpListener},

@@ -41,6 +41,11 @@ impl Schema {
         AssertSqlSafe(sql.replace("{s}", &self.name))
     }
 
+    /// The URL for a server that keeps everything in this schema.
+    pub fn url(&self) -> String {
+        format!("{}?options=-c%20search_path%3D{}", required_env("TEST_POSTGRES_URL"), self.name)
+    }
+
     /// Runs statements in which `{s}` is the schema.
     pub async fn run(&self, sql: &str) {
         sqlx::raw_sql(self.sql(sql)).execute(&self.pool).await.unwrap();

@@ -22,6 +22,11 @@ impl SqliteFile {
         SqliteConnectOptions::new().filename(self.0.path().join("test.db")).create_if_missing(true)
     }
 
+    /// The URL for a server.
+    pub fn url(&self) -> String {
+        format!("sqlite:{}", self.0.path().join("test.db").display())
+    }
+
     pub fn pool(&self) -> SqlitePool {
         SqlitePoolOptions::new().max_connections(4).connect_lazy_with(self.options())
     }

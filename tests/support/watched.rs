@@ -1,0 +1,121 @@
+//! A store that counts what it is asked, and fails where it is told to.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tower_idempotency::{
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind,
+};
+
+/// A store behind which another one works. Clones share everything.
+#[derive(Clone, Debug)]
+pub struct Watched<S> {
+    store: S,
+    state: Arc<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    renewals: AtomicUsize,
+    most_purged: AtomicU64,
+    renewals_fail: AtomicBool,
+    completions_hang: watch::Sender<bool>,
+    slow_claims: watch::Sender<bool>,
+}
+
+impl<S> Watched<S> {
+    pub fn new(store: S) -> Self {
+        Self { store, state: Arc::default() }
+    }
+
+    /// How often leases were renewed, however many at once.
+    pub fn renewals(&self) -> usize {
+        self.state.renewals.load(Ordering::SeqCst)
+    }
+
+    /// How many records the largest purge has deleted.
+    pub fn most_purged(&self) -> u64 {
+        self.state.most_purged.load(Ordering::SeqCst)
+    }
+
+    /// Whether renewals fail, as if the store could not be reached.
+    pub fn fail_renewals(&self, fail: bool) {
+        self.state.renewals_fail.store(fail, Ordering::SeqCst);
+    }
+
+    /// Whether completions wait before they are carried out, as if their connection did not answer.
+    pub fn hang_completions(&self, hang: bool) {
+        self.state.completions_hang.send_replace(hang);
+    }
+
+    /// Whether the answers of claims wait after those were carried out.
+    pub fn hold_claims(&self, hold: bool) {
+        self.state.slow_claims.send_replace(hold);
+    }
+}
+
+#[async_trait::async_trait]
+impl<S: Store> Store for Watched<S> {
+    async fn prepare(&self) -> Result<Vec<String>, StoreError> {
+        self.store.prepare().await
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        let outcome = self.store.claim(claim).await;
+        let _ = self.state.slow_claims.subscribe().wait_for(|slow| !slow).await;
+        outcome
+    }
+
+    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
+        self.state.renewals.fetch_add(1, Ordering::SeqCst);
+        if self.state.renewals_fail.load(Ordering::SeqCst) {
+            return Err(StoreError::new(StoreErrorKind::Unavailable, "told to fail"));
+        }
+        self.store.renew(renewals).await
+    }
+
+    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
+        let _ = self.state.completions_hang.subscribe().wait_for(|hang| !hang).await;
+        self.store.complete(attempt, response).await
+    }
+
+    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        self.store.release(attempt).await
+    }
+
+    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        self.store.hold(attempt).await
+    }
+
+    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
+        self.store.get(consumer, key).await
+    }
+
+    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
+        self.store.list(filter, limit).await
+    }
+
+    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
+        self.store.evict(consumer, key).await
+    }
+
+    async fn resolve(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        resolution: Resolution,
+    ) -> Result<ResolveOutcome, StoreError> {
+        self.store.resolve(consumer, key, resolution).await
+    }
+
+    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
+        let purged = self.store.purge(limit).await?;
+        self.state.most_purged.fetch_max(purged, Ordering::SeqCst);
+        Ok(purged)
+    }
+}
