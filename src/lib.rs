@@ -7,7 +7,6 @@ mod answer;
 mod body;
 mod buffer;
 mod consumer;
-mod core;
 mod error;
 mod execution;
 mod fingerprint;
@@ -25,6 +24,7 @@ mod renewal;
 mod response;
 mod service;
 mod settings;
+mod shared;
 pub mod store;
 mod structured_field;
 

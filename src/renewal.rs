@@ -106,7 +106,7 @@ impl Renewer {
     async fn ask(&self, batch: Vec<Renewal>, limit: Duration) -> Result<Vec<RenewOutcome>, StoreError> {
         let store = Arc::clone(&self.store);
         let answer = timeout(limit, self.tasks.spawn(async move { store.renew(&batch).await })).await;
-        crate::core::flatten(answer, limit)
+        crate::shared::flatten(answer, limit)
     }
 
     fn note(&self, batch: &[Renewal], outcomes: &[RenewOutcome], started: Instant) {

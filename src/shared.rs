@@ -20,7 +20,7 @@ use crate::{
 
 /// Shared by a layer, its clones, its services and its handles.
 #[derive(Debug)]
-pub(crate) struct Core {
+pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
     /// Everything that must not be cut off: attempts, claims, settlements.
     pub(crate) tasks: TaskTracker,
@@ -34,15 +34,15 @@ pub(crate) struct Core {
 
 /// How an attempt ends.
 #[derive(Clone, Debug)]
-pub(crate) enum Settlement {
+pub(crate) enum End {
     Complete(Bytes),
     Release,
     Hold,
 }
 
-/// What became of a [`Settlement`].
+/// What became of a [`End`].
 #[derive(Debug)]
-pub(crate) enum Settled {
+pub(crate) enum Ended {
     /// The record says what the attempt says.
     Done,
     /// The record says something else.
@@ -51,7 +51,7 @@ pub(crate) enum Settled {
     Absent,
 }
 
-impl Core {
+impl Shared {
     pub(crate) fn new(store: Arc<dyn Store>) -> Arc<Self> {
         let tasks = TaskTracker::new();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone());
@@ -115,7 +115,7 @@ impl Core {
     /// A claim whose handler never started is always released, never held.
     async fn release_unstarted(&self, attempt: &Attempt) {
         let give_up = Instant::now() + UNDO_LIMIT;
-        if let Err(error) = self.settle(attempt, None, &Settlement::Release, give_up).await {
+        if let Err(error) = self.end(attempt, None, &End::Release, give_up).await {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error,
@@ -126,17 +126,19 @@ impl Core {
 
     /// Writes how an attempt ended, trying again until `give_up`. Between two tries the lease is renewed, so that
     /// nobody takes the record over in the meantime.
-    pub(crate) async fn settle(
+    pub(crate) async fn end(
         &self,
         attempt: &Attempt,
         lease: Option<&Lease>,
-        settlement: &Settlement,
+        settlement: &End,
         give_up: Instant,
-    ) -> Result<Settled, StoreError> {
+    ) -> Result<Ended, StoreError> {
         let mut pause = FIRST_PAUSE;
         loop {
-            lease.inspect(|lease| lease.leave());
-            let error = match self.settle_once(attempt, settlement).await {
+            if let Some(lease) = lease {
+                lease.leave();
+            }
+            let error = match self.end_once(attempt, settlement).await {
                 Err(error) if error.is_retryable() && Instant::now() + pause < give_up => error,
                 settled => return settled,
             };
@@ -144,28 +146,28 @@ impl Core {
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error, "the end of an attempt is not stored yet; trying again"
             );
-            lease.inspect(|lease| lease.keep(Duration::ZERO));
+            if let Some(lease) = lease {
+                lease.keep(Duration::ZERO);
+            }
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
-    async fn settle_once(&self, attempt: &Attempt, settlement: &Settlement) -> Result<Settled, StoreError> {
+    async fn end_once(&self, attempt: &Attempt, settlement: &End) -> Result<Ended, StoreError> {
         match settlement {
-            Settlement::Complete(response) => {
-                Ok(match self.store.complete(attempt, response.clone()).await? {
-                    CompleteOutcome::Completed => Settled::Done,
-                    CompleteOutcome::Lost(record) => Settled::Lost(record),
-                    CompleteOutcome::Absent => Settled::Absent,
-                })
-            }
-            Settlement::Release => self.store.release(attempt).await.map(|_| Settled::Done),
-            Settlement::Hold => self.store.hold(attempt).await.map(|_| Settled::Done),
+            End::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
+                CompleteOutcome::Completed => Ended::Done,
+                CompleteOutcome::Lost(record) => Ended::Lost(record),
+                CompleteOutcome::Absent => Ended::Absent,
+            }),
+            End::Release => self.store.release(attempt).await.map(|_| Ended::Done),
+            End::Hold => self.store.hold(attempt).await.map(|_| Ended::Done),
         }
     }
 
     /// Runs to its end in a task of its own, whoever stops waiting.
-    pub(crate) async fn uncut<T: Send + 'static>(
+    pub(crate) async fn run_to_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
