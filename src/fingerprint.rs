@@ -165,7 +165,7 @@ impl Fingerprinter {
 
     /// Computes the fingerprint of a request.
     pub(crate) fn fingerprint(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
-        let mut input = Input::default();
+        let mut input = Input::new(self.secret.as_ref());
         input.field(parts.method.as_str().as_bytes());
         input.field((self.target)(parts).as_bytes());
         for name in &self.headers {
@@ -174,7 +174,7 @@ impl Fingerprinter {
             lines.iter().for_each(|line| input.field(line.as_bytes()));
         }
         self.payload.add_to(&mut input, parts, body);
-        Fingerprint::new(self.scheme(), &self.digest(&input.0))
+        Fingerprint::new(self.scheme(), &input.digest())
     }
 
     /// Computes it in the scheme that `record` was made in. `None` if that scheme is unknown here.
@@ -192,29 +192,15 @@ impl Fingerprinter {
 
     /// Version of the algorithm, digest of the options, id of the secret.
     fn scheme(&self) -> SchemeId {
-        let mut options = Input::default();
+        let mut options = Input::new(None);
         self.headers.iter().for_each(|name| options.field(name.as_str().as_bytes()));
         options.length(self.headers.len());
         options.field(if self.secret.is_some() { b"hmac" } else { b"hash" });
         self.payload.describe(&mut options);
-        let options = Sha256::digest(&options.0);
         let mut scheme = [ALGORITHM_VERSION; 9];
-        scheme[1..5].copy_from_slice(&options[..4]);
+        scheme[1..5].copy_from_slice(&options.digest()[..4]);
         scheme[5..].copy_from_slice(&self.secret.as_ref().map_or(0, |secret| secret.id).to_be_bytes());
         scheme
-    }
-
-    #[expect(clippy::expect_used, reason = "RFC 2104 defines HMAC for keys of any length")]
-    fn digest(&self, input: &[u8]) -> Vec<u8> {
-        match &self.secret {
-            None => Sha256::digest(input).to_vec(),
-            Some(secret) => {
-                let mut mac =
-                    Hmac::<Sha256>::new_from_slice(&secret.key).expect("an HMAC takes keys of any length");
-                mac.update(input);
-                mac.finalize().into_bytes().to_vec()
-            }
-        }
     }
 }
 
@@ -257,24 +243,51 @@ impl Payload {
     }
 }
 
-/// Length-prefixed fields: no two different sequences of fields have the same bytes.
-#[derive(Default)]
-struct Input(Vec<u8>);
+/// Length-prefixed fields, digested as they come: a body of any size is not copied. No two different sequences of fields
+/// are digested as the same bytes.
+enum Input {
+    Plain(Sha256),
+    Keyed(Hmac<Sha256>),
+}
 
 impl Input {
+    #[expect(clippy::expect_used, reason = "RFC 2104 defines HMAC for keys of any length")]
+    fn new(secret: Option<&Secret>) -> Self {
+        match secret {
+            None => Self::Plain(Sha256::new()),
+            Some(secret) => {
+                Self::Keyed(Hmac::new_from_slice(&secret.key).expect("an HMAC takes keys of any length"))
+            }
+        }
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Plain(digest) => digest.update(bytes),
+            Self::Keyed(mac) => mac.update(bytes),
+        }
+    }
+
     fn length(&mut self, length: usize) {
-        self.0.extend_from_slice(&(length as u64).to_be_bytes());
+        self.bytes(&(length as u64).to_be_bytes());
     }
 
     fn field(&mut self, bytes: &[u8]) {
         self.length(bytes.len());
-        self.0.extend_from_slice(bytes);
+        self.bytes(bytes);
     }
 
     fn content(&mut self, parts: &Parts, body: &[u8]) {
         let content_type = parts.headers.get(header::CONTENT_TYPE);
         self.field(content_type.map_or(&[], |value| value.as_bytes()));
         self.field(body);
+    }
+
+    fn digest(self) -> Vec<u8> {
+        match self {
+            Self::Plain(digest) => digest.finalize().to_vec(),
+            Self::Keyed(mac) => mac.finalize().into_bytes().to_vec(),
+        }
     }
 }
 
@@ -303,6 +316,23 @@ mod tests {
     fn differs(a: (&Parts, &'static str), b: (&Parts, &'static str)) -> bool {
         let fingerprinter = Fingerprinter::default();
         fingerprinter.fingerprint(a.0, &a.1.into()) != fingerprinter.fingerprint(b.0, &b.1.into())
+    }
+
+    #[test]
+    fn the_digest_is_over_fields_with_their_lengths() {
+        let post = request("POST", "/pay?x=1", &[("content-type", "a/b"), ("x-tenant", "t")]);
+        let mut input = Vec::new();
+        for field in ["POST", "/pay?x=1", "", "t", "a/b", "2000"] {
+            // The lines of a header are counted, too: the empty field stands for that count.
+            let length = if field.is_empty() { 1 } else { field.len() as u64 };
+            input.extend([&length.to_be_bytes(), field.as_bytes()].concat());
+        }
+        let plain = Fingerprinter::default().add_header(HeaderName::from_static("x-tenant"));
+        let digest =
+            |fingerprinter: &Fingerprinter| fingerprinter.fingerprint(&post, &"2000".into()).0.slice(9..);
+        assert_eq!(digest(&plain)[..], Sha256::digest(&input)[..]);
+        let mac = Hmac::<Sha256>::new_from_slice(b"secret").unwrap().chain_update(&input);
+        assert_eq!(digest(&plain.keyed(1, "secret"))[..], mac.finalize().into_bytes()[..]);
     }
 
     #[test]
