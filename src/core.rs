@@ -16,6 +16,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, Store, StoreError, StoreErrorKind, TRACING_TARGET,
     renewal::{Lease, Renewer},
+    running::Running,
 };
 
 /// Shared by a layer, its clones, its services and its handles.
@@ -25,6 +26,7 @@ pub(crate) struct Core {
     /// Everything that must not be cut off: attempts, claims, settlements.
     pub(crate) tasks: TaskTracker,
     pub(crate) renewer: Arc<Renewer>,
+    pub(crate) running: Arc<Running>,
     /// Guarded requests are refused.
     pub(crate) draining: CancellationToken,
     /// Background tasks end.
@@ -54,11 +56,13 @@ pub(crate) enum Settled {
 impl Core {
     pub(crate) fn new(store: Arc<dyn Store>) -> Arc<Self> {
         let tasks = TaskTracker::new();
-        let renewer = Renewer::new(Arc::clone(&store), tasks.clone());
+        let running = Arc::<Running>::default();
+        let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
         Arc::new(Self {
             store,
             tasks,
             renewer,
+            running,
             draining: CancellationToken::new(),
             stopped: CancellationToken::new(),
             reaper_runs: AtomicBool::new(false),

@@ -15,14 +15,15 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Idempotency, RecordId, Rejection, RejectionCode, RequestBody, ResponseBody,
-    StoredBody, StoredResponse, TRACING_TARGET,
+    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
+    RequestBody, ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
     core::{Core, Settled, Settlement},
     error::BoxError,
     future::Answer,
     renewal::Lease,
+    running::Entered,
     settings::Settings,
 };
 
@@ -31,6 +32,7 @@ pub(crate) struct Execution {
     pub(crate) core: Arc<Core>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) attempt: Attempt,
+    pub(crate) fingerprint: Fingerprint,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
@@ -61,13 +63,14 @@ impl Execution {
         ResBody::Error: Into<BoxError>,
     {
         let cancelled = CancellationToken::new();
+        let entered = self.core.running.enter(self.attempt.clone(), self.record());
         let lease = self.keep_lease(&cancelled);
         request.extensions_mut().insert(self.idempotency(&cancelled));
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let ended = self.wait(&mut handler, &cancelled).await;
         let unfinished = matches!(ended, Ended::TimedOut).then_some(handler);
         let (settlement, answer) = self.judge(ended);
-        match self.settle(lease, settlement, unfinished).await {
+        match self.settle((lease, entered), settlement, unfinished).await {
             Some(Settled::Lost(record)) => Ok(match answer_from(&self.settings, &record) {
                 Ok(stored) => replay(&self.settings, stored),
                 Err(rejection) => refused(&self.settings, rejection),
@@ -83,6 +86,13 @@ impl Execution {
             Lease::new(&self.core.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
         lease.keep(interval);
         lease
+    }
+
+    fn record(&self) -> Record {
+        let state = RecordState::in_progress(self.settings.timing.lease);
+        let mut record = Record::new(self.attempt.clone(), self.record_id, self.fingerprint.clone(), state);
+        record.attempt_number = self.attempt_number;
+        record
     }
 
     fn idempotency(&self, cancelled: &CancellationToken) -> Idempotency {
@@ -194,7 +204,7 @@ impl Execution {
     /// Writes the end of the attempt down in a task that goes on when waiting for it takes too long.
     async fn settle<T: Send + 'static>(
         &self,
-        lease: Lease,
+        (lease, entered): (Lease, Entered),
         settlement: Settlement,
         unfinished: Option<JoinHandle<T>>,
     ) -> Option<Settled> {
@@ -206,7 +216,9 @@ impl Execution {
                 // Nobody may run while a cancelled handler still does.
                 let _ = handler.await;
             }
-            core.settle(lease.attempt(), Some(&lease), &settlement, give_up).await
+            let settled = core.settle(lease.attempt(), Some(&lease), &settlement, give_up).await;
+            drop(entered);
+            settled
         });
         let settled = crate::core::flatten(timeout(limit, task).await, limit);
         if let Ok(Settled::Absent) = settled {

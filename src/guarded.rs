@@ -119,18 +119,19 @@ impl Guarded {
         body: &Bytes,
     ) -> Result<Decision, Rejection> {
         for _ in 0..2 {
-            let outcome = match self.core.claim(claim.clone(), self.settings.store_timeout).await {
+            let outcome = match self.ask(&claim).await {
                 Ok(outcome) => outcome,
                 Err(error) => return self.without_store(&claim.attempt, &error),
             };
             let record = match outcome {
                 ClaimOutcome::Won { record_id, attempt_number } => {
                     let (core, settings) = (Arc::clone(&self.core), Arc::clone(&self.settings));
-                    let (attempt, permit) = (claim.attempt, permit.take());
+                    let permit = permit.take();
                     return Ok(Decision::Run(Execution {
                         core,
                         settings,
-                        attempt,
+                        attempt: claim.attempt,
+                        fingerprint: claim.fingerprint,
                         record_id,
                         attempt_number,
                         _permit: permit,
@@ -146,6 +147,14 @@ impl Guarded {
             claim.fingerprint = fingerprint;
         }
         Err(in_progress())
+    }
+
+    /// Claims the key, unless it is one that this process is running.
+    async fn ask(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        match self.core.running.find(&self.consumer, &claim.attempt.key) {
+            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
+            None => self.core.claim(claim.clone(), self.settings.store_timeout).await,
+        }
     }
 
     /// The request's fingerprint in the scheme of the record, if it is the record's.

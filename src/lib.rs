@@ -23,6 +23,7 @@ mod record;
 mod rejection;
 mod renewal;
 mod response;
+mod running;
 mod service;
 mod settings;
 pub mod store;

@@ -12,13 +12,14 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{Attempt, AttemptId, RenewOutcome, Renewal, Store, StoreError, TRACING_TARGET};
+use crate::{Attempt, AttemptId, RenewOutcome, Renewal, Store, StoreError, TRACING_TARGET, running::Running};
 
 /// Keeps the leases of this process alive, by one task that runs while there are any.
 #[derive(Debug)]
 pub(crate) struct Renewer {
     store: Arc<dyn Store>,
     tasks: TaskTracker,
+    running: Arc<Running>,
     state: Mutex<State>,
     wake: Notify,
 }
@@ -39,8 +40,8 @@ struct Entry {
 }
 
 impl Renewer {
-    pub(crate) fn new(store: Arc<dyn Store>, tasks: TaskTracker) -> Arc<Self> {
-        Arc::new(Self { store, tasks, state: Mutex::default(), wake: Notify::new() })
+    pub(crate) fn new(store: Arc<dyn Store>, tasks: TaskTracker, running: Arc<Running>) -> Arc<Self> {
+        Arc::new(Self { store, tasks, running, state: Mutex::default(), wake: Notify::new() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -60,14 +61,14 @@ impl Renewer {
     }
 
     async fn run(self: Arc<Self>) {
-        let mut running = Running { renewer: &self, ended: false };
+        let mut alive = Alive { renewer: &self, ended: false };
         while let Some(next) = self.next_due() {
             let _ = timeout_at(next, self.wake.notified()).await;
             for batch in self.take_due().chunks(MAX_BATCH) {
                 self.renew(batch).await;
             }
         }
-        running.ended = true;
+        alive.ended = true;
     }
 
     /// When the next lease is due; `None`, and the task ends, if there is none.
@@ -118,6 +119,7 @@ impl Renewer {
                 entry.lost.cancel();
                 state.leases.remove(&renewal.attempt.id);
                 let attempt = &renewal.attempt;
+                self.running.leave(attempt);
                 tracing::warn!(
                     target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                     "lease lost: another attempt or an operator has taken the record"
@@ -128,12 +130,12 @@ impl Renewer {
 }
 
 /// The runtime may go down under the task: then the next attempt, on another runtime, must start it anew.
-struct Running<'a> {
+struct Alive<'a> {
     renewer: &'a Renewer,
     ended: bool,
 }
 
-impl Drop for Running<'_> {
+impl Drop for Alive<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.renewer.state().running = false;
