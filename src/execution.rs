@@ -35,6 +35,8 @@ pub(crate) struct Execution {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
+    /// When the claim was sent: the lease runs from then on at the earliest.
+    pub(crate) claimed_at: Instant,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -84,7 +86,7 @@ impl Execution {
         let interval = timing.renewal_interval();
         let lease =
             Lease::new(&self.core.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
-        lease.keep(interval);
+        lease.keep(interval.saturating_sub(self.claimed_at.elapsed()));
         lease
     }
 

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Request, Response, request::Parts};
 use http_body::Body;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
 use tower_service::Service;
 
 use crate::{
@@ -119,6 +122,7 @@ impl Guarded {
         body: &Bytes,
     ) -> Result<Decision, Rejection> {
         for _ in 0..2 {
+            let claimed_at = Instant::now();
             let outcome = match self.ask(&claim).await {
                 Ok(outcome) => outcome,
                 Err(error) => return self.without_store(&claim.attempt, &error),
@@ -134,6 +138,7 @@ impl Guarded {
                         fingerprint: claim.fingerprint,
                         record_id,
                         attempt_number,
+                        claimed_at,
                         _permit: permit,
                     }));
                 }
