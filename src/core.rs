@@ -1,6 +1,7 @@
 //! What all layers over one store share: running attempts, claims, settlements, the end.
 
 use std::{
+    pin::pin,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -128,8 +129,8 @@ impl Core {
         }
     }
 
-    /// Writes how an attempt ended, trying again until `give_up`. Between two tries the lease is renewed, so that
-    /// nobody takes the record over in the meantime.
+    /// Writes how an attempt ended, trying again until `give_up`. Between two tries, and while one hangs, the lease is
+    /// renewed, so that nobody takes the record over in the meantime.
     pub(crate) async fn settle(
         &self,
         attempt: &Attempt,
@@ -140,7 +141,7 @@ impl Core {
         let mut pause = FIRST_PAUSE;
         loop {
             lease.inspect(|lease| lease.leave());
-            let error = match self.settle_once(attempt, settlement).await {
+            let error = match keep_if_late(lease, self.settle_once(attempt, settlement)).await {
                 Err(error) if error.is_retryable() && Instant::now() + pause < give_up => error,
                 settled => return settled,
             };
@@ -175,6 +176,19 @@ impl Core {
     ) -> Result<T, StoreError> {
         self.tasks.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
+}
+
+/// Renews the lease again if the store takes long: the call may hang for longer than the lease on a broken connection.
+async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
+    let Some(lease) = lease else { return call.await };
+    let mut call = pin!(call);
+    if let Ok(answer) = timeout(lease.interval(), &mut call).await {
+        return answer;
+    }
+    lease.keep(Duration::ZERO);
+    let answer = call.await;
+    lease.leave();
+    answer
 }
 
 /// The answer of a store call that ran in a task of its own and was waited for at most `limit`.

@@ -178,6 +178,10 @@ impl Lease {
         self.renewer.state().leases.remove(&self.renewal.attempt.id);
     }
 
+    pub(crate) fn interval(&self) -> Duration {
+        self.interval
+    }
+
     pub(crate) fn attempt(&self) -> &Attempt {
         &self.renewal.attempt
     }

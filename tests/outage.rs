@@ -384,6 +384,52 @@ async fn a_lease_is_counted_from_the_claim_and_not_from_its_answer() {
     assert_eq!(app.runs(), 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_is_performed_after_everybody_gave_up_is_released() {
+    let store = Watched::new(MemoryStore::new());
+    let layer = patient(layer(store.clone())).with_policy(ResultPolicy::at_most_once());
+    let app = App::new(layer);
+    store.delay_claims(true);
+    app.send("key").await.assert_refused("store-unavailable");
+    store.delay_claims(false);
+    // The last of them is carried out, after the first release.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let answer = send_until_not(&["in-progress"], || app.send("key")).await;
+    assert!(answer.is_first(), "{answer:?}");
+    assert_eq!(app.runs(), 1);
+    app.send("other").await;
+    app.handle.drain(Duration::from_secs(5)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewal_that_hangs_does_not_cost_other_attempts_their_leases() {
+    let store = Watched::new(MemoryStore::new());
+    let short = layer(store.clone());
+    let long = short.clone().with_lease(LONG).with_renewal_interval(Duration::from_millis(100));
+    let app = App::new(short);
+    let patient = app.beside(long);
+    let neighbour = app.beside(layer(store.clone()));
+    app.close();
+    store.hang_next_renewal();
+    let first = patient.start("long");
+    let hangs = async {
+        while !store.renewal_hangs() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), hangs).await.expect("a renewal");
+    let second = app.start("short");
+    app.until_started(2).await;
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(2) {
+        neighbour.send("short").await.assert_refused("in-progress");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    app.open();
+    assert!(first.await.unwrap().is_first() && second.await.unwrap().is_first());
+    assert_eq!(app.runs(), 2);
+}
+
 fn owner(record: &Record) -> AttemptId {
     record.attempt.expect("an attempt owns it")
 }
