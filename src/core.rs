@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::{
     sync::oneshot,
     task::JoinError,
-    time::{Instant, error::Elapsed, sleep, timeout},
+    time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -109,11 +109,30 @@ impl Core {
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         };
-        let unknown = outcome.is_err() && sent;
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
         let delivered = caller.send(outcome).is_ok();
-        if unknown || (won && !delivered) {
+        if won && delivered {
+            return;
+        }
+        if sent {
+            self.release_late(&claim).await;
+        } else if won {
             self.release_unstarted(&claim.attempt).await;
+        }
+    }
+
+    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that was frozen, or waits
+    /// for its standby, carries it out after the first release.
+    async fn release_late(&self, claim: &Claim) {
+        let end = Instant::now() + claim.lease;
+        let mut pause = FIRST_LATE_PAUSE;
+        loop {
+            self.release_unstarted(&claim.attempt).await;
+            if Instant::now() >= end || self.draining.is_cancelled() {
+                return;
+            }
+            let _ = timeout_at(end.min(Instant::now() + pause), self.draining.cancelled()).await;
+            pause *= 4;
         }
     }
 
@@ -213,5 +232,6 @@ fn task_ended(error: JoinError) -> StoreError {
 
 /// For how long a release of what was claimed in vain is tried.
 const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
