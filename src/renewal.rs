@@ -65,7 +65,8 @@ impl Renewer {
         while let Some(next) = self.next_due() {
             let _ = timeout_at(next, self.wake.notified()).await;
             for batch in self.take_due().chunks(MAX_BATCH) {
-                self.renew(batch).await;
+                // In a task of its own: one that hangs must not keep the others from being sent.
+                tokio::spawn(Arc::clone(&self).renew(batch.to_vec()));
             }
         }
         alive.ended = true;
@@ -79,28 +80,44 @@ impl Renewer {
         state.next
     }
 
-    /// What is due or soon will be; asked again in a quarter of the interval unless this renewal succeeds.
+    /// What is due or soon will be; asked again after another interval if nothing is heard.
     fn take_due(&self) -> Vec<Renewal> {
         let now = Instant::now();
         let mut state = self.state();
         let due = state.leases.values_mut().filter(|entry| entry.due <= now + entry.interval / 8);
         due.map(|entry| {
-            entry.due = now + entry.interval / 4;
+            entry.due = now + entry.interval;
             entry.renewal.clone()
         })
         .collect()
     }
 
-    async fn renew(&self, batch: &[Renewal]) {
+    async fn renew(self: Arc<Self>, batch: Vec<Renewal>) {
         let started = Instant::now();
         let limit = batch.iter().map(|renewal| renewal.lease).min().unwrap_or_default() / 2;
-        match self.ask(batch.to_vec(), limit).await {
-            Ok(outcomes) => self.note(batch, &outcomes, started),
-            Err(error) => tracing::warn!(
-                target: TRACING_TARGET, error = &error as &dyn std::error::Error, leases = batch.len(),
-                "leases could not be renewed; trying again"
-            ),
+        match self.ask(batch.clone(), limit).await {
+            Ok(outcomes) => self.note(&batch, &outcomes, started),
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, error = &error as &dyn std::error::Error, leases = batch.len(),
+                    "leases could not be renewed; trying again"
+                );
+                self.try_again(&batch);
+            }
         }
+    }
+
+    /// Makes the renewals that failed due in a quarter of their interval.
+    fn try_again(&self, batch: &[Renewal]) {
+        let now = Instant::now();
+        let mut state = self.state();
+        for renewal in batch {
+            if let Some(entry) = state.leases.get_mut(&renewal.attempt.id) {
+                entry.due = entry.due.min(now + entry.interval / 4);
+            }
+        }
+        drop(state);
+        self.wake.notify_one();
     }
 
     /// Asks the store in a task of its own, which is left behind when it takes too long.
