@@ -133,7 +133,10 @@ async fn a_claim_whose_reply_was_lost_runs_once_or_leaves_the_key_free() {
     let request = node.app.start("lost");
     node.proxy.until(|counts| counts.withheld > 0).await;
     node.until_record("lost", |record| record.is_some()).await;
+    let accepted = node.proxy.counts().accepted;
     node.proxy.cut();
+    // The repeated claim comes on a new connection, and its reply is kept too.
+    node.proxy.until(|counts| counts.accepted > accepted).await;
     node.proxy.set(Fault::None);
     let answer = request.await.unwrap();
     assert!(answer.is_first() || answer.is_refused("store-unavailable"), "{answer:?}");
@@ -152,6 +155,7 @@ async fn a_claim_whose_reply_was_lost_with_the_server_leaves_the_key_free() {
     node.until_record("lost", |record| record.is_some()).await;
     node.database.stop_immediate();
     node.proxy.cut();
+    node.proxy.until(|counts| counts.withheld == 0).await;
     node.proxy.set(Fault::None);
     request.await.unwrap().assert_refused("store-unavailable");
     node.database.start_again();
