@@ -15,13 +15,14 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Fingerprint, Idempotency, RecordId, Rejection, RejectionCode, RequestBody,
-    ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
+    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
+    RequestBody, ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
     error::BoxError,
     future::Answer,
     renewal::Lease,
+    running::Entered,
     settings::Settings,
     shared::{End, Ended, Shared},
 };
@@ -34,6 +35,8 @@ pub(crate) struct Execution {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
+    /// When the claim was sent: the lease runs from then on at the earliest.
+    pub(crate) claimed_at: Instant,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -66,13 +69,14 @@ impl Execution {
         ResBody::Error: Into<BoxError>,
     {
         let cancelled = CancellationToken::new();
+        let entered = self.shared.running.enter(self.attempt.clone(), self.record());
         let lease = self.keep_lease(&cancelled);
         request.extensions_mut().insert(self.idempotency(&cancelled));
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let ended = self.wait(&mut handler, &cancelled).await;
         let unfinished = matches!(ended, HandlerEnd::TimedOut).then_some(handler);
         let (end, answer) = self.judge(ended);
-        match self.write_down(lease, end, unfinished).await {
+        match self.write_down((lease, entered), end, unfinished).await {
             // Another request's response must not be given for this one, and does not contradict it either.
             Some(Ended::Lost(record)) if record.fingerprint == self.fingerprint => {
                 Ok(match answer_from(&self.settings, &record) {
@@ -89,8 +93,15 @@ impl Execution {
         let interval = timing.renewal_interval();
         let lease =
             Lease::new(&self.shared.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
-        lease.keep(interval);
+        lease.keep(interval.saturating_sub(self.claimed_at.elapsed()));
         lease
+    }
+
+    fn record(&self) -> Record {
+        let state = RecordState::in_progress(self.settings.timing.lease);
+        let mut record = Record::new(self.attempt.clone(), self.record_id, self.fingerprint.clone(), state);
+        record.attempt_number = self.attempt_number;
+        record
     }
 
     fn idempotency(&self, cancelled: &CancellationToken) -> Idempotency {
@@ -205,7 +216,7 @@ impl Execution {
     /// Writes the end of the attempt down in a task that goes on when waiting for it takes too long.
     async fn write_down<T: Send + 'static>(
         &self,
-        lease: Lease,
+        (lease, entered): (Lease, Entered),
         end: End,
         unfinished: Option<JoinHandle<T>>,
     ) -> Option<Ended> {
@@ -217,7 +228,9 @@ impl Execution {
                 // Nobody may run while a cancelled handler still does.
                 let _ = handler.await;
             }
-            shared.end(lease.attempt(), Some(&lease), &end, give_up).await
+            let ended = shared.end(lease.attempt(), Some(&lease), &end, give_up).await;
+            drop(entered);
+            ended
         });
         let ended = crate::shared::flatten(timeout(limit, task).await, limit);
         if let Ok(Ended::Absent | Ended::Lost(_)) = ended {

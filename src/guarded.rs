@@ -5,7 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Request, Response, request::Parts};
 use http_body::Body;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
 use tower_service::Service;
 
 use crate::{
@@ -120,13 +123,20 @@ impl Guarded {
         body: &Bytes,
     ) -> Result<Decision, Rejection> {
         for _ in 0..2 {
-            let outcome = match self.shared.claim(claim.clone(), self.settings.store_timeout).await {
+            let claimed_at = Instant::now();
+            let outcome = match self.ask(&claim).await {
                 Ok(outcome) => outcome,
                 Err(error) => return self.without_store(&claim.attempt, &error),
             };
             let record = match outcome {
                 ClaimOutcome::Won { record_id, attempt_number } => {
-                    return Ok(Decision::Run(self.execution(claim, record_id, attempt_number, permit)));
+                    return Ok(Decision::Run(self.execution(
+                        claim,
+                        record_id,
+                        attempt_number,
+                        claimed_at,
+                        permit,
+                    )));
                 }
                 ClaimOutcome::Contended => break,
                 ClaimOutcome::Exists(record) => record,
@@ -145,6 +155,7 @@ impl Guarded {
         claim: Claim,
         record_id: RecordId,
         attempt_number: u32,
+        claimed_at: Instant,
         permit: Option<OwnedSemaphorePermit>,
     ) -> Execution {
         Execution {
@@ -154,7 +165,16 @@ impl Guarded {
             fingerprint: claim.fingerprint,
             record_id,
             attempt_number,
+            claimed_at,
             _permit: permit,
+        }
+    }
+
+    /// Claims the key, unless it is one that this process is running.
+    async fn ask(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        match self.shared.running.find(&self.consumer, &claim.attempt.key) {
+            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
+            None => self.shared.claim(claim.clone(), self.settings.store_timeout).await,
         }
     }
 

@@ -94,7 +94,13 @@ impl IdempotencyHandle {
     /// [`StoreError`].
     pub async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        self.call(|store| async move { store.evict(&consumer, &key).await }).await
+        let running = Arc::clone(&self.shared.running);
+        self.call(|store| async move {
+            let evicted = store.evict(&consumer, &key).await?;
+            running.forget(&consumer, &key);
+            Ok(evicted)
+        })
+        .await
     }
 
     /// Ends a record that is held or whose lease ran out, once you know what became of the request.
@@ -109,7 +115,15 @@ impl IdempotencyHandle {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        self.call(|store| async move { store.resolve(&consumer, &key, resolution).await }).await
+        let running = Arc::clone(&self.shared.running);
+        self.call(|store| async move {
+            let outcome = store.resolve(&consumer, &key, resolution).await?;
+            if outcome == ResolveOutcome::Resolved {
+                running.forget(&consumer, &key);
+            }
+            Ok(outcome)
+        })
+        .await
     }
 
     /// Purges at most `limit` records that count as absent, and returns how many. The [`Reaper`](crate::Reaper) does

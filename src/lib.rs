@@ -22,6 +22,7 @@ mod record;
 mod rejection;
 mod renewal;
 mod response;
+mod running;
 mod service;
 mod settings;
 mod shared;

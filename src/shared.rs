@@ -1,6 +1,7 @@
-//! What all layers over one store share: running attempts, claims, settlements, the end.
+//! What all layers over one store share: running attempts, claims, ends, the end.
 
 use std::{
+    pin::pin,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -9,22 +10,24 @@ use bytes::Bytes;
 use tokio::{
     sync::oneshot,
     task::JoinError,
-    time::{Instant, error::Elapsed, sleep, timeout},
+    time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, Store, StoreError, StoreErrorKind, TRACING_TARGET,
     renewal::{Lease, Renewer},
+    running::Running,
 };
 
 /// Shared by a layer, its clones, its services and its handles.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
-    /// Everything that must not be cut off: attempts, claims, settlements.
+    /// Everything that must not be cut off: attempts, claims, the ends of attempts.
     pub(crate) tasks: TaskTracker,
     pub(crate) renewer: Arc<Renewer>,
+    pub(crate) running: Arc<Running>,
     /// Guarded requests are refused.
     pub(crate) draining: CancellationToken,
     /// Background tasks end.
@@ -54,11 +57,13 @@ pub(crate) enum Ended {
 impl Shared {
     pub(crate) fn new(store: Arc<dyn Store>) -> Arc<Self> {
         let tasks = TaskTracker::new();
-        let renewer = Renewer::new(Arc::clone(&store), tasks.clone());
+        let running = Arc::<Running>::default();
+        let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
         Arc::new(Self {
             store,
             tasks,
             renewer,
+            running,
             draining: CancellationToken::new(),
             stopped: CancellationToken::new(),
             reaper_runs: AtomicBool::new(false),
@@ -104,11 +109,30 @@ impl Shared {
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         };
-        let unknown = outcome.is_err() && sent;
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
         let delivered = caller.send(outcome).is_ok();
-        if unknown || (won && !delivered) {
+        if won && delivered {
+            return;
+        }
+        if sent {
+            self.release_late(&claim).await;
+        } else if won {
             self.release_unstarted(&claim.attempt).await;
+        }
+    }
+
+    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that was frozen, or waits
+    /// for its standby, carries it out after the first release.
+    async fn release_late(&self, claim: &Claim) {
+        let end = Instant::now() + claim.lease;
+        let mut pause = FIRST_LATE_PAUSE;
+        loop {
+            self.release_unstarted(&claim.attempt).await;
+            if Instant::now() >= end || self.draining.is_cancelled() {
+                return;
+            }
+            let _ = timeout_at(end.min(Instant::now() + pause), self.draining.cancelled()).await;
+            pause *= 4;
         }
     }
 
@@ -124,13 +148,13 @@ impl Shared {
         }
     }
 
-    /// Writes how an attempt ended, trying again until `give_up`. Between two tries the lease is renewed, so that
-    /// nobody takes the record over in the meantime.
+    /// Writes how an attempt ended, trying again until `give_up`. Between two tries, and while one hangs, the lease is
+    /// renewed, so that nobody takes the record over in the meantime.
     pub(crate) async fn end(
         &self,
         attempt: &Attempt,
         lease: Option<&Lease>,
-        settlement: &End,
+        end: &End,
         give_up: Instant,
     ) -> Result<Ended, StoreError> {
         let mut pause = FIRST_PAUSE;
@@ -138,9 +162,9 @@ impl Shared {
             if let Some(lease) = lease {
                 lease.leave();
             }
-            let error = match self.end_once(attempt, settlement).await {
+            let error = match keep_if_late(lease, self.end_once(attempt, end)).await {
                 Err(error) if error.is_retryable() && Instant::now() + pause < give_up => error,
-                settled => return settled,
+                ended => return ended,
             };
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
@@ -154,8 +178,8 @@ impl Shared {
         }
     }
 
-    async fn end_once(&self, attempt: &Attempt, settlement: &End) -> Result<Ended, StoreError> {
-        match settlement {
+    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Ended, StoreError> {
+        match end {
             End::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
                 CompleteOutcome::Completed => Ended::Done,
                 CompleteOutcome::Lost(record) => Ended::Lost(record),
@@ -173,6 +197,19 @@ impl Shared {
     ) -> Result<T, StoreError> {
         self.tasks.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
+}
+
+/// Renews the lease again if the store takes long: the call may hang for longer than the lease on a broken connection.
+async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
+    let Some(lease) = lease else { return call.await };
+    let mut call = pin!(call);
+    if let Ok(answer) = timeout(lease.interval(), &mut call).await {
+        return answer;
+    }
+    lease.keep(Duration::ZERO);
+    let answer = call.await;
+    lease.leave();
+    answer
 }
 
 /// The answer of a store call that ran in a task of its own and was waited for at most `limit`.
@@ -197,5 +234,6 @@ fn task_ended(error: JoinError) -> StoreError {
 
 /// For how long a release of what was claimed in vain is tried.
 const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
