@@ -1,13 +1,18 @@
 //! One attempt: runs the handler, judges its result, writes it down.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, header, response::Parts};
 use http_body::Body;
 use tokio::{
     sync::OwnedSemaphorePermit,
-    task::JoinHandle,
+    task::{JoinError, JoinHandle},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -43,6 +48,9 @@ pub(crate) struct Execution {
 /// A response whose body was collected as far as possible, or the error of the inner service.
 type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 
+/// The answer, or the refusal to be made of what happened.
+type Verdict<B, E> = Result<Answer<B, E>, Rejection>;
+
 /// How the handler's task ended.
 #[expect(
     clippy::large_enum_variant,
@@ -51,7 +59,7 @@ type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 enum HandlerEnd<B, E> {
     Performed(Performed<B, E>),
     Panicked,
-    TimedOut,
+    Cancelled,
 }
 
 impl Execution {
@@ -73,18 +81,25 @@ impl Execution {
         let lease = self.keep_lease(&cancelled);
         request.extensions_mut().insert(self.idempotency(&cancelled));
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
-        let ended = self.wait(&mut handler, &cancelled).await;
-        let unfinished = matches!(ended, HandlerEnd::TimedOut).then_some(handler);
-        let (end, answer) = self.judge(ended);
-        match self.write_down((lease, entered), end, unfinished).await {
+        let this = Arc::new(self);
+        let Some(ended) = this.wait(&mut handler, &cancelled).await else {
+            let held = matches!(this.end_without_result(), End::Hold);
+            let refusal = refused(&this.settings, too_long().final_if(held));
+            this.leave_behind(handler, lease, entered);
+            return Ok(refusal);
+        };
+        let (end, answer) = this.judge(ended);
+        match this.write_down(end, lease, entered).await {
             // Another request's response must not be given for this one, and does not contradict it either.
-            Some(Ended::Lost(record)) if record.fingerprint == self.fingerprint => {
-                Ok(match answer_from(&self.settings, &record) {
-                    Ok(stored) => replay(&self.settings, stored),
-                    Err(rejection) => refused(&self.settings, rejection),
+            Some(Ended::Lost(record)) if record.fingerprint == this.fingerprint => {
+                Ok(match answer_from(&this.settings, &record) {
+                    Ok(stored) => replay(&this.settings, stored),
+                    Err(rejection) => refused(&this.settings, rejection),
                 })
             }
-            Some(Ended::Done | Ended::Lost(_) | Ended::Absent) | None => answer,
+            Some(Ended::Done | Ended::Lost(_) | Ended::Absent) | None => {
+                answer.unwrap_or_else(|rejection| Ok(refused(&this.settings, rejection)))
+            }
         }
     }
 
@@ -114,38 +129,64 @@ impl Execution {
         )
     }
 
-    /// Waits for the handler, at most `max_execution`; shortly before that it is told.
+    /// Waits for the handler, at most `max_execution`; shortly before that it is told. `None` if it runs on although it
+    /// was cancelled, because it does not yield.
     async fn wait<B, E>(
         &self,
         handler: &mut JoinHandle<Performed<B, E>>,
         cancelled: &CancellationToken,
-    ) -> HandlerEnd<B, E> {
+    ) -> Option<HandlerEnd<B, E>> {
         let limit = self.settings.timing.max_execution;
         let mut ended = timeout(limit * 9 / 10, &mut *handler).await;
         if ended.is_err() {
             cancelled.cancel();
             ended = timeout(limit / 10, &mut *handler).await;
         }
+        if let Err(error) = &ended {
+            self.log_failure(error, "the handler is cancelled: it runs longer than max_execution");
+            handler.abort();
+            ended = timeout(CANCEL_GRACE, &mut *handler).await;
+        }
+        ended.ok().map(|ended| self.handler_end(ended))
+    }
+
+    fn handler_end<B, E>(&self, ended: Result<Performed<B, E>, JoinError>) -> HandlerEnd<B, E> {
         match ended {
-            Ok(Ok(performed)) => HandlerEnd::Performed(performed),
-            Ok(Err(error)) => {
-                let what = if error.is_panic() { "panicked" } else { "was stopped with its runtime" };
-                self.log_failure(&error, &format!("the handler {what}"));
+            Ok(performed) => HandlerEnd::Performed(performed),
+            Err(error) if error.is_panic() => {
+                self.log_failure(&error, "the handler panicked");
                 HandlerEnd::Panicked
             }
-            Err(_) => {
-                tracing::error!(
-                    target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id, ?limit,
-                    "the handler was cancelled: it ran longer than max_execution"
-                );
-                handler.abort();
-                HandlerEnd::TimedOut
-            }
+            Err(_) => HandlerEnd::Cancelled,
         }
     }
 
-    /// What is written down, and what the client gets once it is.
-    fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> (End, Answer<B, E>) {
+    /// Nobody may run while a cancelled handler still does, and what it returns all the same counts.
+    fn leave_behind<B, E>(
+        self: Arc<Self>,
+        handler: JoinHandle<Performed<B, E>>,
+        lease: Lease,
+        entered: Entered,
+    ) where
+        B: Send + 'static,
+        E: Send + 'static,
+    {
+        let tasks = self.shared.tasks.clone();
+        tasks.spawn(async move {
+            let (end, answer) = self.judge(self.handler_end(handler.await));
+            drop(answer);
+            self.write_down(end, lease, entered).await
+        });
+    }
+
+    /// What is written down, and what the client gets once it is. It calls the application's policy.
+    fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> (End, Verdict<B, E>) {
+        catch_unwind(AssertUnwindSafe(|| self.judge_end(ended))).unwrap_or_else(|_| {
+            self.without_result(Rejection::new(RejectionCode::Internal, "The result could not be judged."))
+        })
+    }
+
+    fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> (End, Verdict<B, E>) {
         match ended {
             HandlerEnd::Performed(Ok((parts, Collected::Whole(body)))) => self.judge_whole(parts, body),
             HandlerEnd::Performed(Ok((parts, Collected::Partial(frames, rest)))) => {
@@ -154,27 +195,22 @@ impl Execution {
                     Directive::Release => End::Release,
                     Directive::Hold => End::Hold,
                 };
-                (end, Ok(Response::from_parts(parts, ResponseBody::resumed(frames, rest))))
+                (end, Ok(Ok(Response::from_parts(parts, ResponseBody::resumed(frames, rest)))))
             }
             HandlerEnd::Performed(Ok((_, Collected::Broken(error)))) => {
                 self.log_failure(&*error, "the response broke off");
-                self.without_result(Rejection::new(
-                    RejectionCode::ResponseIncomplete,
-                    "The handler's response broke off.",
-                ))
+                let detail = "The handler's response broke off.";
+                self.without_result(Rejection::new(RejectionCode::ResponseIncomplete, detail))
             }
-            HandlerEnd::Performed(Err(error)) => (End::Release, Err(error)),
+            HandlerEnd::Performed(Err(error)) => (self.end_without_result(), Ok(Err(error))),
             HandlerEnd::Panicked => {
                 self.without_result(Rejection::new(RejectionCode::HandlerPanicked, "The handler failed."))
             }
-            HandlerEnd::TimedOut => self.without_result(Rejection::new(
-                RejectionCode::MaxExecutionExceeded,
-                "The handler took too long and was cancelled.",
-            )),
+            HandlerEnd::Cancelled => self.without_result(too_long()),
         }
     }
 
-    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> (End, Answer<B, E>) {
+    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> (End, Verdict<B, E>) {
         let Buffered { data, trailers } = body;
         let end = match self.directive(&parts) {
             Directive::Release => End::Release,
@@ -184,14 +220,16 @@ impl Execution {
                 let end = self.complete(first.clone());
                 let mut response = first.into_response();
                 *response.extensions_mut() = parts.extensions;
-                return (end, Ok(response));
+                return (end, Ok(Ok(response)));
             }
         };
-        (end, Ok(Response::from_parts(parts, ResponseBody::buffered(data, trailers))))
+        (end, Ok(Ok(Response::from_parts(parts, ResponseBody::buffered(data, trailers)))))
     }
 
     fn directive(&self, parts: &Parts) -> Directive {
-        let directive = self.settings.policy.directive(parts);
+        // A refusal of a layer inside this one is never stored.
+        let refused = parts.extensions.get::<Rejection>().is_some();
+        let directive = if refused { Directive::Release } else { self.settings.policy.directive(parts) };
         tracing::debug!(
             target: TRACING_TARGET, consumer = %self.attempt.consumer, key = %self.settings.shown(&self.attempt.key),
             attempt = %self.attempt.id, attempt_number = self.attempt_number, status = parts.status.as_u16(),
@@ -205,29 +243,25 @@ impl Execution {
         End::Complete(response.encode())
     }
 
-    fn without_result<B, E>(&self, rejection: Rejection) -> (End, Answer<B, E>) {
-        let (end, held) = match self.settings.policy.without_result() {
-            Directive::Hold => (End::Hold, true),
-            Directive::Release | Directive::Store => (End::Release, false),
-        };
-        (end, Ok(refused(&self.settings, rejection.final_if(held))))
+    fn without_result<B, E>(&self, rejection: Rejection) -> (End, Verdict<B, E>) {
+        let end = self.end_without_result();
+        let held = matches!(end, End::Hold);
+        (end, Err(rejection.final_if(held)))
+    }
+
+    fn end_without_result(&self) -> End {
+        match self.settings.policy.without_result() {
+            Directive::Hold => End::Hold,
+            Directive::Release | Directive::Store => End::Release,
+        }
     }
 
     /// Writes the end of the attempt down in a task that goes on when waiting for it takes too long.
-    async fn write_down<T: Send + 'static>(
-        &self,
-        (lease, entered): (Lease, Entered),
-        end: End,
-        unfinished: Option<JoinHandle<T>>,
-    ) -> Option<Ended> {
+    async fn write_down(&self, end: End, lease: Lease, entered: Entered) -> Option<Ended> {
         let limit = MAX_WAIT.min(self.settings.timing.lease * 3 / 4);
         let give_up = Instant::now() + self.settings.timing.max_execution.max(limit);
         let shared = Arc::clone(&self.shared);
         let task = self.shared.tasks.spawn(async move {
-            if let Some(handler) = unfinished {
-                // Nobody may run while a cancelled handler still does.
-                let _ = handler.await;
-            }
             let ended = shared.end(lease.attempt(), Some(&lease), &end, give_up).await;
             drop(entered);
             ended
@@ -239,11 +273,8 @@ impl Execution {
                 "the record was gone or another attempt's when its attempt ended"
             );
         }
-        ended
-            .inspect_err(|error| {
-                self.log_failure(error, "the response is sent although it is not stored yet")
-            })
-            .ok()
+        let not_stored = "the response is sent although it is not stored yet";
+        ended.inspect_err(|error| self.log_failure(error, not_stored)).ok()
     }
 
     fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
@@ -252,6 +283,11 @@ impl Execution {
             target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, error, "{what}"
         );
     }
+}
+
+fn too_long() -> Rejection {
+    let detail = "The handler took too long and was cancelled.";
+    Rejection::new(RejectionCode::MaxExecutionExceeded, detail)
 }
 
 /// Calls the handler and collects its response.
@@ -277,3 +313,5 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
 
 /// For how long a client waits for its response to be stored while the store does not answer.
 const MAX_WAIT: Duration = Duration::from_secs(10);
+/// For how long a client waits for a cancelled handler to stop.
+const CANCEL_GRACE: Duration = Duration::from_secs(1);

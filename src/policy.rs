@@ -25,8 +25,8 @@ pub enum Directive {
     Hold,
 }
 
-/// What becomes of a record whose attempt ended without a result: its process died, the handler panicked, its response
-/// broke off or it ran longer than `max_execution`.
+/// What becomes of a record whose attempt ended without a result: its process died, the handler panicked or the inner
+/// service failed, its response broke off, or it ran longer than `max_execution`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AbandonedAttempts {
@@ -44,7 +44,7 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 /// | policy | stored | abandoned attempts |
 /// |---|---|---|
 /// | default | 2xx, 3xx, and 4xx except 401, 403, 407, 408, 421, 425, 429 | run again |
-/// | [`at_most_once`](Self::at_most_once) | the same and 5xx | held |
+/// | [`at_most_once`](Self::at_most_once) | the same and 5xx; 408 holds the key | held |
 /// | [`success_only`](Self::success_only) | 2xx and 3xx | run again |
 ///
 /// What is not stored releases the key.
@@ -56,12 +56,14 @@ pub struct ResultPolicy {
 
 impl ResultPolicy {
     /// Stores 5xx too and holds the key of an abandoned attempt: no request whose outcome is unknown runs again, its key
-    /// waits for an operator. 401, 403, 407, 408, 421, 425, 429 and an error of the inner service still release it.
+    /// waits for an operator. A 408 and an error of the inner service, which a time-out inside the layer answers, hold the
+    /// key too. 401, 403, 407, 421, 425 and 429 still release it.
     #[must_use]
     pub fn at_most_once() -> Self {
-        let classify = |status: StatusCode| match status.is_server_error() {
-            true => Directive::Store,
-            false => by_status(status),
+        let classify = |status: StatusCode| match status {
+            StatusCode::REQUEST_TIMEOUT => Directive::Hold,
+            status if status.is_server_error() => Directive::Store,
+            status => by_status(status),
         };
         Self::from_fn(classify).with_abandoned(AbandonedAttempts::Hold)
     }
@@ -93,7 +95,7 @@ impl ResultPolicy {
         overridden.unwrap_or_else(|| (self.classify)(response.status))
     }
 
-    /// What is done after a panic, a broken response body or too long an execution.
+    /// What is done after a panic, an error of the inner service, a broken response body or too long an execution.
     pub(crate) fn without_result(&self) -> Directive {
         match self.abandoned {
             AbandonedAttempts::RunAgain => Directive::Release,

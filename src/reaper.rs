@@ -54,19 +54,9 @@ impl Reaper {
     pub(crate) fn ensure_running(&self, shared: &Arc<Shared>) {
         let Some(schedule) = self.0 else { return };
         if !shared.reaper_runs.load(Ordering::Relaxed) && !shared.reaper_runs.swap(true, Ordering::Relaxed) {
-            tokio::spawn(run(Arc::downgrade(shared), schedule));
-        }
-    }
-}
-
-async fn run(shared: Weak<Shared>, schedule: Schedule) {
-    let _running = Running(Weak::clone(&shared));
-    while let Some(stopped) = shared.upgrade().map(|shared| shared.stopped.clone()) {
-        if tokio::time::timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
-            return;
-        }
-        if let Some(shared) = shared.upgrade() {
-            purge_all(&shared, schedule.batch).await;
+            // Made here, because a runtime that goes down may drop the task before it has begun.
+            let alive = Alive(Arc::downgrade(shared));
+            tokio::spawn(alive.run(schedule));
         }
     }
 }
@@ -95,9 +85,23 @@ async fn purge_all(shared: &Shared, batch: u32) {
     }
 }
 
-struct Running(Weak<Shared>);
+/// The task. When it ends with its runtime, the next request starts another.
+struct Alive(Weak<Shared>);
 
-impl Drop for Running {
+impl Alive {
+    async fn run(self, schedule: Schedule) {
+        while let Some(stopped) = self.0.upgrade().map(|shared| shared.stopped.clone()) {
+            if tokio::time::timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
+                return;
+            }
+            if let Some(shared) = self.0.upgrade() {
+                purge_all(&shared, schedule.batch).await;
+            }
+        }
+    }
+}
+
+impl Drop for Alive {
     fn drop(&mut self) {
         if let Some(shared) = self.0.upgrade() {
             shared.reaper_runs.store(false, Ordering::Relaxed);

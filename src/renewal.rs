@@ -54,22 +54,12 @@ impl Renewer {
         state.leases.insert(entry.renewal.attempt.id, entry);
         if !state.running {
             state.running = true;
-            tokio::spawn(Arc::clone(self).run());
+            // Made here, because a runtime that goes down may drop the task before it has begun.
+            let alive = Alive { renewer: Arc::clone(self), ended: false };
+            tokio::spawn(alive.run());
         } else if state.next.is_none_or(|next| due < next) {
             self.wake.notify_one();
         }
-    }
-
-    async fn run(self: Arc<Self>) {
-        let mut alive = Alive { renewer: &self, ended: false };
-        while let Some(next) = self.next_due() {
-            let _ = timeout_at(next, self.wake.notified()).await;
-            for batch in self.take_due().chunks(MAX_BATCH) {
-                // In a task of its own: one that hangs must not keep the others from being sent.
-                tokio::spawn(Arc::clone(&self).renew(batch.to_vec()));
-            }
-        }
-        alive.ended = true;
     }
 
     /// When the next lease is due; `None`, and the task ends, if there is none.
@@ -146,13 +136,26 @@ impl Renewer {
     }
 }
 
-/// The runtime may go down under the task: then the next attempt, on another runtime, must start it anew.
-struct Alive<'a> {
-    renewer: &'a Renewer,
+/// The task. The runtime may go down under it: then the next attempt, on another runtime, must start it anew.
+struct Alive {
+    renewer: Arc<Renewer>,
     ended: bool,
 }
 
-impl Drop for Alive<'_> {
+impl Alive {
+    async fn run(mut self) {
+        while let Some(next) = self.renewer.next_due() {
+            let _ = timeout_at(next, self.renewer.wake.notified()).await;
+            for batch in self.renewer.take_due().chunks(MAX_BATCH) {
+                // In a task of its own: one that hangs must not keep the others from being sent.
+                tokio::spawn(Arc::clone(&self.renewer).renew(batch.to_vec()));
+            }
+        }
+        self.ended = true;
+    }
+}
+
+impl Drop for Alive {
     fn drop(&mut self) {
         if !self.ended {
             self.renewer.state().running = false;

@@ -15,7 +15,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, Store, StoreError, StoreErrorKind, TRACING_TARGET,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordState, Store, StoreError,
+    StoreErrorKind, TRACING_TARGET,
     renewal::{Lease, Renewer},
     running::Running,
 };
@@ -76,8 +77,11 @@ impl Shared {
         claim: Claim,
         limit: Duration,
     ) -> Result<ClaimOutcome, StoreError> {
-        // Past its lease a claim is worth nothing, by whichever clock: somebody else may run already.
-        let limit = limit.min(claim.lease);
+        // Near the end of its lease a claim is worth nothing: before it is renewed somebody else may run.
+        let usable = claim.lease * 3 / 4;
+        let limit = limit.min(usable);
+        let sent_at = Instant::now();
+        let attempt = claim.attempt.clone();
         let (sender, mut receiver) = oneshot::channel();
         self.tasks.spawn(Arc::clone(self).claim_for(claim, sender));
         let answer = match timeout(limit, &mut receiver).await {
@@ -87,6 +91,11 @@ impl Shared {
                 receiver.try_recv().ok()
             }
         };
+        if matches!(answer, Some(Ok(ClaimOutcome::Won { .. }))) && sent_at.elapsed() > usable {
+            let shared = Arc::clone(self);
+            self.tasks.spawn(async move { shared.release_unstarted(&attempt).await });
+            return Err(no_answer(limit));
+        }
         answer.unwrap_or_else(|| Err(no_answer(limit)))
     }
 
@@ -163,7 +172,8 @@ impl Shared {
                 lease.leave();
             }
             let error = match keep_if_late(lease, self.end_once(attempt, end)).await {
-                Err(error) if error.is_retryable() && Instant::now() + pause < give_up => error,
+                // Also what looks final, like a server that is read-only while another becomes the primary.
+                Err(error) if Instant::now() + pause < give_up => error,
                 ended => return ended,
             };
             tracing::warn!(
@@ -185,9 +195,19 @@ impl Shared {
                 CompleteOutcome::Lost(record) => Ended::Lost(record),
                 CompleteOutcome::Absent => Ended::Absent,
             }),
-            End::Release => self.store.release(attempt).await.map(|_| Ended::Done),
-            End::Hold => self.store.hold(attempt).await.map(|_| Ended::Done),
+            End::Release => self.after(attempt, self.store.release(attempt).await?).await,
+            End::Hold => self.after(attempt, self.store.hold(attempt).await?).await,
         }
+    }
+
+    /// An attempt that has lost its record must not contradict what another one has stored.
+    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Ended, StoreError> {
+        if fenced == Fenced::Applied {
+            return Ok(Ended::Done);
+        }
+        let record = self.store.get(&attempt.consumer, &attempt.key).await?;
+        let completed = record.filter(|record| matches!(record.state, RecordState::Completed { .. }));
+        Ok(completed.map_or(Ended::Done, |record| Ended::Lost(Box::new(record))))
     }
 
     /// Runs to its end in a task of its own, whoever stops waiting.

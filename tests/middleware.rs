@@ -454,6 +454,120 @@ async fn a_handler_over_max_execution_is_told_then_cancelled() {
     assert!(handle.list(RecordFilter::All, 1).await.unwrap().is_empty(), "the key was not released");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_handler_that_does_not_yield_returns_after_max_execution_counts() {
+    let runs = Runs::default();
+    let counter = runs.clone();
+    let handler = move || async move {
+        std::thread::sleep(Duration::from_millis(400));
+        format!("run {}", counter.add())
+    };
+    let layer = layer().with_max_execution(Duration::from_millis(100));
+    let app = Router::new().route("/charges", post(handler)).layer(layer);
+    assert_eq!(send(&app, charge("k")).await.body, "run 1");
+    assert!(send(&app, charge("k")).await.is_replay());
+    assert_eq!(runs.count(), 1);
+}
+
+#[tokio::test]
+async fn at_most_once_holds_after_a_time_out_inside_the_layer() {
+    let policy = || layer().with_policy(ResultPolicy::at_most_once());
+    let (app, runs) = answering(policy(), |_| StatusCode::REQUEST_TIMEOUT.into_response());
+    assert_eq!(send(&app, charge("k")).await.status, StatusCode::REQUEST_TIMEOUT);
+    send(&app, charge("k")).await.assert_refused(RejectionCode::OutcomeUnknown);
+    assert_eq!(runs.count(), 1);
+
+    let inner = tower::service_fn(|_: http::Request<_>| async {
+        std::future::pending::<Result<http::Response<Body>, tower::BoxError>>().await
+    });
+    let service =
+        tower::ServiceBuilder::new().layer(policy()).timeout(Duration::from_millis(50)).service(inner);
+    assert!(service.clone().oneshot(charge("k")).await.is_err());
+    let retry = service.oneshot(charge("k")).await.unwrap();
+    assert_eq!(retry.extensions().get::<Rejection>().unwrap().code(), RejectionCode::OutcomeUnknown);
+}
+
+#[tokio::test]
+async fn a_policy_that_panics_leaves_no_key_behind() {
+    let policy = ResultPolicy::from_fn(|status| match status {
+        StatusCode::ACCEPTED => panic!("the policy breaks"),
+        _ => Directive::Store,
+    });
+    let (app, runs) = answering(layer().with_policy(policy), |run| match run {
+        1 => StatusCode::ACCEPTED.into_response(),
+        _ => StatusCode::OK.into_response(),
+    });
+    send(&app, charge("k")).await.assert_refused(RejectionCode::Internal);
+    assert_eq!(send(&app, charge("k")).await.status, StatusCode::OK);
+    assert_eq!(runs.count(), 2);
+}
+
+#[tokio::test]
+async fn a_refusal_of_a_layer_inside_is_not_stored() {
+    let inner = layer().with_request_body_limit(1);
+    let (app, runs) = counting(inner);
+    let app = app.layer(layer());
+    for _ in 0..2 {
+        send(&app, charge("k")).await.assert_refused(RejectionCode::RequestTooLarge);
+    }
+    assert_eq!(runs.count(), 0);
+}
+
+#[tokio::test]
+async fn an_attempt_that_lost_its_record_does_not_contradict_it_with_a_result_that_is_not_stored() {
+    let (store, layer) = with_store();
+    let runs = Runs::default();
+    let counter = runs.clone();
+    let handler = move || async move {
+        counter.add();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        StatusCode::FORBIDDEN
+    };
+    let app = Router::new().route("/charges", post(handler)).layer(layer);
+    let first = tokio::spawn(send_owned(app.clone(), charge("k")));
+    while runs.count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let (consumer, key) = acme();
+    store.evict(&consumer, &key).await.unwrap();
+    let other = Attempt::new(consumer, key);
+    claim(&store, &other, &fingerprint_of_charge().await).await;
+    let stored = StoredResponse::new(StatusCode::CREATED, http::HeaderMap::new(), "charged");
+    store.complete(&other, stored.encode()).await.unwrap();
+    assert_eq!(first.await.unwrap().body, "charged");
+}
+
+#[test]
+fn a_runtime_that_ends_early_does_not_end_renewing_for_ever() {
+    let layer = layer().with_lease(Duration::from_millis(200));
+    for _ in 0..20 {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (app, runs) = waiting(layer.clone(), Duration::from_secs(60));
+        runtime.spawn(send_owned(app, charge("abandoned")));
+        runtime.block_on(async {
+            while runs.count() == 0 {
+                tokio::task::yield_now().await;
+            }
+        });
+        drop(runtime);
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let handle = layer.handle();
+        let (app, runs) = waiting(layer, Duration::from_millis(800));
+        let first = tokio::spawn(send_owned(app.clone(), charge("k")));
+        while runs.count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let (consumer, key) = acme();
+        let record = handle.get(&consumer, &key).await.unwrap().unwrap();
+        assert!(matches!(record.state, RecordState::InProgress { lease_remaining, .. } if !lease_remaining.is_zero()));
+        assert_eq!(first.await.unwrap().body, "run 1");
+    });
+}
+
 #[tokio::test]
 async fn consumers_with_equal_keys_do_not_meet() {
     let (app, runs) = counting(layer().with_consumer(ConsumerExtractor::extension()));
