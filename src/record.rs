@@ -282,7 +282,7 @@ pub enum Fenced {
     /// The record was the attempt's, and was changed.
     Applied,
     /// The record is not, or no longer, the attempt's: nothing was changed.
-    NotOwner,
+    Lost,
 }
 
 /// How an operator ends a record whose outcome was unknown.

@@ -150,7 +150,7 @@ impl Store for MemoryStore {
                 shard.remove(&identity, &self.shared);
                 Ok(Fenced::Applied)
             }
-            _ => Ok(Fenced::NotOwner),
+            _ => Ok(Fenced::Lost),
         }
     }
 
@@ -162,7 +162,7 @@ impl Store for MemoryStore {
                 entry.state = State::Held;
                 Ok(Fenced::Applied)
             }
-            _ => Ok(Fenced::NotOwner),
+            _ => Ok(Fenced::Lost),
         }
     }
 

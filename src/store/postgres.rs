@@ -187,7 +187,7 @@ impl PostgresStore {
 
     async fn fenced(&self, operation: &str, sql: &Arc<str>, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let rows = self.rows(operation, of_attempt(sql, attempt)).await?;
-        Ok(if rows.is_empty() { Fenced::NotOwner } else { Fenced::Applied })
+        Ok(if rows.is_empty() { Fenced::Lost } else { Fenced::Applied })
     }
 
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {

@@ -139,7 +139,7 @@ impl SqliteStore {
 
     async fn fenced(&self, operation: &str, sql: &Arc<str>, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let rows = self.write(operation, of_attempt(sql, attempt)).await?;
-        Ok(if rows.is_empty() { Fenced::NotOwner } else { Fenced::Applied })
+        Ok(if rows.is_empty() { Fenced::Lost } else { Fenced::Applied })
     }
 
     /// Those of the attempts whose rows the statement returned.
