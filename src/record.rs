@@ -168,16 +168,23 @@ pub struct Record {
 }
 
 impl Record {
-    /// A record as read from a store.
+    /// A record with no attempt, number 1, nothing abandoned and both times 1970: a store sets these fields from what
+    /// it keeps.
     #[must_use]
-    pub fn new(attempt: Attempt, id: RecordId, fingerprint: Fingerprint, state: RecordState) -> Self {
+    pub fn new(
+        id: RecordId,
+        consumer: Consumer,
+        key: IdempotencyKey,
+        fingerprint: Fingerprint,
+        state: RecordState,
+    ) -> Self {
         Self {
             id,
-            consumer: attempt.consumer,
-            key: attempt.key,
+            consumer,
+            key,
             fingerprint,
             state,
-            attempt: Some(attempt.id),
+            attempt: None,
             attempt_number: 1,
             abandoned: 0,
             created_at: SystemTime::UNIX_EPOCH,
@@ -287,7 +294,7 @@ pub enum Fenced {
 
 /// How an operator ends a record whose outcome was unknown.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
+#[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum Resolution {
     /// Give the key back: the next request runs.
     Release,
@@ -319,7 +326,7 @@ pub enum ResolveOutcome {
 
 /// Which records an operator wants to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
+#[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RecordFilter {
     /// Every record.
     All,

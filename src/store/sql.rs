@@ -151,12 +151,6 @@ where
     Uuid: Decode<'r, R::Database> + Type<R::Database>,
     Vec<u8>: Decode<'r, R::Database> + Type<R::Database>,
 {
-    let attempt: Option<Uuid> = row.try_get("attempt")?;
-    let owner = Attempt {
-        consumer: Consumer::new(row.try_get::<String, _>("consumer")?).map_err(decoding)?,
-        key: IdempotencyKey::new(row.try_get::<String, _>("key")?).map_err(decoding)?,
-        id: AttemptId::from_uuid(attempt.unwrap_or_default()),
-    };
     let state = match row.try_get::<String, _>("state")?.as_str() {
         "in_progress" => RecordState::in_progress(span(row.try_get("lease_left")?)),
         "held" => RecordState::Held,
@@ -166,10 +160,11 @@ where
         }
         unknown => return Err(decoding(format!("unknown state {unknown:?}"))),
     };
-    let id = RecordId::from_uuid(row.try_get("id")?);
-    let mut record =
-        Record::new(owner, id, Fingerprint::from_bytes(row.try_get::<Vec<u8>, _>("fingerprint")?), state);
-    record.attempt = attempt.map(AttemptId::from_uuid);
+    let consumer = Consumer::new(row.try_get::<String, _>("consumer")?).map_err(decoding)?;
+    let key = IdempotencyKey::new(row.try_get::<String, _>("key")?).map_err(decoding)?;
+    let fingerprint = Fingerprint::from_bytes(row.try_get::<Vec<u8>, _>("fingerprint")?);
+    let mut record = Record::new(RecordId::from_uuid(row.try_get("id")?), consumer, key, fingerprint, state);
+    record.attempt = row.try_get::<Option<Uuid>, _>("attempt")?.map(AttemptId::from_uuid);
     record.attempt_number = number(row.try_get("attempt_number")?)?;
     record.abandoned = number(row.try_get("abandoned")?)?;
     record.created_at = instant(row.try_get("created_at")?);

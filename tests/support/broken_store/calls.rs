@@ -172,7 +172,7 @@ impl Store for BrokenStore {
             (RecordFilter::InProgress, state) => matches!(state, RecordState::InProgress { .. }),
             (RecordFilter::Held, state) => *state == RecordState::Held,
             (RecordFilter::Completed, state) => matches!(state, RecordState::Completed { .. }),
-            _ => true,
+            (RecordFilter::All, _) => true,
         });
         records.sort_by_key(|record| record.created_at);
         match self.fault {
