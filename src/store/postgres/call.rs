@@ -12,13 +12,11 @@ use uuid::Uuid;
 use super::ConnectionMode;
 
 /// A statement with its values `$1`, `$2` and so on.
-#[derive(Debug)]
 pub(super) struct Call<'a> {
     sql: Arc<str>,
     values: Vec<Value<'a>>,
 }
 
-#[derive(Debug)]
 pub(super) enum Value<'a> {
     Text(&'a str),
     OptionalText(Option<&'a str>),
