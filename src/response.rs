@@ -274,7 +274,8 @@ mod tests {
     #[test]
     fn the_body_is_not_shown() {
         let response = StoredResponse::new(StatusCode::OK, HeaderMap::new(), "secret");
-        let shown = "StoredResponse { status: 200, headers: {}, body: Kept { data: 6 bytes, trailers: None } }";
+        let shown =
+            "StoredResponse { status: 200, headers: {}, body: Kept { data: 6 bytes, trailers: None } }";
         assert_eq!(format!("{response:?}"), shown);
     }
 

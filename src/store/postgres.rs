@@ -247,7 +247,9 @@ impl Store for PostgresStore {
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        let call = Call::new(Arc::clone(self.sql().await?.list(filter))).with(Value::Int(limit.into()));
+        let call = Call::new(Arc::clone(&self.sql().await?.list))
+            .with(Value::Int(limit.into()))
+            .with(Value::Text(sql::filter(filter)));
         let rows = self.rows("list", call).await?;
         rows.iter()
             .map(sql::record)

@@ -122,13 +122,13 @@ pub(super) fn render(template: &str, names: &[(&str, &str)]) -> String {
     rules.fold(template.to_owned(), |sql, (name, value)| sql.replace(name, value))
 }
 
-/// The condition for the records that a filter shows.
+/// What a statement that lists records calls a filter: the state to show, or `all`.
 pub(super) fn filter(filter: RecordFilter) -> &'static str {
     match filter {
-        RecordFilter::All => "TRUE",
-        RecordFilter::InProgress => "{r}.state = 'in_progress' AND NOT {due}",
-        RecordFilter::Held => "{held}",
-        RecordFilter::Completed => "{r}.state = 'completed'",
+        RecordFilter::All => "all",
+        RecordFilter::InProgress => "in_progress",
+        RecordFilter::Held => "held",
+        RecordFilter::Completed => "completed",
     }
 }
 

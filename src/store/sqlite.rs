@@ -221,7 +221,7 @@ impl Store for SqliteStore {
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        let query = prepared(self.sql().await?.list(filter)).bind(limit);
+        let query = prepared(&self.sql().await?.list).bind(limit).bind(sql::filter(filter));
         let rows = self.read("list", query).await?;
         rows.iter()
             .map(sql::record)
