@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use crate::{
     Attempt, AttemptId, ClaimOutcome, CompleteOutcome, Consumer, Fingerprint, IdempotencyKey, Record,
-    RecordFilter, RecordId, RecordState, ResolveOutcome, StoreError, StoreErrorKind, error::BoxError,
+    RecordFilter, RecordId, RecordState, ResolveOutcome, StoreError, StoreErrorKind, TRACING_TARGET,
+    error::BoxError,
 };
 
 /// How often a claim asks the database before it answers
@@ -112,6 +113,23 @@ pub(super) fn tables_missing(pending: &[Migration], schema: Option<&str>, prefix
     ))
 }
 
+/// What is known once the tables are there.
+#[derive(Debug)]
+pub(super) struct Ready<S> {
+    pub(super) statements: S,
+    pub(super) warnings: Vec<String>,
+}
+
+impl<S> Ready<S> {
+    /// Logs the warnings.
+    pub(super) fn new(statements: S, warnings: Vec<String>) -> Self {
+        for warning in &warnings {
+            tracing::warn!(target: TRACING_TARGET, "{warning}");
+        }
+        Self { statements, warnings }
+    }
+}
+
 pub(super) fn misconfigured(message: impl Into<String>) -> StoreError {
     StoreError::new(StoreErrorKind::Misconfigured, message)
 }
@@ -135,10 +153,6 @@ pub(super) fn filter(filter: RecordFilter) -> &'static str {
 /// A duration in microseconds, at least one and at most a hundred years, which every database can add to its clock.
 pub(super) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(MAX_MICROS).clamp(1, MAX_MICROS)
-}
-
-pub(super) fn small(count: u16) -> i16 {
-    i16::try_from(count).unwrap_or(i16::MAX)
 }
 
 /// Reads a row of `{columns}`.
