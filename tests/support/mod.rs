@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod database;
+pub mod direct;
 pub mod http;
 pub mod postgres;
 pub mod process;
