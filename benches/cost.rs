@@ -160,7 +160,39 @@ fn in_memory() -> Vec<Variant> {
     ]
 }
 
-async fn on_sqlite(path: &std::path::Path, by_hand: usize) -> Result<Vec<Variant>, sqlx::Error> {
+/// The variants on one database: a handler written by hand, and the layer. The SQL is that of both databases.
+macro_rules! variants_on {
+    ($database:literal, $Pool:ty, $pool:expr, $reference:expr) => {{
+        async fn by_hand(State(pool): State<$Pool>, request: Request<Body>) -> impl IntoResponse {
+            let key = key_of(&request);
+            let claimed = sqlx::query(CLAIM_BY_HAND).bind(&key).fetch_all(&pool).await;
+            assert_eq!(claimed.expect("the key is inserted").len(), 1);
+            let response = create_charge().await;
+            let saved = sqlx::query(SAVE_BY_HAND).bind(RESPONSE.as_bytes()).bind(&key).execute(&pool).await;
+            saved.expect("the response is saved");
+            response
+        }
+
+        let pool: $Pool = $pool;
+        sqlx::query(TABLE_BY_HAND).execute(&pool).await?;
+        let hand = Router::new().route("/charges", post(by_hand)).with_state(pool.clone());
+        let layered = bare().layer(IdempotencyLayer::new(pool));
+        let variant = |name, app: &Router, keys| Variant {
+            name,
+            app: app.clone(),
+            keys,
+            requests: 2_000,
+            reference: $reference,
+        };
+        Ok(vec![
+            variant(concat!("by hand on ", $database, ", first"), &hand, Keys::Fresh),
+            variant(concat!("layer on ", $database, ", first"), &layered, Keys::Fresh),
+            variant(concat!("layer on ", $database, ", replay"), &layered, Keys::Same),
+        ])
+    }};
+}
+
+async fn on_sqlite(path: &std::path::Path, reference: usize) -> Result<Vec<Variant>, sqlx::Error> {
     let options = SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
@@ -168,71 +200,12 @@ async fn on_sqlite(path: &std::path::Path, by_hand: usize) -> Result<Vec<Variant
         .synchronous(sqlx::sqlite::SqliteSynchronous::Full)
         .busy_timeout(Duration::from_secs(30));
     let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
-    sqlx::query("CREATE TABLE by_hand (consumer TEXT, key TEXT, response BLOB, PRIMARY KEY (consumer, key))")
-        .execute(&pool)
-        .await?;
-    let hand = Router::new().route("/charges", post(by_hand_on_sqlite)).with_state(pool.clone());
-    let layered = bare().layer(IdempotencyLayer::new(pool));
-    let variant = |name, app: &Router, keys| Variant {
-        name,
-        app: app.clone(),
-        keys,
-        requests: 2_000,
-        reference: by_hand,
-    };
-    Ok(vec![
-        variant("by hand on SQLite, first", &hand, Keys::Fresh),
-        variant("layer on SQLite, first", &layered, Keys::Fresh),
-        variant("layer on SQLite, replay", &layered, Keys::Same),
-    ])
+    variants_on!("SQLite", SqlitePool, pool, reference)
 }
 
-async fn by_hand_on_sqlite(State(pool): State<SqlitePool>, request: Request<Body>) -> impl IntoResponse {
-    let key = key_of(&request);
-    let insert = "INSERT INTO by_hand (consumer, key) VALUES ('acme', ?) ON CONFLICT DO NOTHING RETURNING 1";
-    let claimed = sqlx::query(insert).bind(&key).fetch_all(&pool).await.expect("the key is inserted");
-    assert_eq!(claimed.len(), 1);
-    let response = create_charge().await;
-    let update = "UPDATE by_hand SET response = ? WHERE consumer = 'acme' AND key = ?";
-    sqlx::query(update).bind(RESPONSE).bind(&key).execute(&pool).await.expect("the response is saved");
-    response
-}
-
-async fn on_postgres(url: &str, by_hand: usize) -> Result<Vec<Variant>, sqlx::Error> {
+async fn on_postgres(url: &str, reference: usize) -> Result<Vec<Variant>, sqlx::Error> {
     let pool = sqlx::postgres::PgPoolOptions::new().max_connections(16).connect(url).await?;
-    sqlx::query("CREATE TABLE IF NOT EXISTS by_hand (consumer text, key text, response bytea, PRIMARY KEY (consumer, key))")
-        .execute(&pool)
-        .await?;
-    let hand = Router::new().route("/charges", post(by_hand_on_postgres)).with_state(pool.clone());
-    let layered = bare().layer(IdempotencyLayer::new(pool));
-    let variant = |name, app: &Router, keys| Variant {
-        name,
-        app: app.clone(),
-        keys,
-        requests: 2_000,
-        reference: by_hand,
-    };
-    Ok(vec![
-        variant("by hand on PostgreSQL, first", &hand, Keys::Fresh),
-        variant("layer on PostgreSQL, first", &layered, Keys::Fresh),
-        variant("layer on PostgreSQL, replay", &layered, Keys::Same),
-    ])
-}
-
-async fn by_hand_on_postgres(State(pool): State<PgPool>, request: Request<Body>) -> impl IntoResponse {
-    let key = key_of(&request);
-    let insert = "INSERT INTO by_hand (consumer, key) VALUES ('acme', $1) ON CONFLICT DO NOTHING RETURNING 1";
-    let claimed = sqlx::query(insert).bind(&key).fetch_all(&pool).await.expect("the key is inserted");
-    assert_eq!(claimed.len(), 1);
-    let response = create_charge().await;
-    let update = "UPDATE by_hand SET response = $1 WHERE consumer = 'acme' AND key = $2";
-    sqlx::query(update)
-        .bind(RESPONSE.as_bytes())
-        .bind(&key)
-        .execute(&pool)
-        .await
-        .expect("the response is saved");
-    response
+    variants_on!("PostgreSQL", PgPool, pool, reference)
 }
 
 fn key_of(request: &Request<Body>) -> String {
@@ -242,3 +215,7 @@ fn key_of(request: &Request<Body>) -> String {
 
 const ROUNDS: usize = 5;
 const RESPONSE: &str = r#"{"id":"01a20023-5446-712a-8e5b-51e13c4c82c0","amount":2000,"currency":"usd"}"#;
+const TABLE_BY_HAND: &str = "CREATE TABLE IF NOT EXISTS by_hand (consumer text, key text, response bytea, PRIMARY KEY (consumer, key))";
+const CLAIM_BY_HAND: &str =
+    "INSERT INTO by_hand (consumer, key) VALUES ('acme', $1) ON CONFLICT DO NOTHING RETURNING 1";
+const SAVE_BY_HAND: &str = "UPDATE by_hand SET response = $1 WHERE consumer = 'acme' AND key = $2";

@@ -114,7 +114,9 @@ impl Execution {
 
     fn record(&self) -> Record {
         let state = RecordState::in_progress(self.settings.timing.lease);
-        let mut record = Record::new(self.attempt.clone(), self.record_id, self.fingerprint.clone(), state);
+        let Attempt { consumer, key, id } = self.attempt.clone();
+        let mut record = Record::new(self.record_id, consumer, key, self.fingerprint.clone(), state);
+        record.attempt = Some(id);
         record.attempt_number = self.attempt_number;
         record
     }

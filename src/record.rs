@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{
     Consumer, Fingerprint, IdempotencyKey,
-    response::{StoredResponse, UnreadableResponse},
+    response::{Length, StoredResponse, UnreadableResponse},
 };
 
 /// Name of a record.
@@ -79,7 +79,7 @@ impl Attempt {
     }
 }
 
-/// A wish to take a key.
+/// A claim of a key.
 ///
 /// It carries durations and never instants: leases and expiry are judged by the clock of the store alone.
 #[derive(Clone, Debug)]
@@ -168,16 +168,23 @@ pub struct Record {
 }
 
 impl Record {
-    /// A record as read from a store.
+    /// A record with no attempt, number 1, nothing abandoned and both times 1970: a store sets these fields from what
+    /// it keeps.
     #[must_use]
-    pub fn new(attempt: Attempt, id: RecordId, fingerprint: Fingerprint, state: RecordState) -> Self {
+    pub fn new(
+        id: RecordId,
+        consumer: Consumer,
+        key: IdempotencyKey,
+        fingerprint: Fingerprint,
+        state: RecordState,
+    ) -> Self {
         Self {
             id,
-            consumer: attempt.consumer,
-            key: attempt.key,
+            consumer,
+            key,
             fingerprint,
             state,
-            attempt: Some(attempt.id),
+            attempt: None,
             attempt_number: 1,
             abandoned: 0,
             created_at: SystemTime::UNIX_EPOCH,
@@ -199,7 +206,7 @@ impl Record {
 }
 
 /// Where a record stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RecordState {
     /// An attempt owns the record.
@@ -209,7 +216,7 @@ pub enum RecordState {
         lease_remaining: Duration,
     },
     /// The outcome is unknown and running again is not allowed. Ends by a late completion or release of the same
-    /// attempt, by reconciling or by an operator; never by itself.
+    /// attempt or by an operator; never by itself.
     Held,
     /// The response is stored.
     #[non_exhaustive]
@@ -233,7 +240,22 @@ impl RecordState {
     }
 }
 
-/// A wish to keep owning a record.
+/// Shows how long a stored response is, and nothing of it.
+impl fmt::Debug for RecordState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InProgress { lease_remaining } => {
+                f.debug_struct("InProgress").field("lease_remaining", lease_remaining).finish()
+            }
+            Self::Held => f.write_str("Held"),
+            Self::Completed { response } => {
+                f.debug_struct("Completed").field("response", &Length(response)).finish()
+            }
+        }
+    }
+}
+
+/// A renewal of the lease of a record.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Renewal {
@@ -282,12 +304,12 @@ pub enum Fenced {
     /// The record was the attempt's, and was changed.
     Applied,
     /// The record is not, or no longer, the attempt's: nothing was changed.
-    NotOwner,
+    Lost,
 }
 
 /// How an operator ends a record whose outcome was unknown.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
+#[derive(Clone)]
+#[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum Resolution {
     /// Give the key back: the next request runs.
     Release,
@@ -300,6 +322,16 @@ impl Resolution {
     #[must_use]
     pub fn complete(response: &StoredResponse) -> Self {
         Self::Complete(response.encode())
+    }
+}
+
+/// Shows how long a response is, and nothing of it.
+impl fmt::Debug for Resolution {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Release => f.write_str("Release"),
+            Self::Complete(response) => f.debug_tuple("Complete").field(&Length(response)).finish(),
+        }
     }
 }
 
@@ -319,7 +351,7 @@ pub enum ResolveOutcome {
 
 /// Which records an operator wants to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
+#[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RecordFilter {
     /// Every record.
     All,
@@ -329,4 +361,17 @@ pub enum RecordFilter {
     Held,
     /// Completed records.
     Completed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_responses_are_not_shown() {
+        let response = Bytes::from_static(b"secret");
+        let state = RecordState::completed(response.clone());
+        assert_eq!(format!("{state:?}"), "Completed { response: 6 bytes }");
+        assert_eq!(format!("{:?}", Resolution::Complete(response)), "Complete(6 bytes)");
+    }
 }

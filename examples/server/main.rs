@@ -63,9 +63,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let charges = Charges::open(&database_url).await?;
     let idempotency = idempotency_layer(&charges)?;
     let handle = idempotency.handle();
-    for warning in handle.prepare().await? {
-        tracing::warn!("{warning}");
-    }
+    handle.prepare().await?;
 
     let app = Router::new()
         .route("/charges", post(create_charge).get(list_charges))

@@ -4,6 +4,7 @@ mod entry;
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fmt,
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -37,7 +38,7 @@ use crate::{
 /// let store = MemoryStore::new().with_max_records(10_000).with_max_bytes(64 * 1024 * 1024);
 /// # let _ = store;
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct MemoryStore {
     shared: Arc<Shared>,
     max_records: usize,
@@ -81,6 +82,16 @@ impl MemoryStore {
 impl Default for MemoryStore {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Shows how much is stored, and nothing of it.
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore")
+            .field("records", &self.shared.records)
+            .field("bytes", &self.shared.bytes)
+            .finish_non_exhaustive()
     }
 }
 
@@ -150,7 +161,7 @@ impl Store for MemoryStore {
                 shard.remove(&identity, &self.shared);
                 Ok(Fenced::Applied)
             }
-            _ => Ok(Fenced::NotOwner),
+            _ => Ok(Fenced::Lost),
         }
     }
 
@@ -162,7 +173,7 @@ impl Store for MemoryStore {
                 entry.state = State::Held;
                 Ok(Fenced::Applied)
             }
-            _ => Ok(Fenced::NotOwner),
+            _ => Ok(Fenced::Lost),
         }
     }
 
@@ -210,7 +221,7 @@ impl Store for MemoryStore {
         let resolved = entry.clone();
         shard.remove(&identity, &self.shared);
         if let Resolution::Complete(response) = resolution {
-            let expires_at = now + resolved.retention;
+            let expires_at = now + resolved.retention();
             let state = State::Completed { response };
             shard.insert(identity, Entry { state, attempt: None, expires_at, ..resolved }, &self.shared);
         }
@@ -224,7 +235,6 @@ impl Store for MemoryStore {
 
 type Identity = (Consumer, IdempotencyKey);
 
-#[derive(Debug)]
 struct Shared {
     shards: [Mutex<Shard>; SHARDS],
     hasher: RandomState,
@@ -309,7 +319,7 @@ impl Shared {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shard {
     entries: HashMap<Identity, Entry>,
     by_expiry: BTreeSet<(Instant, Identity)>,
@@ -407,7 +417,7 @@ mod tests {
 
         store.evict(&first.attempt.consumer, &first.attempt.key).await.unwrap();
         assert!(is_won(&store, &claim("b")).await);
-        assert_eq!(store.shared.bytes.load(Ordering::Relaxed), 0);
+        assert_eq!(format!("{store:?}"), "MemoryStore { records: 1, bytes: 0, .. }");
     }
 
     #[tokio::test(start_paused = true)]

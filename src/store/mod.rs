@@ -39,9 +39,11 @@ use crate::{
 ///                        │   │   ▲  ▲                                  ▲
 ///         release (mine) │   │   │  └ renew (mine)                     │ late completion (same attempt),
 ///                        ▼   │   │                                     │ resolve
-///              claimable now │   └ lease over, running again allowed:  │
-///                            │     new attempt takes over              │
-///                            └ lease over, not allowed; hold (mine): held
+///             claimable now  │   └ lease over, running again allowed:  │
+///                   ▲        │     new attempt takes over              │
+///                   │        └ lease over, not allowed; hold (mine): held
+///                   │                                                  │
+///                   └──────────── release (mine), resolve ─────────────┘
 /// ```
 ///
 /// # Rules
@@ -66,6 +68,12 @@ use crate::{
 ///   promises it, of the machine.
 /// * **Errors** say by their [kind](crate::StoreErrorKind) what is known about the effect.
 ///
+/// # Implementing it
+///
+/// The methods are those of an `#[async_trait]`: an implementation carries the same attribute, of the crate
+/// `async-trait`. The source of the `MemoryStore`, in `src/store/memory.rs`, is the contract as a program and a model to
+/// begin with.
+///
 /// Calls may be cancelled by dropping their future only if the store is not harmed by it; the layer awaits them in
 /// tasks that are not cancelled. A store is shared: clones and handles to the same tables see the same records.
 #[async_trait]
@@ -81,7 +89,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// replica, missing tables or rights.
     async fn prepare(&self) -> Result<Vec<String>, StoreError>;
 
-    /// Takes a key, or shows who has it.
+    /// Claims a key, or shows the record that has it.
     ///
     /// # Errors
     ///

@@ -14,12 +14,11 @@ use sqlx::{PgPool, Row, postgres::PgRow};
 use self::{
     call::{Call, Value},
     connection::{Connections, Settings},
-    setup::Ready,
     statements::Statements,
 };
 use super::{
     IntoStore, Store,
-    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, TableCreation},
+    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Ready, TableCreation},
 };
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
@@ -75,7 +74,7 @@ pub enum ConnectionMode {
 #[derive(Debug, Default)]
 struct State {
     connections: Connections,
-    ready: tokio::sync::OnceCell<Ready>,
+    ready: tokio::sync::OnceCell<Ready<Statements>>,
 }
 
 impl PostgresStore {
@@ -178,7 +177,7 @@ impl PostgresStore {
         let call = of_attempt(&self.sql().await?.claim, &claim.attempt)
             .with(Value::Bytes(claim.fingerprint.as_bytes()))
             .with(Value::Uuid(claim.record_id.as_uuid()))
-            .with(Value::Small(sql::small(claim.max_abandoned)))
+            .with(Value::Small(claim.max_abandoned.try_into().unwrap_or(i16::MAX)))
             .with(Value::Int(sql::micros(claim.lease)))
             .with(Value::Int(sql::micros(claim.retention)));
         let rows = self.rows("claim", call).await?;
@@ -187,7 +186,7 @@ impl PostgresStore {
 
     async fn fenced(&self, operation: &str, sql: &Arc<str>, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let rows = self.rows(operation, of_attempt(sql, attempt)).await?;
-        Ok(if rows.is_empty() { Fenced::NotOwner } else { Fenced::Applied })
+        Ok(if rows.is_empty() { Fenced::Lost } else { Fenced::Applied })
     }
 
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
@@ -247,7 +246,9 @@ impl Store for PostgresStore {
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        let call = Call::new(Arc::clone(self.sql().await?.list(filter))).with(Value::Int(limit.into()));
+        let call = Call::new(Arc::clone(&self.sql().await?.list))
+            .with(Value::Int(limit.into()))
+            .with(Value::Text(sql::filter(filter)));
         let rows = self.rows("list", call).await?;
         rows.iter()
             .map(sql::record)

@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use crate::{
     Attempt, AttemptId, ClaimOutcome, CompleteOutcome, Consumer, Fingerprint, IdempotencyKey, Record,
-    RecordFilter, RecordId, RecordState, ResolveOutcome, StoreError, StoreErrorKind, error::BoxError,
+    RecordFilter, RecordId, RecordState, ResolveOutcome, StoreError, StoreErrorKind, TRACING_TARGET,
+    error::BoxError,
 };
 
 /// How often a claim asks the database before it answers
@@ -112,6 +113,23 @@ pub(super) fn tables_missing(pending: &[Migration], schema: Option<&str>, prefix
     ))
 }
 
+/// What is known once the tables are there.
+#[derive(Debug)]
+pub(super) struct Ready<S> {
+    pub(super) statements: S,
+    pub(super) warnings: Vec<String>,
+}
+
+impl<S> Ready<S> {
+    /// Logs the warnings.
+    pub(super) fn new(statements: S, warnings: Vec<String>) -> Self {
+        for warning in &warnings {
+            tracing::warn!(target: TRACING_TARGET, "{warning}");
+        }
+        Self { statements, warnings }
+    }
+}
+
 pub(super) fn misconfigured(message: impl Into<String>) -> StoreError {
     StoreError::new(StoreErrorKind::Misconfigured, message)
 }
@@ -122,23 +140,19 @@ pub(super) fn render(template: &str, names: &[(&str, &str)]) -> String {
     rules.fold(template.to_owned(), |sql, (name, value)| sql.replace(name, value))
 }
 
-/// The condition for the records that a filter shows.
+/// What a statement that lists records calls a filter: the state to show, or `all`.
 pub(super) fn filter(filter: RecordFilter) -> &'static str {
     match filter {
-        RecordFilter::All => "TRUE",
-        RecordFilter::InProgress => "{r}.state = 'in_progress' AND NOT {due}",
-        RecordFilter::Held => "{held}",
-        RecordFilter::Completed => "{r}.state = 'completed'",
+        RecordFilter::All => "all",
+        RecordFilter::InProgress => "in_progress",
+        RecordFilter::Held => "held",
+        RecordFilter::Completed => "completed",
     }
 }
 
 /// A duration in microseconds, at least one and at most a hundred years, which every database can add to its clock.
 pub(super) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(MAX_MICROS).clamp(1, MAX_MICROS)
-}
-
-pub(super) fn small(count: u16) -> i16 {
-    i16::try_from(count).unwrap_or(i16::MAX)
 }
 
 /// Reads a row of `{columns}`.
@@ -151,12 +165,6 @@ where
     Uuid: Decode<'r, R::Database> + Type<R::Database>,
     Vec<u8>: Decode<'r, R::Database> + Type<R::Database>,
 {
-    let attempt: Option<Uuid> = row.try_get("attempt")?;
-    let owner = Attempt {
-        consumer: Consumer::new(row.try_get::<String, _>("consumer")?).map_err(decoding)?,
-        key: IdempotencyKey::new(row.try_get::<String, _>("key")?).map_err(decoding)?,
-        id: AttemptId::from_uuid(attempt.unwrap_or_default()),
-    };
     let state = match row.try_get::<String, _>("state")?.as_str() {
         "in_progress" => RecordState::in_progress(span(row.try_get("lease_left")?)),
         "held" => RecordState::Held,
@@ -166,10 +174,11 @@ where
         }
         unknown => return Err(decoding(format!("unknown state {unknown:?}"))),
     };
-    let id = RecordId::from_uuid(row.try_get("id")?);
-    let mut record =
-        Record::new(owner, id, Fingerprint::from_bytes(row.try_get::<Vec<u8>, _>("fingerprint")?), state);
-    record.attempt = attempt.map(AttemptId::from_uuid);
+    let consumer = Consumer::new(row.try_get::<String, _>("consumer")?).map_err(decoding)?;
+    let key = IdempotencyKey::new(row.try_get::<String, _>("key")?).map_err(decoding)?;
+    let fingerprint = Fingerprint::from_bytes(row.try_get::<Vec<u8>, _>("fingerprint")?);
+    let mut record = Record::new(RecordId::from_uuid(row.try_get("id")?), consumer, key, fingerprint, state);
+    record.attempt = row.try_get::<Option<Uuid>, _>("attempt")?.map(AttemptId::from_uuid);
     record.attempt_number = number(row.try_get("attempt_number")?)?;
     record.abandoned = number(row.try_get("abandoned")?)?;
     record.created_at = instant(row.try_get("created_at")?);

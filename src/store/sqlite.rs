@@ -15,10 +15,10 @@ use sqlx::{
 };
 use uuid::Uuid;
 
-use self::{connection::Connections, setup::Ready, statements::Statements};
+use self::{connection::Connections, statements::Statements};
 use super::{
     IntoStore, Store,
-    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, TableCreation},
+    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Ready, TableCreation},
 };
 use crate::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record,
@@ -57,7 +57,7 @@ pub struct SqliteStore {
 #[derive(Debug, Default)]
 struct State {
     connections: Connections,
-    ready: tokio::sync::OnceCell<Ready>,
+    ready: tokio::sync::OnceCell<Ready<Statements>>,
 }
 
 impl SqliteStore {
@@ -79,16 +79,14 @@ impl SqliteStore {
     /// [`InvalidIdentifier`] unless the prefix has 1 to 40 bytes of a-z, 0-9 and _ and does not begin with a digit.
     pub fn with_table_prefix(mut self, prefix: impl Into<String>) -> Result<Self, InvalidIdentifier> {
         self.prefix = Identifier::new(prefix)?;
-        self.state = Arc::default();
-        Ok(self)
+        Ok(self.anew())
     }
 
     /// Who creates the tables. Default: the store.
     #[must_use]
     pub fn with_table_creation(mut self, creation: TableCreation) -> Self {
         self.creation = creation;
-        self.state = Arc::default();
-        self
+        self.anew()
     }
 
     /// Creates or migrates the tables, whatever [`TableCreation`] says. Safe twice, and from several processes at once.
@@ -99,6 +97,12 @@ impl SqliteStore {
     /// release; [`Unavailable`](crate::StoreErrorKind::Unavailable) if it stays locked.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         self.set_up(TableCreation::Automatic).await.map(drop)
+    }
+
+    /// Settings apply to tables that are still to be found.
+    fn anew(mut self) -> Self {
+        self.state = Arc::default();
+        self
     }
 
     async fn sql(&self) -> Result<&Statements, StoreError> {
@@ -131,7 +135,7 @@ impl SqliteStore {
             .bind(claim.attempt.id.as_uuid())
             .bind(claim.fingerprint.as_bytes())
             .bind(claim.record_id.as_uuid())
-            .bind(i64::from(sql::small(claim.max_abandoned)))
+            .bind(i64::from(claim.max_abandoned))
             .bind(statements::millis(claim.lease))
             .bind(statements::millis(claim.retention));
         first_record("claim", &self.write("claim", query).await?)
@@ -139,7 +143,7 @@ impl SqliteStore {
 
     async fn fenced(&self, operation: &str, sql: &Arc<str>, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let rows = self.write(operation, of_attempt(sql, attempt)).await?;
-        Ok(if rows.is_empty() { Fenced::NotOwner } else { Fenced::Applied })
+        Ok(if rows.is_empty() { Fenced::Lost } else { Fenced::Applied })
     }
 
     /// Those of the attempts whose rows the statement returned.
@@ -221,7 +225,7 @@ impl Store for SqliteStore {
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        let query = prepared(self.sql().await?.list(filter)).bind(limit);
+        let query = prepared(&self.sql().await?.list).bind(limit).bind(sql::filter(filter));
         let rows = self.read("list", query).await?;
         rows.iter()
             .map(sql::record)

@@ -10,24 +10,20 @@ use std::{
 
 use axum::{
     Router,
-    body::Body,
-    extract::Request,
     http::{StatusCode, header},
     routing::post,
 };
 use bytes::Bytes;
-use http_body_util::BodyExt;
 use tokio::{
     sync::{Barrier, watch},
     time::sleep,
 };
-use tower::ServiceExt;
 use tower_idempotency::{
-    Consumer, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, IntoStore, Record, Rejection,
+    Consumer, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, IntoStore, Record,
 };
 use uuid::Uuid;
 
-use super::http::RawResponse;
+use super::{direct, http::RawResponse};
 
 /// One node: a handler behind a layer. Its answers tell the runs apart.
 #[derive(Clone, Debug)]
@@ -97,18 +93,8 @@ impl App {
 
     /// Sends the request with this key.
     pub async fn send(&self, key: &str) -> Answer {
-        let request = Request::post("/charges").header("idempotency-key", key).body(Body::from("2000"));
-        let response = self.router.clone().oneshot(request.unwrap());
-        let response = tokio::time::timeout(PATIENCE, response).await.expect("an answer").unwrap();
-        let (parts, body) = response.into_parts();
-        let text = |name| parts.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
-        Answer {
-            status: parts.status.as_u16(),
-            replayed: parts.headers.contains_key("idempotent-replayed"),
-            retry_after: text(header::RETRY_AFTER.as_str()),
-            code: parts.extensions.get::<Rejection>().map(|rejection| rejection.code().as_str().to_owned()),
-            body: body.collect().await.unwrap().to_bytes(),
-        }
+        let answer = tokio::time::timeout(PATIENCE, direct::send(&self.router, direct::charge(key))).await;
+        answer.expect("an answer").into()
     }
 
     /// Sends the request with this key in a task of its own.
@@ -175,6 +161,19 @@ impl Answer {
 
     pub fn is_replay(&self) -> bool {
         self.status == 201 && self.replayed
+    }
+}
+
+impl From<direct::Answer> for Answer {
+    fn from(answer: direct::Answer) -> Self {
+        let retry_after = answer.headers.get(header::RETRY_AFTER);
+        Self {
+            status: answer.status.as_u16(),
+            replayed: answer.headers.contains_key("idempotent-replayed"),
+            retry_after: retry_after.map(|value| value.to_str().unwrap().to_owned()),
+            code: answer.rejection.map(|code| code.as_str().to_owned()),
+            body: answer.body,
+        }
     }
 }
 

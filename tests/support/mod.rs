@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod database;
+pub mod direct;
 pub mod http;
 pub mod postgres;
 pub mod process;
@@ -20,7 +21,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tower_idempotency::{Attempt, Claim, Consumer, Fingerprint, IdempotencyKey};
+use tower_idempotency::{
+    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, Store, StoreError, StoreErrorKind,
+};
 
 /// An environment variable that `scripts/test` sets.
 ///
@@ -66,4 +69,25 @@ pub fn claim(key: &str) -> Claim {
     let consumer = Consumer::new("acme").expect("a name");
     let key = IdempotencyKey::new(key).expect("a key");
     Claim::new(Attempt::new(consumer, key), Fingerprint::from_bytes("fingerprint"))
+}
+
+/// Claims the key, which must be free.
+pub async fn win(store: &impl Store, claim: &Claim) {
+    let outcome = store.claim(claim).await.unwrap();
+    assert!(matches!(outcome, ClaimOutcome::Won { .. }), "{outcome:?}");
+}
+
+/// Checks that the error tells an operator what to do.
+#[track_caller]
+pub fn must_name(error: &StoreError, what: &str) {
+    assert_eq!(error.kind(), StoreErrorKind::Misconfigured, "{error:?}");
+    assert!(error.to_string().contains(what), "{error}");
+}
+
+/// Names that no SQL store takes for its tables.
+pub fn names_to_quote() -> Vec<String> {
+    let mut names =
+        ["", "1a", "Orders", "a-b", "a b", "a\"b", "a;drop table b", "ä"].map(str::to_owned).to_vec();
+    names.push("a".repeat(41));
+    names
 }

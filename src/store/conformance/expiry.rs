@@ -108,7 +108,7 @@ pub async fn an_attempt_of_an_expired_record_does_not_reach_the_next(fixture: &d
     assert_eq!(shown.id, new.record_id, "id of the record shown");
     assert_eq!(
         store.release(&old.attempt).await,
-        Fenced::NotOwner,
+        Fenced::Lost,
         "release by the attempt of an expired record"
     );
     store.be_refused(&retry_of(&new), "the new record's lease is alive").await;

@@ -9,7 +9,7 @@ pub async fn a_release_by_another_attempt_changes_nothing(fixture: &dyn Fixture)
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
     let stranger = retry_of(&owner).attempt;
-    assert_eq!(other.release(&stranger).await, Fenced::NotOwner, "answer to a release by another attempt");
+    assert_eq!(other.release(&stranger).await, Fenced::Lost, "answer to a release by another attempt");
     let record = store.get(&owner, "after a release by another attempt").await;
     assert_eq!(record.attempt, Some(owner.attempt.id), "attempt of the record");
     other.be_refused(&retry_of(&owner), "after a release by another attempt").await;
@@ -22,7 +22,7 @@ pub async fn a_hold_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
     let stranger = retry_of(&owner).attempt;
-    assert_eq!(other.hold(&stranger).await, Fenced::NotOwner, "answer to a hold by another attempt");
+    assert_eq!(other.hold(&stranger).await, Fenced::Lost, "answer to a hold by another attempt");
     assert!(
         lease_of(&store.get(&owner, "after the hold").await) > LONG / 2,
         "another's hold ended the lease"
@@ -39,8 +39,8 @@ pub async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn Fixture
     other.win(&second, "the lease ran out").await;
     let before = store.get(&first, "after the takeover").await;
 
-    assert_eq!(store.release(&first.attempt).await, Fenced::NotOwner, "release after a takeover");
-    assert_eq!(store.hold(&first.attempt).await, Fenced::NotOwner, "hold after a takeover");
+    assert_eq!(store.release(&first.attempt).await, Fenced::Lost, "release after a takeover");
+    assert_eq!(store.hold(&first.attempt).await, Fenced::Lost, "hold after a takeover");
     assert_eq!(
         store.renew_one(&first.attempt, LONG * 9).await,
         RenewOutcome::Lost,
@@ -62,8 +62,8 @@ pub async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn Fixtur
     let second = retry_of(&first);
     other.win(&second, "after the release").await;
 
-    assert_eq!(store.release(&first.attempt).await, Fenced::NotOwner, "release of the next record");
-    assert_eq!(store.hold(&first.attempt).await, Fenced::NotOwner, "hold of the next record");
+    assert_eq!(store.release(&first.attempt).await, Fenced::Lost, "release of the next record");
+    assert_eq!(store.hold(&first.attempt).await, Fenced::Lost, "hold of the next record");
     assert_eq!(store.renew_one(&first.attempt, LONG).await, RenewOutcome::Lost, "renewal of the next record");
     let shown = store.lose_completion(&first.attempt, "the next record is another's").await;
     assert_eq!(shown.id, second.record_id, "id of the record shown");
@@ -113,13 +113,13 @@ pub async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn F
 pub async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let nobody = claim_of("k");
-    assert_eq!(store.release(&nobody.attempt).await, Fenced::NotOwner, "release of an absent key");
-    assert_eq!(store.hold(&nobody.attempt).await, Fenced::NotOwner, "hold of an absent key");
+    assert_eq!(store.release(&nobody.attempt).await, Fenced::Lost, "release of an absent key");
+    assert_eq!(store.hold(&nobody.attempt).await, Fenced::Lost, "hold of an absent key");
     assert!(store.find(&nobody).await.is_none(), "a release or a hold made a record");
 
     store.win(&nobody, "first claim").await;
     assert_eq!(store.release(&nobody.attempt).await, Fenced::Applied, "first release");
-    assert_eq!(store.release(&nobody.attempt).await, Fenced::NotOwner, "second release");
+    assert_eq!(store.release(&nobody.attempt).await, Fenced::Lost, "second release");
 }
 
 /// A record that is completed cannot be released or held, not even by the attempt that completed it.
@@ -129,8 +129,8 @@ pub async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixtu
     store.win_and_complete(&owner, response("r")).await;
     let before = store.get(&owner, "after the completion").await;
     for attempt in [&owner.attempt, &retry_of(&owner).attempt] {
-        assert_eq!(store.release(attempt).await, Fenced::NotOwner, "release of a completed record");
-        assert_eq!(store.hold(attempt).await, Fenced::NotOwner, "hold of a completed record");
+        assert_eq!(store.release(attempt).await, Fenced::Lost, "release of a completed record");
+        assert_eq!(store.hold(attempt).await, Fenced::Lost, "hold of a completed record");
     }
     assert_eq!(store.get(&owner, "afterwards").await, before, "a completed record changed");
 }
@@ -149,7 +149,7 @@ pub async fn a_held_record_is_released_by_its_attempt_alone(fixture: &dyn Fixtur
         let stranger = retry_of(&owner).attempt;
         assert_eq!(
             other.release(&stranger).await,
-            Fenced::NotOwner,
+            Fenced::Lost,
             "release of a held record by another attempt"
         );
         let record = store.get(&owner, "after a release by another attempt").await;

@@ -28,7 +28,8 @@
 //! ```
 //!
 //! A test that needs a server gets an attribute: `conformance_tests!(redis, Server::connect().await, #[ignore = ".."])`.
-//! The tests run on a runtime of this crate's own; the crate that holds them needs neither tokio nor its macros.
+//! The tests run on a runtime of this crate's own: the crate that holds them needs `async-trait` for its fixture, but
+//! neither tokio nor its macros.
 //!
 //! [`rules`] is the same list as values, for another test harness.
 //!

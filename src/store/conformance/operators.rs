@@ -139,7 +139,7 @@ pub async fn an_operator_completes_a_record(fixture: &dyn Fixture) {
         assert!(anew > SHORT, "{key}: the expiry moved by {anew:?} only");
 
         store.lose_completion(&owner.attempt, "an operator has completed the record").await;
-        assert_eq!(store.release(&owner.attempt).await, Fenced::NotOwner, "{key}: release by the attempt");
+        assert_eq!(store.release(&owner.attempt).await, Fenced::Lost, "{key}: release by the attempt");
         let after = store.get(&owner, key).await;
         assert_eq!(after, record, "{key}: the record after its attempt's late writes");
         let outcome = store.resolve(&owner, Resolution::Release).await;

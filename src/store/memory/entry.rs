@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::{Attempt, AttemptId, Claim, ClaimOutcome, Fingerprint, RecordId};
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Entry {
     pub(super) record_id: RecordId,
     pub(super) fingerprint: Fingerprint,
@@ -16,12 +16,11 @@ pub(super) struct Entry {
     pub(super) attempt_number: u32,
     pub(super) abandoned: u16,
     pub(super) max_abandoned: u16,
-    pub(super) retention: Duration,
     pub(super) created_at: Instant,
     pub(super) expires_at: Instant,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) enum State {
     InProgress { lease_until: Instant },
     Held,
@@ -36,7 +35,6 @@ impl State {
 
 impl Entry {
     pub(super) fn new(claim: &Claim, now: Instant) -> Self {
-        let retention = claim.retention.min(LONGEST);
         Self {
             record_id: claim.record_id,
             fingerprint: claim.fingerprint.clone(),
@@ -45,10 +43,14 @@ impl Entry {
             attempt_number: 1,
             abandoned: 0,
             max_abandoned: claim.max_abandoned,
-            retention,
             created_at: now,
-            expires_at: now + retention,
+            expires_at: now + claim.retention.min(LONGEST),
         }
+    }
+
+    /// As the record was claimed with: nothing but a resolution moves the expiry, and nothing is resolved twice.
+    pub(super) fn retention(&self) -> Duration {
+        self.expires_at - self.created_at
     }
 
     /// A record past its expiry counts as absent, unless its lease is alive or it is held.

@@ -12,16 +12,13 @@ use uuid::Uuid;
 use super::ConnectionMode;
 
 /// A statement with its values `$1`, `$2` and so on.
-#[derive(Debug)]
 pub(super) struct Call<'a> {
     sql: Arc<str>,
     values: Vec<Value<'a>>,
 }
 
-#[derive(Debug)]
 pub(super) enum Value<'a> {
     Text(&'a str),
-    OptionalText(Option<&'a str>),
     Bytes(&'a [u8]),
     Uuid(Uuid),
     Small(i16),
@@ -62,7 +59,6 @@ impl<'a> Call<'a> {
         let query = sqlx::query(AssertSqlSafe(self.sql));
         self.values.into_iter().fold(query, |query, value| match value {
             Value::Text(text) => query.bind(text),
-            Value::OptionalText(text) => query.bind(text),
             Value::Bytes(bytes) => query.bind(bytes),
             Value::Uuid(id) => query.bind(id),
             Value::Small(number) => query.bind(number),
@@ -94,8 +90,6 @@ impl Value<'_> {
     fn write(&self, text: &mut String) {
         match self {
             Self::Text(value) => write_text(text, value),
-            Self::OptionalText(None) => text.push_str("NULL"),
-            Self::OptionalText(Some(value)) => write_text(text, value),
             Self::Bytes(bytes) => write_bytes(text, bytes),
             Self::Uuid(id) => write_uuid(text, id),
             Self::Small(number) => write_int(text, i64::from(*number)),

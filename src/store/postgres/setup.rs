@@ -2,96 +2,85 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, PgConnection, Row, postgres::PgRow};
+use sqlx::{AssertSqlSafe, Decode, PgConnection, Postgres, Row, Type, postgres::PgRow};
 
 use super::{
-    PostgresStore,
+    ConnectionMode, PostgresStore,
     call::{Call, Value},
-    connection::error,
+    connection::{Settings, error},
     statements::Statements,
 };
 use crate::{
-    StoreError, StoreErrorKind,
-    store::sql::{self, Identifier, Migration, TableCreation, misconfigured},
+    StoreError, StoreErrorKind, TRACING_TARGET,
+    store::sql::{self, Identifier, Migration, Ready, TableCreation, misconfigured},
 };
 
-/// What is known once the tables are there.
-#[derive(Debug)]
-pub(super) struct Ready {
-    pub(super) statements: Statements,
-    pub(super) warnings: Vec<String>,
-}
-
 impl PostgresStore {
-    pub(super) async fn ready(&self) -> Result<&Ready, StoreError> {
+    pub(super) async fn ready(&self) -> Result<&Ready<Statements>, StoreError> {
         self.state.ready.get_or_try_init(|| self.set_up(self.creation)).await
     }
 
-    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready, StoreError> {
-        let schema = self.schema.as_ref().map(Identifier::as_str);
-        let server = self.one_row(Call::new(SERVER).with(Value::OptionalText(schema))).await?;
-        refuse(&server).map_err(|source| error("prepare", source))??;
+    /// A connection on which something has failed is closed.
+    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
+        let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
+        let schema = self.schema.as_ref().map_or("", Identifier::as_str);
+        let Settings { mode, statement_timeout, .. } = self.settings;
+        let server = one_row(&mut connection, mode, Call::new(SERVER).with(Value::Text(schema)));
+        let server = in_time(statement_timeout, server).await?;
+        refuse(&server)?;
         let schema = schema_of(&server)?;
-        let pending = sql::pending(self.version(&schema).await?, MIGRATIONS)?;
+        let found = version(&mut connection, mode, &schema, &self.prefix);
+        let pending = sql::pending(in_time(statement_timeout, found).await?, MIGRATIONS)?;
         if !pending.is_empty() {
             if creation == TableCreation::Manual {
                 return Err(sql::tables_missing(pending, Some(&schema), &self.prefix));
             }
-            self.apply_migrations(&schema).await?;
-        }
-        let warnings = warnings(&server).map_err(|source| error("prepare", source))?;
-        for warning in &warnings {
-            tracing::warn!(target: "tower_idempotency", "{warning}");
-        }
-        Ok(Ready { statements: Statements::new(&schema, &self.prefix), warnings })
-    }
-
-    /// The version of the tables, 0 if there are none.
-    async fn version(&self, schema: &str) -> Result<i64, StoreError> {
-        let table = format!("{schema}.{}_migrations", self.prefix);
-        let there = self.one_row(Call::new(TABLE_THERE).with(Value::Text(&table))).await?;
-        if !there.try_get::<bool, _>("there").map_err(|source| error("prepare", source))? {
-            return Ok(0);
-        }
-        let row = self.one_row(Call::new(VERSION.replace("{migrations}", &table))).await?;
-        row.try_get("version").map_err(|source| error("prepare", source))
-    }
-
-    /// Applies what is missing in one transaction, one process after the other.
-    async fn apply_migrations(&self, schema: &str) -> Result<(), StoreError> {
-        let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
-        let work = migrate(&mut connection, schema, &self.prefix);
-        match tokio::time::timeout(MIGRATION_TIMEOUT, work).await {
-            Ok(done) => done?,
-            Err(elapsed) => {
-                let message = "prepare: the migration did not end in time";
-                return Err(StoreError::new(StoreErrorKind::Ambiguous, message).with_source(elapsed));
-            }
+            in_time(MIGRATION_TIMEOUT, migrate(&mut connection, mode, &schema, &self.prefix)).await?;
         }
         connection.give_back();
-        Ok(())
-    }
-
-    async fn one_row(&self, call: Call<'_>) -> Result<PgRow, StoreError> {
-        let mut rows = self.rows("prepare", call).await?;
-        rows.pop().ok_or_else(|| error("prepare", sqlx::Error::RowNotFound))
+        Ok(Ready::new(Statements::new(&schema, &self.prefix), warnings(&server)?))
     }
 }
 
-async fn migrate(connection: &mut PgConnection, schema: &str, prefix: &Identifier) -> Result<(), StoreError> {
-    // The simple protocol throughout: nothing is prepared, so a transaction pooler may stand between.
+/// Migrates in one transaction, one process after the other.
+async fn migrate(
+    connection: &mut PgConnection,
+    mode: ConnectionMode,
+    schema: &str,
+    prefix: &Identifier,
+) -> Result<(), StoreError> {
     let lock = format!("tower-idempotency {schema}.{prefix}").replace('\'', "''");
     execute(connection, BEGIN.replace("{lock}", &lock).replace("{schema}", schema)).await?;
-    execute(connection, BOOKKEEPING.replace("{prefix}", prefix.as_str())).await?;
-    let version =
-        sqlx::raw_sql(AssertSqlSafe(VERSION.replace("{migrations}", &format!("{prefix}_migrations"))));
-    let row = version.fetch_one(&mut *connection).await;
-    let found: i64 = row.and_then(|row| row.try_get("version")).map_err(|source| error("prepare", source))?;
-    for migration in sql::pending(found, MIGRATIONS)? {
+    for migration in sql::pending(version(connection, mode, schema, prefix).await?, MIGRATIONS)? {
         execute(connection, migration.sql(prefix)).await?;
-        tracing::info!(target: "tower_idempotency", file = migration.file, schema, "migrated the tables");
+        tracing::info!(target: TRACING_TARGET, file = migration.file, schema, "migrated the tables");
     }
     execute(connection, "COMMIT".to_owned()).await
+}
+
+/// The version of the tables, 0 if there are none.
+async fn version(
+    connection: &mut PgConnection,
+    mode: ConnectionMode,
+    schema: &str,
+    prefix: &Identifier,
+) -> Result<i64, StoreError> {
+    let table = format!("{schema}.{prefix}_migrations");
+    let there = one_row(connection, mode, Call::new(TABLE_THERE).with(Value::Text(&table))).await?;
+    if !column::<bool>(&there, "there")? {
+        return Ok(0);
+    }
+    column(&one_row(connection, mode, Call::new(VERSION.replace("{migrations}", &table))).await?, "version")
+}
+
+async fn one_row(
+    connection: &mut PgConnection,
+    mode: ConnectionMode,
+    call: Call<'_>,
+) -> Result<PgRow, StoreError> {
+    let rows = call.fetch_all(connection, mode).await;
+    let row = rows.and_then(|mut rows| rows.pop().ok_or(sqlx::Error::RowNotFound));
+    row.map_err(|source| error("prepare", source))
 }
 
 async fn execute(connection: &mut PgConnection, sql: String) -> Result<(), StoreError> {
@@ -99,38 +88,55 @@ async fn execute(connection: &mut PgConnection, sql: String) -> Result<(), Store
     done.map(drop).map_err(|source| error("prepare", source))
 }
 
+fn column<'r, T>(row: &'r PgRow, name: &str) -> Result<T, StoreError>
+where
+    T: Decode<'r, Postgres> + Type<Postgres>,
+{
+    row.try_get(name).map_err(|source| error("prepare", source))
+}
+
+async fn in_time<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|elapsed| {
+        let message = format!("prepare: did not end within {limit:?}");
+        Err(StoreError::new(StoreErrorKind::Ambiguous, message).with_source(elapsed))
+    })
+}
+
 /// Refuses a server that cannot keep the contract.
-fn refuse(server: &PgRow) -> Result<Result<(), StoreError>, sqlx::Error> {
-    let version: i32 = server.try_get("version")?;
+fn refuse(server: &PgRow) -> Result<(), StoreError> {
+    let version: i32 = column(server, "version")?;
     if version < OLDEST_VERSION {
-        return Ok(Err(misconfigured(format!(
+        return Err(misconfigured(format!(
             "server version {version} is too old: PostgreSQL 12 or newer is needed"
-        ))));
-    }
-    if server.try_get("standby")? {
-        return Ok(Err(misconfigured(
-            "the server is a standby and cannot be written to: connect to the primary",
         )));
     }
-    if server.try_get("read_only")? {
-        let message = "transactions are read-only by default (default_transaction_read_only): connect to the primary, \
-                       or change the setting for this account";
-        return Ok(Err(misconfigured(message)));
+    if column(server, "standby")? {
+        return Err(misconfigured(
+            "the server is a standby and cannot be written to: connect to the primary",
+        ));
     }
-    Ok(Ok(()))
+    if column(server, "read_only")? {
+        return Err(misconfigured(
+            "transactions are read-only by default (default_transaction_read_only): connect to the primary, or change \
+             the setting for this account",
+        ));
+    }
+    Ok(())
 }
 
 fn schema_of(server: &PgRow) -> Result<String, StoreError> {
-    let schema: Option<String> = server.try_get("schema").map_err(|source| error("prepare", source))?;
-    schema.ok_or_else(|| {
+    column::<Option<String>>(server, "schema")?.ok_or_else(|| {
         misconfigured("the search path of the account names no existing schema: set it, or use with_schema()")
     })
 }
 
-fn warnings(server: &PgRow) -> Result<Vec<String>, sqlx::Error> {
+fn warnings(server: &PgRow) -> Result<Vec<String>, StoreError> {
     let mut warnings = Vec::new();
-    for (column, warning) in WARNINGS {
-        if server.try_get(column)? {
+    for (name, warning) in WARNINGS {
+        if column(server, name)? {
             warnings.push(warning.to_owned());
         }
     }
@@ -138,7 +144,7 @@ fn warnings(server: &PgRow) -> Result<Vec<String>, sqlx::Error> {
 }
 
 const SERVER: &str = "
-SELECT quote_ident(coalesce($1::text, current_schema()::text)) AS schema,
+SELECT quote_ident(coalesce(nullif($1, ''), current_schema()::text)) AS schema,
     current_setting('server_version_num')::int AS version,
     pg_is_in_recovery() AS standby,
     current_setting('default_transaction_read_only')::bool AS read_only,
@@ -160,7 +166,9 @@ const WARNINGS: [(&str, &str); 4] = [
     ),
 ];
 
-const TABLE_THERE: &str = "SELECT to_regclass($1) IS NOT NULL AS there";
+/// Reading `pg_class` makes the connection forget what it believed before others committed; `to_regclass` alone may
+/// still deny a table that was created while this process waited for the lock.
+const TABLE_THERE: &str = "SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass($1)) AS there";
 
 const VERSION: &str = "SELECT coalesce(max(version), 0)::bigint AS version FROM {migrations}";
 
@@ -169,10 +177,6 @@ const BEGIN: &str = "
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL search_path = {schema};
 SELECT pg_advisory_xact_lock(hashtextextended('{lock}', 0))";
-
-const BOOKKEEPING: &str = "
-CREATE TABLE IF NOT EXISTS {prefix}_migrations (
-    version integer NOT NULL PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())";
 
 const OLDEST_VERSION: i32 = 120_000;
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);

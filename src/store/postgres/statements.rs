@@ -6,10 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::{
-    RecordFilter,
-    store::sql::{self, Identifier},
-};
+use crate::store::sql::{self, Identifier};
 
 /// The statements of a store, for its table.
 #[derive(Debug)]
@@ -24,7 +21,7 @@ pub(super) struct Statements {
     pub(super) resolve_release: Arc<str>,
     pub(super) resolve_complete: Arc<str>,
     pub(super) purge: Arc<str>,
-    list: [Arc<str>; 4],
+    pub(super) list: Arc<str>,
 }
 
 impl Statements {
@@ -42,7 +39,6 @@ impl Statements {
             ];
             sql::render(template, &names).into()
         };
-        let list = |filter| render(&LIST.replace("{filter}", sql::filter(filter)));
         Self {
             claim: render(CLAIM),
             renew: render(RENEW),
@@ -54,17 +50,7 @@ impl Statements {
             resolve_release: render(RESOLVE_RELEASE),
             resolve_complete: render(RESOLVE_COMPLETE),
             purge: render(PURGE),
-            list: [RecordFilter::All, RecordFilter::InProgress, RecordFilter::Held, RecordFilter::Completed]
-                .map(list),
-        }
-    }
-
-    pub(super) fn list(&self, filter: RecordFilter) -> &Arc<str> {
-        match filter {
-            RecordFilter::All => &self.list[0],
-            RecordFilter::InProgress => &self.list[1],
-            RecordFilter::Held => &self.list[2],
-            RecordFilter::Completed => &self.list[3],
+            list: render(LIST),
         }
     }
 }
@@ -170,8 +156,10 @@ RETURNING 1";
 
 const GET: &str = "SELECT {columns} FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2";
 
+/// The state of a row is what is shown of it, not what is stored.
 const LIST: &str = "
-SELECT {columns} FROM {table} AS r WHERE {filter} ORDER BY r.created_at, r.consumer, r.key LIMIT $1";
+SELECT * FROM (SELECT {columns} FROM {table} AS r) AS r
+WHERE $2 = 'all' OR r.state = $2 ORDER BY r.created_at, r.consumer, r.key LIMIT $1";
 
 const EVICT: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 RETURNING 1";
 

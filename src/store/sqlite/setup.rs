@@ -4,23 +4,16 @@ use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
 
 use super::{SqliteStore, connection::error, statements::Statements};
 use crate::{
-    StoreError,
-    store::sql::{self, Identifier, Migration, TableCreation, misconfigured},
+    StoreError, TRACING_TARGET,
+    store::sql::{self, Identifier, Migration, Ready, TableCreation, misconfigured},
 };
 
-/// What is known once the tables are there.
-#[derive(Debug)]
-pub(super) struct Ready {
-    pub(super) statements: Statements,
-    pub(super) warnings: Vec<String>,
-}
-
 impl SqliteStore {
-    pub(super) async fn ready(&self) -> Result<&Ready, StoreError> {
+    pub(super) async fn ready(&self) -> Result<&Ready<Statements>, StoreError> {
         self.state.ready.get_or_try_init(|| self.set_up(self.creation)).await
     }
 
-    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready, StoreError> {
+    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
         // Detached, so that a call that is dropped half-way closes it and leaves no transaction open.
         let mut connection = self.state.connections.writer(&self.pool).await?.detach();
         refuse_memory(&mut connection).await?;
@@ -28,11 +21,8 @@ impl SqliteStore {
         migrate(&mut connection, &self.prefix, creation).await?;
         execute(&mut connection, "COMMIT").await?;
         let warnings = warnings(&mut connection).await?;
-        for warning in &warnings {
-            tracing::warn!(target: "tower_idempotency", "{warning}");
-        }
         connection.close().await.map_err(|source| error("prepare", source))?;
-        Ok(Ready { statements: Statements::new(&self.prefix), warnings })
+        Ok(Ready::new(Statements::new(&self.prefix), warnings))
     }
 }
 
@@ -60,7 +50,7 @@ async fn migrate(
     }
     for migration in pending {
         execute(connection, migration.sql(prefix)).await?;
-        tracing::info!(target: "tower_idempotency", file = migration.file, "migrated the tables");
+        tracing::info!(target: TRACING_TARGET, file = migration.file, "migrated the tables");
     }
     // A database that is open read-only lets every transaction begin and refuses its first write.
     execute(connection, format!("DELETE FROM \"{prefix}_migrations\" WHERE version < 0")).await

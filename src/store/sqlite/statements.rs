@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    RecordFilter, Renewal,
+    Renewal,
     store::sql::{self, Identifier},
 };
 
@@ -22,7 +22,7 @@ pub(super) struct Statements {
     pub(super) resolve_release: Arc<str>,
     pub(super) resolve_complete: Arc<str>,
     pub(super) purge: Arc<str>,
-    list: [Arc<str>; 4],
+    pub(super) list: Arc<str>,
 }
 
 impl Statements {
@@ -38,7 +38,6 @@ impl Statements {
             ];
             sql::render(template, &names).into()
         };
-        let list = |filter| render(&LIST.replace("{filter}", sql::filter(filter)));
         Self {
             look: render(LOOK),
             take: render(TAKE),
@@ -52,17 +51,7 @@ impl Statements {
             resolve_release: render(RESOLVE_RELEASE),
             resolve_complete: render(RESOLVE_COMPLETE),
             purge: render(PURGE),
-            list: [RecordFilter::All, RecordFilter::InProgress, RecordFilter::Held, RecordFilter::Completed]
-                .map(list),
-        }
-    }
-
-    pub(super) fn list(&self, filter: RecordFilter) -> &Arc<str> {
-        match filter {
-            RecordFilter::All => &self.list[0],
-            RecordFilter::InProgress => &self.list[1],
-            RecordFilter::Held => &self.list[2],
-            RecordFilter::Completed => &self.list[3],
+            list: render(LIST),
         }
     }
 }
@@ -140,8 +129,10 @@ RETURNING 1";
 
 const GET: &str = "SELECT {columns} FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
 
-const LIST: &str =
-    "SELECT {columns} FROM {r} WHERE {filter} ORDER BY {r}.created_at, {r}.consumer, {r}.key LIMIT ?1";
+/// The state of a row is what is shown of it, not what is stored.
+const LIST: &str = "
+SELECT * FROM (SELECT {columns} FROM {r}) AS r
+WHERE ?2 = 'all' OR r.state = ?2 ORDER BY r.created_at, r.consumer, r.key LIMIT ?1";
 
 const EVICT: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 RETURNING 1";
 

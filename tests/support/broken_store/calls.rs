@@ -116,7 +116,7 @@ impl Store for BrokenStore {
             self.pause().await;
         }
         let mut rows = self.rows();
-        let Some(row) = rows.get_mut(&identity) else { return Ok(Fenced::NotOwner) };
+        let Some(row) = rows.get_mut(&identity) else { return Ok(Fenced::Lost) };
         let mine = match self.fault {
             Fault::ReleaseUnfenced => true,
             Fault::ReleaseLooksThenWrites => seen,
@@ -129,7 +129,7 @@ impl Store for BrokenStore {
             _ => self.has(Fault::CompletedIsReleasedByItsAttempt),
         };
         if !mine || !open {
-            return Ok(Fenced::NotOwner);
+            return Ok(Fenced::Lost);
         }
         if self.has(Fault::ReleaseKeepsTheRecord) {
             row.lease_until = self.start();
@@ -141,11 +141,11 @@ impl Store for BrokenStore {
 
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let mut rows = self.rows();
-        let Some(row) = rows.get_mut(&self.identity_of(attempt)) else { return Ok(Fenced::NotOwner) };
+        let Some(row) = rows.get_mut(&self.identity_of(attempt)) else { return Ok(Fenced::Lost) };
         let mine = row.record.attempt == Some(attempt.id) || self.has(Fault::HoldUnfenced);
         let lapsed = self.lapsed(row) && self.has(Fault::LapsedOwnerLosesAtOnce);
         if !mine || lapsed || matches!(row.record.state, RecordState::Completed { .. }) {
-            return Ok(Fenced::NotOwner);
+            return Ok(Fenced::Lost);
         }
         row.record.state = RecordState::Held;
         if self.has(Fault::HeldForgetsItsAttempt) {
@@ -172,7 +172,7 @@ impl Store for BrokenStore {
             (RecordFilter::InProgress, state) => matches!(state, RecordState::InProgress { .. }),
             (RecordFilter::Held, state) => *state == RecordState::Held,
             (RecordFilter::Completed, state) => matches!(state, RecordState::Completed { .. }),
-            _ => true,
+            (RecordFilter::All, _) => true,
         });
         records.sort_by_key(|record| record.created_at);
         match self.fault {

@@ -110,7 +110,9 @@ impl BrokenStore {
             _ => claim.fingerprint.clone(),
         };
         let state = RecordState::in_progress(Duration::ZERO);
-        let mut record = Record::new(claim.attempt.clone(), claim.record_id, fingerprint, state);
+        let Attempt { consumer, key, id, .. } = claim.attempt.clone();
+        let mut record = Record::new(claim.record_id, consumer, key, fingerprint, state);
+        record.attempt = Some(id);
         record.created_at = self.start();
         record.expires_at = record.created_at + claim.retention;
         if self.has(Fault::RetentionIsCutAtAYear) {

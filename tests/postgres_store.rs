@@ -1,135 +1,35 @@
-//! What the SQL stores promise beyond the contract of every store: tables, names, plans, locks and poolers.
+//! What the PostgreSQL store promises beyond the contract of every store: tables, names, plans, locks and poolers.
 
 mod support;
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use sqlx::{Executor, PgPool, SqlitePool, postgres::PgPoolOptions};
+use sqlx::{Executor, PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinSet;
 use tower_idempotency::{
-    Claim, ClaimOutcome, CompleteOutcome, PostgresStore, RenewOutcome, Renewal, SqliteStore, Store,
-    StoreError, StoreErrorKind,
+    Claim, ClaimOutcome, CompleteOutcome, PostgresStore, RenewOutcome, Renewal, Store, StoreErrorKind,
     store::{ConnectionMode, TableCreation},
 };
 
 use support::{
-    claim,
+    claim, free_port, must_name, names_to_quote,
     schema::{PooledSchema, Schema, server},
-    sqlite::SqliteFile,
+    win,
 };
 
-const SQLITE_FILE: &str = include_str!("../migrations/sqlite/0001_records.sql");
-const POSTGRES_FILE: &str = include_str!("../migrations/postgres/0001_records.sql");
-
 #[tokio::test]
-async fn sqlite_migrates_twice_and_from_many_stores_at_once() {
-    let file = SqliteFile::new();
-    let mut stores = JoinSet::new();
-    for _ in 0..8 {
-        let store = SqliteStore::new(file.pool());
-        stores.spawn(async move { store.migrate().await });
-    }
-    for migrated in stores.join_all().await {
-        migrated.unwrap();
-    }
-    let store = SqliteStore::new(file.pool());
-    store.migrate().await.unwrap();
-    store.migrate().await.unwrap();
-    let versions: i64 = sqlx::query_scalar("SELECT count(*) FROM idempotency_migrations")
-        .fetch_one(&file.pool())
-        .await
-        .unwrap();
-    assert_eq!(versions, 1);
-    win(&store, &claim("k")).await;
-}
-
-#[tokio::test]
-async fn sqlite_keeps_prefixes_apart() {
-    let file = SqliteFile::new();
-    let [one, two] =
-        ["orders", "payouts"].map(|prefix| SqliteStore::new(file.pool()).with_table_prefix(prefix).unwrap());
-    win(&one, &claim("k")).await;
-    win(&two, &claim("k")).await;
-    let rows: i64 = sqlx::query_scalar(
-        "SELECT (SELECT count(*) FROM orders_records) + (SELECT count(*) FROM payouts_records)",
-    )
-    .fetch_one(&file.pool())
-    .await
-    .unwrap();
-    assert_eq!(rows, 2);
-}
-
-#[tokio::test]
-async fn sqlite_says_which_file_to_run_when_it_may_not() {
-    let file = SqliteFile::new();
-    let store = SqliteStore::new(file.pool()).with_table_creation(TableCreation::Manual);
-    must_name(&store.prepare().await.unwrap_err(), "migrations/sqlite/0001_records.sql");
-    must_name(&store.claim(&claim("k")).await.unwrap_err(), "migrations/sqlite/0001_records.sql");
-    sqlx::raw_sql(SQLITE_FILE).execute(&file.pool()).await.unwrap();
-    store.prepare().await.unwrap();
-    win(&store, &claim("k")).await;
-}
-
-#[tokio::test]
-async fn sqlite_refuses_tables_of_a_newer_release() {
-    let file = SqliteFile::new();
-    SqliteStore::new(file.pool()).migrate().await.unwrap();
-    sqlx::query("INSERT INTO idempotency_migrations (version) VALUES (999)")
-        .execute(&file.pool())
-        .await
-        .unwrap();
-    must_name(&SqliteStore::new(file.pool()).prepare().await.unwrap_err(), "999");
-}
-
-#[tokio::test]
-async fn sqlite_refuses_databases_in_memory() {
-    for url in ["sqlite::memory:", "sqlite://"] {
-        let store = SqliteStore::new(SqlitePool::connect_lazy(url).unwrap());
-        must_name(&store.prepare().await.unwrap_err(), "MemoryStore");
-        must_name(&store.claim(&claim("k")).await.unwrap_err(), "MemoryStore");
-    }
-}
-
-#[tokio::test]
-async fn sqlite_refuses_read_only_databases() {
-    let file = SqliteFile::new();
-    SqliteStore::new(file.pool()).migrate().await.unwrap();
-    let store = SqliteStore::new(SqlitePool::connect_lazy_with(file.options().read_only(true)));
-    must_name(&store.prepare().await.unwrap_err(), "read-only");
-}
-
-#[tokio::test]
-async fn sqlite_answers_duplicates_while_another_process_writes() {
-    let file = SqliteFile::new();
-    let store = SqliteStore::new(file.pool());
-    win(&store, &claim("k")).await;
-    let mut writer = file.pool().acquire().await.unwrap();
-    writer.execute("BEGIN IMMEDIATE").await.unwrap();
-    let begun = Instant::now();
-    let duplicate = store.claim(&claim("k")).await.unwrap();
-    assert!(matches!(duplicate, ClaimOutcome::Exists(_)), "{duplicate:?}");
-    assert!(begun.elapsed() < Duration::from_secs(1), "a duplicate waited for {:?}", begun.elapsed());
-    let locked = store.claim(&claim("another")).await.unwrap_err();
-    assert_eq!(locked.kind(), StoreErrorKind::Unavailable, "{locked:?}");
-    writer.execute("COMMIT").await.unwrap();
-}
-
-#[tokio::test]
-async fn names_that_would_need_quoting_are_rejected() {
-    let long = "a".repeat(41);
-    for name in ["", "1a", "Orders", "a-b", "a b", "a\"b", "a;drop table b", "ä", long.as_str()] {
-        let sqlite = SqliteStore::new(SqlitePool::connect_lazy("sqlite::memory:").unwrap());
-        assert!(sqlite.with_table_prefix(name).is_err(), "{name:?}");
-        let postgres = PostgresStore::new(PgPool::connect_lazy("postgres://localhost").unwrap());
-        assert!(postgres.clone().with_table_prefix(name).is_err(), "{name:?}");
-        assert!(postgres.with_schema(name).is_err(), "{name:?}");
+async fn postgres_rejects_names_that_would_need_quoting() {
+    for name in names_to_quote() {
+        let store = PostgresStore::new(PgPool::connect_lazy("postgres://localhost").unwrap());
+        assert!(store.clone().with_table_prefix(&name).is_err(), "{name:?}");
+        assert!(store.with_schema(&name).is_err(), "{name:?}");
     }
 }
 
 #[tokio::test]
 async fn postgres_that_cannot_be_reached_is_unavailable() {
-    let port = support::free_port();
+    let port = free_port();
     let store =
         PostgresStore::new(PgPool::connect_lazy(&format!("postgres://u@127.0.0.1:{port}/d")).unwrap());
     let error = store.claim(&claim("k")).await.unwrap_err();
@@ -186,7 +86,7 @@ async fn postgres_says_which_file_to_run_when_it_may_not() {
     let schema = Schema::create().await;
     let store = schema.store().with_table_creation(TableCreation::Manual);
     must_name(&store.prepare().await.unwrap_err(), "migrations/postgres/0001_records.sql");
-    schema.run(&format!("BEGIN; SET LOCAL search_path = \"{{s}}\"; {POSTGRES_FILE}; COMMIT")).await;
+    schema.run(&format!("BEGIN; SET LOCAL search_path = \"{{s}}\"; {FILE}; COMMIT")).await;
     store.prepare().await.unwrap();
     win(&store, &claim("k")).await;
     schema.run("INSERT INTO {s}.idempotency_migrations (version) VALUES (999)").await;
@@ -481,17 +381,6 @@ async fn flush_statistics(store: &PostgresStore) {
     workers.join_all().await;
 }
 
-#[track_caller]
-fn must_name(error: &StoreError, what: &str) {
-    assert_eq!(error.kind(), StoreErrorKind::Misconfigured, "{error:?}");
-    assert!(error.to_string().contains(what), "{error}");
-}
-
-async fn win(store: &impl Store, claim: &Claim) {
-    let outcome = store.claim(claim).await.unwrap();
-    assert!(matches!(outcome, ClaimOutcome::Won { .. }), "{outcome:?}");
-}
-
 async fn complete(store: &impl Store, claim: &Claim) {
     let response: Vec<u8> = uuid::Uuid::new_v4().as_bytes().iter().cycle().take(600).copied().collect();
     let outcome = store.complete(&claim.attempt, Bytes::from(response)).await.unwrap();
@@ -504,3 +393,5 @@ async fn must_exist(store: &impl Store, keys: &[&str]) {
         assert!(matches!(outcome, ClaimOutcome::Exists(_)), "{key}: {outcome:?}");
     }
 }
+
+const FILE: &str = include_str!("../migrations/postgres/0001_records.sql");
