@@ -349,18 +349,27 @@ async fn a_process_does_not_take_over_what_it_is_running_itself() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_completion_that_hangs_does_not_cost_the_lease() {
+    a_completion_that_is_late_does_not_cost_the_lease(Watched::hang_completions).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completion_that_fails_does_not_cost_the_lease() {
+    a_completion_that_is_late_does_not_cost_the_lease(Watched::fail_completions).await;
+}
+
+async fn a_completion_that_is_late_does_not_cost_the_lease(break_store: fn(&Watched<MemoryStore>, bool)) {
     let store = Watched::new(MemoryStore::new());
     let app = App::new(layer(store.clone()));
     let neighbour = app.beside(layer(store.clone()));
-    store.hang_completions(true);
+    break_store(&store, true);
     let answer = app.send("key").await;
     assert!(answer.is_first(), "{answer:?}");
-    let hung = Instant::now();
-    while hung.elapsed() < Duration::from_secs(2) {
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(3) {
         neighbour.send("key").await.assert_refused("in-progress");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    store.hang_completions(false);
+    break_store(&store, false);
     let retry = send_until_not(&["in-progress"], || neighbour.send("key")).await;
     assert!(retry.is_replay() && retry.body == answer.body, "{retry:?}");
     assert_eq!(app.runs(), 1);

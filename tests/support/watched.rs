@@ -27,6 +27,7 @@ struct State {
     renewals: AtomicUsize,
     most_purged: AtomicU64,
     renewals_fail: AtomicBool,
+    completions_fail: AtomicBool,
     completions_hang: watch::Sender<bool>,
     slow_claims: watch::Sender<bool>,
     late_claims: AtomicBool,
@@ -51,6 +52,11 @@ impl<S: Store + Clone> Watched<S> {
     /// Whether renewals fail, as if the store could not be reached.
     pub fn fail_renewals(&self, fail: bool) {
         self.state.renewals_fail.store(fail, Ordering::SeqCst);
+    }
+
+    /// Whether completions fail, as if the store could not be reached.
+    pub fn fail_completions(&self, fail: bool) {
+        self.state.completions_fail.store(fail, Ordering::SeqCst);
     }
 
     /// Whether completions wait before they are carried out, as if their connection did not answer.
@@ -111,6 +117,9 @@ impl<S: Store + Clone> Store for Watched<S> {
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
+        if self.state.completions_fail.load(Ordering::SeqCst) {
+            return Err(StoreError::new(StoreErrorKind::Unavailable, "told to fail"));
+        }
         let _ = self.state.completions_hang.subscribe().wait_for(|hang| !hang).await;
         self.store.complete(attempt, response).await
     }
