@@ -3,18 +3,15 @@
 use http::{HeaderValue, Response, header};
 
 use crate::{
-    OriginalResponse, Record, RecordState, Rejection, RejectionCode, ResponseBody, StoredBody,
-    StoredResponse, TRACING_TARGET, settings::Settings,
+    Consumer, IdempotencyKey, OriginalResponse, Record, RecordState, Rejection, RejectionCode, ResponseBody,
+    StoredBody, StoredResponse, TRACING_TARGET, settings::Settings,
 };
 
 /// What a record answers to a retry of its request.
 pub(crate) fn answer_from(settings: &Settings, record: &Record) -> Result<StoredResponse, Rejection> {
     let (consumer, key) = (&record.consumer, settings.shown(&record.key));
     match &record.state {
-        RecordState::InProgress { .. } => {
-            tracing::info!(target: TRACING_TARGET, %consumer, %key, "conflict: in progress");
-            Err(in_progress())
-        }
+        RecordState::InProgress { .. } => Err(in_progress(settings, consumer, &record.key)),
         RecordState::Held => {
             tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
             Err(outcome_unknown())
@@ -46,7 +43,8 @@ fn kept(response: StoredResponse) -> Result<StoredResponse, Rejection> {
     Err(Rejection::new(RejectionCode::ResponseNotKept, detail).with_original(original))
 }
 
-pub(crate) fn in_progress() -> Rejection {
+pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &IdempotencyKey) -> Rejection {
+    tracing::info!(target: TRACING_TARGET, %consumer, key = %settings.shown(key), "conflict: in progress");
     Rejection::new(
         RejectionCode::InProgress,
         "The first request with this key is still being processed. Send it again to get its response.",

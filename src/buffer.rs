@@ -34,12 +34,25 @@ pub(crate) struct Buffered {
 pub(crate) struct RequestLimits {
     /// Bytes of one body.
     pub(crate) body: u32,
-    /// Bytes of all bodies that are in memory; one permit a byte.
+    /// Bytes of all bodies that are in memory.
+    pub(crate) total_limit: usize,
+    /// What is left of them; one permit a byte.
     pub(crate) total: Arc<Semaphore>,
     pub(crate) timeout: Duration,
 }
 
 impl RequestLimits {
+    /// Refuses what cannot work.
+    #[track_caller]
+    pub(crate) fn check(&self) {
+        let Self { body, total_limit, .. } = self;
+        assert!(
+            usize::try_from(*body).is_ok_and(|body| body <= *total_limit),
+            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: raise \
+             with_request_buffer_limit first, or lower with_request_body_limit"
+        );
+    }
+
     /// Reads the body of a request. `Ok(None)` if the caller has gone meanwhile.
     pub(crate) async fn read<B>(
         &self,

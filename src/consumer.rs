@@ -9,6 +9,8 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use sha2::{Digest, Sha256};
 
+use crate::TRACING_TARGET;
+
 /// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8 without NUL, compared byte by byte.
 ///
 /// The authentication layer puts it into the request's extensions:
@@ -70,7 +72,8 @@ type Extract = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 /// is none, it takes a digest of the `Authorization` header if its scheme is `Basic` or `Bearer`, and the one anonymous
 /// scope if the request carries no credential at all. Anything else is refused, because a guess would either leak
 /// responses between users or protect nobody: another scheme (its value may change with each request), `Authorization`
-/// beside `X-Api-Key`, or `Cookie`, `X-Api-Key` and the like alone. The credentials themselves are never stored.
+/// beside `X-Api-Key`, or `Cookie`, `X-Api-Key` and the like alone. The credentials themselves are never stored, only
+/// the digest; it is not salted, so whoever reads the table or the log can test guesses of a weak `Basic` password.
 #[derive(Clone)]
 pub struct ConsumerExtractor(Arc<Extract>);
 
@@ -136,7 +139,7 @@ fn from_credentials(headers: &HeaderMap, warned: &AtomicBool) -> Option<Consumer
     }
     if looks_like_jwt(value.as_bytes()) && !warned.swap(true, Ordering::Relaxed) {
         tracing::warn!(
-            target: "tower_idempotency",
+            target: TRACING_TARGET,
             "consumers are told apart by a JWT: a refreshed token is another consumer, and its retries run again; \
              use ConsumerExtractor::extension()"
         );

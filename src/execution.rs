@@ -1,13 +1,13 @@
 //! One attempt: runs the handler, judges its result, writes it down.
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, header, response::Parts};
 use http_body::Body;
 use tokio::{
     sync::OwnedSemaphorePermit,
-    task::{JoinError, JoinHandle},
+    task::JoinHandle,
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -15,25 +15,28 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Fingerprint, Idempotency, RecordId, Rejection, RejectionCode, RequestBody,
-    ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
+    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
+    RequestBody, ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
-    core::{Core, Settled, Settlement},
     error::BoxError,
     future::Answer,
     renewal::Lease,
+    running::Entered,
     settings::Settings,
+    shared::{End, Ended, Shared},
 };
 
 /// An attempt that owns its record and is about to run.
 pub(crate) struct Execution {
-    pub(crate) core: Arc<Core>,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) attempt: Attempt,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
+    /// When the claim was sent: the lease runs from then on at the earliest.
+    pub(crate) claimed_at: Instant,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -45,7 +48,7 @@ type Performed<B, E> = Result<(Parts, Collected<B>), E>;
     clippy::large_enum_variant,
     reason = "it is made and taken apart once, and the large variant is the rule"
 )]
-enum Ended<B, E> {
+enum HandlerEnd<B, E> {
     Performed(Performed<B, E>),
     Panicked,
     TimedOut,
@@ -66,21 +69,22 @@ impl Execution {
         ResBody::Error: Into<BoxError>,
     {
         let cancelled = CancellationToken::new();
+        let entered = self.shared.running.enter(self.attempt.clone(), self.record());
         let lease = self.keep_lease(&cancelled);
         request.extensions_mut().insert(self.idempotency(&cancelled));
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let ended = self.wait(&mut handler, &cancelled).await;
-        let unfinished = matches!(ended, Ended::TimedOut).then_some(handler);
-        let (settlement, answer) = self.judge(ended);
-        match self.settle(lease, settlement, unfinished).await {
+        let unfinished = matches!(ended, HandlerEnd::TimedOut).then_some(handler);
+        let (end, answer) = self.judge(ended);
+        match self.write_down((lease, entered), end, unfinished).await {
             // Another request's response must not be given for this one, and does not contradict it either.
-            Some(Settled::Lost(record)) if record.fingerprint == self.fingerprint => {
+            Some(Ended::Lost(record)) if record.fingerprint == self.fingerprint => {
                 Ok(match answer_from(&self.settings, &record) {
                     Ok(stored) => replay(&self.settings, stored),
                     Err(rejection) => refused(&self.settings, rejection),
                 })
             }
-            Some(Settled::Done | Settled::Lost(_) | Settled::Absent) | None => answer,
+            Some(Ended::Done | Ended::Lost(_) | Ended::Absent) | None => answer,
         }
     }
 
@@ -88,14 +92,21 @@ impl Execution {
         let timing = &self.settings.timing;
         let interval = timing.renewal_interval();
         let lease =
-            Lease::new(&self.core.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
-        lease.keep(interval);
+            Lease::new(&self.shared.renewer, self.attempt.clone(), timing.lease, interval, lost.clone());
+        lease.keep(interval.saturating_sub(self.claimed_at.elapsed()));
         lease
+    }
+
+    fn record(&self) -> Record {
+        let state = RecordState::in_progress(self.settings.timing.lease);
+        let mut record = Record::new(self.attempt.clone(), self.record_id, self.fingerprint.clone(), state);
+        record.attempt_number = self.attempt_number;
+        record
     }
 
     fn idempotency(&self, cancelled: &CancellationToken) -> Idempotency {
         Idempotency::new(
-            &self.core,
+            &self.shared,
             self.attempt.clone(),
             self.record_id,
             self.attempt_number,
@@ -108,7 +119,7 @@ impl Execution {
         &self,
         handler: &mut JoinHandle<Performed<B, E>>,
         cancelled: &CancellationToken,
-    ) -> Ended<B, E> {
+    ) -> HandlerEnd<B, E> {
         let limit = self.settings.timing.max_execution;
         let mut ended = timeout(limit * 9 / 10, &mut *handler).await;
         if ended.is_err() {
@@ -116,120 +127,129 @@ impl Execution {
             ended = timeout(limit / 10, &mut *handler).await;
         }
         match ended {
-            Ok(Ok(performed)) => Ended::Performed(performed),
-            Ok(Err(error)) => self.no_result(&error),
+            Ok(Ok(performed)) => HandlerEnd::Performed(performed),
+            Ok(Err(error)) => {
+                let what = if error.is_panic() { "panicked" } else { "was stopped with its runtime" };
+                self.log_failure(&error, &format!("the handler {what}"));
+                HandlerEnd::Panicked
+            }
             Err(_) => {
                 tracing::error!(
                     target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id, ?limit,
                     "the handler was cancelled: it ran longer than max_execution"
                 );
                 handler.abort();
-                Ended::TimedOut
+                HandlerEnd::TimedOut
             }
         }
     }
 
-    fn no_result<B, E>(&self, error: &JoinError) -> Ended<B, E> {
-        tracing::error!(
-            target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
-            error = error as &dyn std::error::Error, "the handler panicked"
-        );
-        Ended::Panicked
-    }
-
     /// What is written down, and what the client gets once it is.
-    fn judge<B, E>(&self, ended: Ended<B, E>) -> (Settlement, Answer<B, E>) {
+    fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> (End, Answer<B, E>) {
         match ended {
-            Ended::Performed(Ok((parts, Collected::Whole(body)))) => self.judge_whole(parts, body),
-            Ended::Performed(Ok((parts, Collected::Partial(frames, rest)))) => {
-                let settlement = self.settlement(&parts, StoredBody::NotKept);
-                (settlement, Ok(Response::from_parts(parts, ResponseBody::resumed(frames, rest))))
+            HandlerEnd::Performed(Ok((parts, Collected::Whole(body)))) => self.judge_whole(parts, body),
+            HandlerEnd::Performed(Ok((parts, Collected::Partial(frames, rest)))) => {
+                let end = match self.directive(&parts) {
+                    Directive::Store => self.complete(StoredResponse::of(&parts, StoredBody::NotKept)),
+                    Directive::Release => End::Release,
+                    Directive::Hold => End::Hold,
+                };
+                (end, Ok(Response::from_parts(parts, ResponseBody::resumed(frames, rest))))
             }
-            Ended::Performed(Ok((_, Collected::Broken(error)))) => {
-                let detail = format!("The response broke off ({error}).");
-                self.without_result(Rejection::new(RejectionCode::ResponseIncomplete, detail))
+            HandlerEnd::Performed(Ok((_, Collected::Broken(error)))) => {
+                self.log_failure(&*error, "the response broke off");
+                self.without_result(Rejection::new(
+                    RejectionCode::ResponseIncomplete,
+                    "The handler's response broke off.",
+                ))
             }
-            Ended::Performed(Err(error)) => (Settlement::Release, Err(error)),
-            Ended::Panicked => {
+            HandlerEnd::Performed(Err(error)) => (End::Release, Err(error)),
+            HandlerEnd::Panicked => {
                 self.without_result(Rejection::new(RejectionCode::HandlerPanicked, "The handler failed."))
             }
-            Ended::TimedOut => self.without_result(Rejection::new(
+            HandlerEnd::TimedOut => self.without_result(Rejection::new(
                 RejectionCode::MaxExecutionExceeded,
                 "The handler took too long and was cancelled.",
             )),
         }
     }
 
-    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> (Settlement, Answer<B, E>) {
-        let kept = StoredBody::Kept { data: body.data.clone(), trailers: body.trailers.clone() };
-        let settlement = self.settlement(&parts, kept);
-        let Settlement::Complete(_) = settlement else {
-            let body = ResponseBody::buffered(body.data, body.trailers);
-            return (settlement, Ok(Response::from_parts(parts, body)));
+    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> (End, Answer<B, E>) {
+        let Buffered { data, trailers } = body;
+        let end = match self.directive(&parts) {
+            Directive::Release => End::Release,
+            Directive::Hold => End::Hold,
+            Directive::Store => {
+                let first = StoredResponse::of(&parts, StoredBody::Kept { data, trailers });
+                let end = self.complete(first.clone());
+                let mut response = first.into_response();
+                *response.extensions_mut() = parts.extensions;
+                return (end, Ok(response));
+            }
         };
-        let kept = StoredBody::Kept { data: body.data, trailers: body.trailers };
-        let mut response = StoredResponse::of(&parts, kept).into_response();
-        *response.extensions_mut() = parts.extensions;
-        (settlement, Ok(response))
+        (end, Ok(Response::from_parts(parts, ResponseBody::buffered(data, trailers))))
     }
 
-    fn settlement(&self, parts: &Parts, body: StoredBody) -> Settlement {
-        let (consumer, key) = (&self.attempt.consumer, self.settings.shown(&self.attempt.key));
+    fn directive(&self, parts: &Parts) -> Directive {
         let directive = self.settings.policy.directive(parts);
         tracing::debug!(
-            target: TRACING_TARGET, %consumer, %key, attempt_number = self.attempt_number,
-            status = parts.status.as_u16(), ?directive, "performed"
+            target: TRACING_TARGET, consumer = %self.attempt.consumer, key = %self.settings.shown(&self.attempt.key),
+            attempt = %self.attempt.id, attempt_number = self.attempt_number, status = parts.status.as_u16(),
+            ?directive, "performed"
         );
-        match directive {
-            Directive::Release => Settlement::Release,
-            Directive::Hold => Settlement::Hold,
-            Directive::Store => {
-                let mut stored = StoredResponse::of(parts, body);
-                stored.remove_headers(&self.settings.headers_not_kept);
-                Settlement::Complete(stored.encode())
-            }
-        }
+        directive
     }
 
-    fn without_result<B, E>(&self, rejection: Rejection) -> (Settlement, Answer<B, E>) {
-        let (settlement, held) = match self.settings.policy.without_result() {
-            Directive::Hold => (Settlement::Hold, true),
-            Directive::Release | Directive::Store => (Settlement::Release, false),
+    fn complete(&self, mut response: StoredResponse) -> End {
+        response.remove_headers(&self.settings.headers_not_kept);
+        End::Complete(response.encode())
+    }
+
+    fn without_result<B, E>(&self, rejection: Rejection) -> (End, Answer<B, E>) {
+        let (end, held) = match self.settings.policy.without_result() {
+            Directive::Hold => (End::Hold, true),
+            Directive::Release | Directive::Store => (End::Release, false),
         };
-        (settlement, Ok(refused(&self.settings, rejection.final_if(held))))
+        (end, Ok(refused(&self.settings, rejection.final_if(held))))
     }
 
     /// Writes the end of the attempt down in a task that goes on when waiting for it takes too long.
-    async fn settle<T: Send + 'static>(
+    async fn write_down<T: Send + 'static>(
         &self,
-        lease: Lease,
-        settlement: Settlement,
+        (lease, entered): (Lease, Entered),
+        end: End,
         unfinished: Option<JoinHandle<T>>,
-    ) -> Option<Settled> {
+    ) -> Option<Ended> {
         let limit = MAX_WAIT.min(self.settings.timing.lease * 3 / 4);
         let give_up = Instant::now() + self.settings.timing.max_execution.max(limit);
-        let core = Arc::clone(&self.core);
-        let task = self.core.tasks.spawn(async move {
+        let shared = Arc::clone(&self.shared);
+        let task = self.shared.tasks.spawn(async move {
             if let Some(handler) = unfinished {
                 // Nobody may run while a cancelled handler still does.
                 let _ = handler.await;
             }
-            core.settle(lease.attempt(), Some(&lease), &settlement, give_up).await
+            let ended = shared.end(lease.attempt(), Some(&lease), &end, give_up).await;
+            drop(entered);
+            ended
         });
-        let settled = crate::core::flatten(timeout(limit, task).await, limit);
-        if let Ok(Settled::Absent | Settled::Lost(_)) = settled {
+        let ended = crate::shared::flatten(timeout(limit, task).await, limit);
+        if let Ok(Ended::Absent | Ended::Lost(_)) = ended {
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
                 "the record was gone or another attempt's when its attempt ended"
             );
         }
-        settled.inspect_err(|error| self.not_settled(error)).ok()
+        ended
+            .inspect_err(|error| {
+                self.log_failure(error, "the response is sent although it is not stored yet")
+            })
+            .ok()
     }
 
-    fn not_settled(&self, error: &crate::StoreError) {
+    fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
+        let attempt = &self.attempt;
         tracing::error!(
-            target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
-            error = error as &dyn std::error::Error, "the response is sent although it is not stored yet"
+            target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, error, "{what}"
         );
     }
 }

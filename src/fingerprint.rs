@@ -148,6 +148,8 @@ impl Fingerprinter {
     }
 
     /// Takes path and query from this closure. Default: axum's original URI where there is one, else the request's.
+    ///
+    /// It is not part of the scheme: when it changes, retries of requests made before answer 422 `key-reused`.
     #[must_use]
     pub fn with_target(mut self, target: impl Fn(&Parts) -> String + Send + Sync + 'static) -> Self {
         self.target = Arc::new(target);
@@ -193,6 +195,7 @@ impl Fingerprinter {
         let mut options = Input::new(None);
         self.headers.iter().for_each(|name| options.field(name.as_str().as_bytes()));
         options.length(self.headers.len());
+        options.field(if self.secret.is_some() { b"hmac" } else { b"hash" });
         self.payload.describe(&mut options);
         let mut scheme = [ALGORITHM_VERSION; 9];
         scheme[1..5].copy_from_slice(&options.digest()[..4]);

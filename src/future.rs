@@ -10,10 +10,13 @@ use std::{
 use bytes::Bytes;
 use http::Response;
 use pin_project_lite::pin_project;
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::{
+    sync::oneshot,
+    task::{JoinError, JoinHandle},
+};
 
 use crate::{
-    ResponseBody,
+    ResponseBody, TRACING_TARGET,
     rejection::{ProblemJson, Rejection, RejectionCode, respond},
 };
 
@@ -70,7 +73,7 @@ where
                 Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
             }
             Projected::Guarded { task, .. } => {
-                Poll::Ready(ready!(Pin::new(task).poll(cx)).unwrap_or_else(|_| Ok(task_failed())))
+                Poll::Ready(ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error))))
             }
         }
     }
@@ -82,7 +85,10 @@ impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
     }
 }
 
-fn task_failed<B>() -> Response<ResponseBody<B>> {
+/// A closure of the application panicked, or the runtime is going down.
+fn task_ended<B>(error: &JoinError) -> Response<ResponseBody<B>> {
+    let error = error as &dyn std::error::Error;
+    tracing::error!(target: TRACING_TARGET, error, "the task of a request ended early");
     let rejection =
         Rejection::new(RejectionCode::Internal, "The request could not be finished; send it again.");
     respond(rejection, &ProblemJson).map(|data| ResponseBody::buffered(data, None))

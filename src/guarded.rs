@@ -5,24 +5,28 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Request, Response, request::Parts};
 use http_body::Body;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
 use tower_service::Service;
 
 use crate::{
-    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, Record, RecordState, Rejection,
-    RejectionCode, RequestBody, ResponseBody, StoreError, StoreErrorKind, StoredResponse, TRACING_TARGET,
+    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, Record, RecordId, RecordState,
+    Rejection, RejectionCode, RequestBody, ResponseBody, StoreError, StoreErrorKind, StoredResponse,
+    TRACING_TARGET,
     answer::{answer_from, in_progress, refused, replay},
     buffer::Buffered,
-    core::Core,
     error::BoxError,
     execution::Execution,
     future::Answer,
     settings::{KeySource, Settings, StoreOutage},
+    shared::Shared,
 };
 
 /// A request with a key, of a known consumer.
 pub(crate) struct Guarded {
-    core: Arc<Core>,
+    shared: Arc<Shared>,
     settings: Arc<Settings>,
     consumer: Consumer,
     key: KeySource,
@@ -37,12 +41,12 @@ enum Decision {
 
 impl Guarded {
     pub(crate) fn new(
-        core: &Arc<Core>,
+        shared: &Arc<Shared>,
         settings: &Arc<Settings>,
         consumer: Consumer,
         key: KeySource,
     ) -> Self {
-        Self { core: Arc::clone(core), settings: Arc::clone(settings), consumer, key }
+        Self { shared: Arc::clone(shared), settings: Arc::clone(settings), consumer, key }
     }
 
     /// The rest of the way of a request. Runs in a task of its own.
@@ -84,7 +88,7 @@ impl Guarded {
         B: Body<Data = Bytes>,
         B::Error: Into<BoxError>,
     {
-        if self.core.draining.is_cancelled() {
+        if self.shared.draining.is_cancelled() {
             return Err(Rejection::new(
                 RejectionCode::ShuttingDown,
                 "The server is shutting down; send the request again.",
@@ -95,7 +99,7 @@ impl Guarded {
 
     async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Decision, Rejection> {
         let permit = self.settings.admit()?;
-        self.settings.reaper.ensure_running(&self.core);
+        self.settings.reaper.ensure_running(&self.shared);
         let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
         let (key, retention) = match &self.key {
             KeySource::Sent(key) => (key.clone(), self.settings.timing.retention),
@@ -114,30 +118,27 @@ impl Guarded {
     async fn claim(
         &self,
         mut claim: Claim,
-        mut permit: Option<OwnedSemaphorePermit>,
+        permit: Option<OwnedSemaphorePermit>,
         parts: &Parts,
         body: &Bytes,
     ) -> Result<Decision, Rejection> {
         for _ in 0..2 {
-            let outcome = match self.core.claim(claim.clone(), self.settings.store_timeout).await {
+            let claimed_at = Instant::now();
+            let outcome = match self.ask(&claim).await {
                 Ok(outcome) => outcome,
                 Err(error) => return self.without_store(&claim.attempt, &error),
             };
             let record = match outcome {
                 ClaimOutcome::Won { record_id, attempt_number } => {
-                    let (core, settings) = (Arc::clone(&self.core), Arc::clone(&self.settings));
-                    let Claim { attempt, fingerprint, .. } = claim;
-                    return Ok(Decision::Run(Execution {
-                        core,
-                        settings,
-                        attempt,
-                        fingerprint,
+                    return Ok(Decision::Run(self.execution(
+                        claim,
                         record_id,
                         attempt_number,
-                        _permit: permit.take(),
-                    }));
+                        claimed_at,
+                        permit,
+                    )));
                 }
-                ClaimOutcome::Contended => return Err(in_progress()),
+                ClaimOutcome::Contended => break,
                 ClaimOutcome::Exists(record) => record,
             };
             let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
@@ -146,7 +147,35 @@ impl Guarded {
             }
             claim.fingerprint = fingerprint;
         }
-        Err(in_progress())
+        Err(in_progress(&self.settings, &claim.attempt.consumer, &claim.attempt.key))
+    }
+
+    fn execution(
+        &self,
+        claim: Claim,
+        record_id: RecordId,
+        attempt_number: u32,
+        claimed_at: Instant,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Execution {
+        Execution {
+            shared: Arc::clone(&self.shared),
+            settings: Arc::clone(&self.settings),
+            attempt: claim.attempt,
+            fingerprint: claim.fingerprint,
+            record_id,
+            attempt_number,
+            claimed_at,
+            _permit: permit,
+        }
+    }
+
+    /// Claims the key, unless it is one that this process is running.
+    async fn ask(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        match self.shared.running.find(&self.consumer, &claim.attempt.key) {
+            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
+            None => self.shared.claim(claim.clone(), self.settings.store_timeout).await,
+        }
     }
 
     /// The request's fingerprint in the scheme of the record, if it is the record's.
@@ -160,22 +189,26 @@ impl Guarded {
         if record.fingerprint == *fingerprint {
             return Ok(fingerprint.clone());
         }
+        let (consumer, key) = (&self.consumer, self.settings.shown(&record.key));
         match self.settings.fingerprinter.fingerprint_like(&record.fingerprint, parts, body) {
             Some(fingerprint) if fingerprint == record.fingerprint => Ok(fingerprint),
             Some(_) => {
-                tracing::info!(
-                    target: TRACING_TARGET, consumer = %self.consumer, key = %self.settings.shown(&record.key),
-                    "mismatch: the key was used for a different request"
-                );
+                tracing::info!(target: TRACING_TARGET, %consumer, %key, "mismatch: the key was used for another request");
                 Err(Rejection::new(
                     RejectionCode::KeyReused,
                     "This key was used for a request with another method, path or body. Use a new key for a new request.",
                 ))
             }
-            None => Err(Rejection::new(
-                RejectionCode::FingerprintUnknown,
-                "This key's first request was recorded by a server with other settings; try again later.",
-            )),
+            None => {
+                tracing::warn!(
+                    target: TRACING_TARGET, %consumer, %key,
+                    "the record's fingerprint was made with settings that are unknown here: see Fingerprinter::add_previous"
+                );
+                Err(Rejection::new(
+                    RejectionCode::FingerprintUnknown,
+                    "This key's first request was recorded by a server with other settings; try again later.",
+                ))
+            }
         }
     }
 

@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    Consumer, IdempotencyKey, Record, RecordFilter, Resolution, ResolveOutcome, Store, StoreError, core::Core,
+    Consumer, IdempotencyKey, Record, RecordFilter, Resolution, ResolveOutcome, Store, StoreError,
+    shared::Shared,
 };
 
 /// A handle to what an [`IdempotencyLayer`](crate::IdempotencyLayer), its clones and its services share.
@@ -20,10 +21,10 @@ use crate::{
 /// ```
 #[derive(Clone, Debug)]
 pub struct IdempotencyHandle {
-    core: Arc<Core>,
+    shared: Arc<Shared>,
 }
 
-/// Attempts were still running when the time to drain was over.
+/// Tasks were still running when the time to drain was over.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(
     "{running} tasks were still running after {limit:?}; what they own is taken over when their leases run out"
@@ -37,8 +38,8 @@ pub struct DrainTimedOut {
 }
 
 impl IdempotencyHandle {
-    pub(crate) fn new(core: &Arc<Core>) -> Self {
-        Self { core: Arc::clone(core) }
+    pub(crate) fn new(shared: &Arc<Shared>) -> Self {
+        Self { shared: Arc::clone(shared) }
     }
 
     /// Creates or migrates the tables, unless the store was told not to, and checks that it can be trusted. Optional:
@@ -59,11 +60,11 @@ impl IdempotencyHandle {
     ///
     /// [`DrainTimedOut`] if tasks were still running after `limit`.
     pub async fn drain(&self, limit: Duration) -> Result<(), DrainTimedOut> {
-        self.core.draining.cancel();
-        self.core.tasks.close();
-        let drained = tokio::time::timeout(limit, self.core.tasks.wait()).await;
-        self.core.stopped.cancel();
-        drained.map_err(|_| DrainTimedOut { running: self.core.tasks.len(), limit })
+        self.shared.draining.cancel();
+        self.shared.tasks.close();
+        let drained = tokio::time::timeout(limit, self.shared.tasks.wait()).await;
+        self.shared.stopped.cancel();
+        drained.map_err(|_| DrainTimedOut { running: self.shared.tasks.len(), limit })
     }
 
     /// Looks one record up.
@@ -93,7 +94,13 @@ impl IdempotencyHandle {
     /// [`StoreError`].
     pub async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        self.call(|store| async move { store.evict(&consumer, &key).await }).await
+        let running = Arc::clone(&self.shared.running);
+        self.call(|store| async move {
+            let evicted = store.evict(&consumer, &key).await?;
+            running.forget(&consumer, &key);
+            Ok(evicted)
+        })
+        .await
     }
 
     /// Ends a record that is held or whose lease ran out, once you know what became of the request.
@@ -108,7 +115,15 @@ impl IdempotencyHandle {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        self.call(|store| async move { store.resolve(&consumer, &key, resolution).await }).await
+        let running = Arc::clone(&self.shared.running);
+        self.call(|store| async move {
+            let outcome = store.resolve(&consumer, &key, resolution).await?;
+            if outcome == ResolveOutcome::Resolved {
+                running.forget(&consumer, &key);
+            }
+            Ok(outcome)
+        })
+        .await
     }
 
     /// Purges at most `limit` records that count as absent, and returns how many. The [`Reaper`](crate::Reaper) does
@@ -126,6 +141,6 @@ impl IdempotencyHandle {
         T: Send + 'static,
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
     {
-        self.core.uncut(work(Arc::clone(&self.core.store))).await
+        self.shared.run_to_end(work(Arc::clone(&self.shared.store))).await
     }
 }

@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, core::Core};
+use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, shared::Shared};
 
 /// The attempt that a handler runs for: in the request's extensions, and with the feature `axum` an extractor.
 ///
@@ -24,7 +24,7 @@ use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, core::Core};
 pub struct Idempotency(Arc<Inner>);
 
 struct Inner {
-    core: Arc<Core>,
+    shared: Arc<Shared>,
     attempt: Attempt,
     record_id: RecordId,
     attempt_number: u32,
@@ -33,13 +33,13 @@ struct Inner {
 
 impl Idempotency {
     pub(crate) fn new(
-        core: &Arc<Core>,
+        shared: &Arc<Shared>,
         attempt: Attempt,
         record_id: RecordId,
         attempt_number: u32,
         cancelled: CancellationToken,
     ) -> Self {
-        Self(Arc::new(Inner { core: Arc::clone(core), attempt, record_id, attempt_number, cancelled }))
+        Self(Arc::new(Inner { shared: Arc::clone(shared), attempt, record_id, attempt_number, cancelled }))
     }
 
     /// The key, decoded.
@@ -85,8 +85,8 @@ impl Idempotency {
     }
 
     /// Whether the attempt belongs to this store, so that an inner layer over it passes the request through.
-    pub(crate) fn is_of(&self, core: &Arc<Core>) -> bool {
-        Arc::ptr_eq(&self.0.core, core)
+    pub(crate) fn is_of(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.0.shared, shared)
     }
 }
 
@@ -113,13 +113,14 @@ mod extract {
 
     /// Rejection of the [`Idempotency`] extractor: 400 `key-missing`, because the request has no key or no
     /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the route.
-    #[derive(Clone, Copy, Debug)]
+    #[derive(Clone, Copy, Debug, thiserror::Error)]
+    #[error("this operation needs an idempotency key")]
     #[non_exhaustive]
     pub struct MissingIdempotency;
 
     impl IntoResponse for MissingIdempotency {
         fn into_response(self) -> Response {
-            let detail = "This operation needs an Idempotency-Key header.";
+            let detail = "This operation needs an idempotency key.";
             respond(Rejection::new(RejectionCode::KeyMissing, detail), &ProblemJson).map(Body::from)
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use http::{HeaderMap, HeaderName};
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::{consumer::hex, structured_field};
@@ -33,7 +34,13 @@ impl IdempotencyKey {
 
     /// The key of a request whose client sent none.
     pub(crate) fn from_digest(digest: &[u8]) -> Self {
-        Self(format!("derived:{}", hex(digest)).into())
+        let digest = Sha256::digest([b"derived key of ", digest].concat());
+        Self(format!("{DERIVED}{}", hex(&digest)).into())
+    }
+
+    /// Whether the key was derived: it tells as much of the request as its fingerprint.
+    pub(crate) fn is_derived(&self) -> bool {
+        self.0.starts_with(DERIVED)
     }
 
     /// The key as text.
@@ -214,6 +221,7 @@ fn is_hyphenated_uuid(value: &str) -> bool {
 }
 
 const MAX_LENGTH: usize = 255;
+const DERIVED: &str = "derived:";
 
 #[cfg(test)]
 mod tests {

@@ -8,7 +8,7 @@ use tower_layer::Layer;
 
 use crate::{
     ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeyLogging,
-    KeySyntax, Reaper, RenderRejection, ResultPolicy, StoreOutage, core::Core, settings::Settings,
+    KeySyntax, Reaper, RenderRejection, ResultPolicy, StoreOutage, settings::Settings, shared::Shared,
 };
 
 /// Layer that performs a request with an idempotency key once and replays its response to every retry.
@@ -31,7 +31,7 @@ use crate::{
 /// ```
 #[derive(Clone, Debug)]
 pub struct IdempotencyLayer {
-    core: Arc<Core>,
+    shared: Arc<Shared>,
     settings: Arc<Settings>,
 }
 
@@ -51,13 +51,13 @@ impl IdempotencyLayer {
     /// ```
     #[must_use]
     pub fn new(store: impl IntoStore) -> Self {
-        Self { core: Core::new(store.into_store()), settings: Arc::default() }
+        Self { shared: Shared::new(store.into_store()), settings: Arc::default() }
     }
 
     /// A handle for draining at shutdown and for operators.
     #[must_use]
     pub fn handle(&self) -> IdempotencyHandle {
-        IdempotencyHandle::new(&self.core)
+        IdempotencyHandle::new(&self.shared)
     }
 
     /// Passes every request through. For switching the layer off where a type must stay the same.
@@ -106,7 +106,8 @@ impl IdempotencyLayer {
     ///
     /// An equal request of the same consumer within `window` of the first counts as its retry, **also if it is meant as
     /// a second one**: two equal orders of the same article cannot be told apart. `window` is the retention of such
-    /// records; there are no time buckets.
+    /// records; there are no time buckets. [`required`](Self::required) has no effect beside it, and with
+    /// [`Fingerprinter::none`] all requests to an endpoint are equal.
     ///
     /// # Panics
     ///
@@ -146,7 +147,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.replay_marker = name)
     }
 
-    /// Sets how refusals look. Default: [`ProblemJson`](crate::ProblemJson).
+    /// Sets how refusals look. Default: [`ProblemJson`](crate::ProblemJson), which is also what the extractor answers and
+    /// what a request gets whose task ends early (`internal`).
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -218,18 +220,33 @@ impl IdempotencyLayer {
         self.set(|settings| settings.in_flight = Some(places))
     }
 
-    /// Limits the body of a request with a key, in bytes; a larger one gets 413. Default: 1 MiB.
+    /// Limits the body of a request with a key, in bytes, to at most 4 GiB; a larger one gets 413. Default: 1 MiB.
+    ///
+    /// # Panics
+    ///
+    /// If it is over the limit of all bodies together.
     #[must_use]
-    pub fn with_request_body_limit(self, bytes: u32) -> Self {
-        self.set(|settings| settings.request_limits.body = bytes)
+    #[track_caller]
+    pub fn with_request_body_limit(self, bytes: usize) -> Self {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.set(|settings| settings.request_limits.body = bytes).checked()
     }
 
     /// Limits all buffered request bodies together, in bytes; what does not fit gets 503 `overloaded`. Clones made
     /// afterwards share the limit. Default: 64 MiB.
+    ///
+    /// # Panics
+    ///
+    /// If it is below the limit of one body.
     #[must_use]
-    pub fn with_buffer_limit(self, bytes: usize) -> Self {
+    #[track_caller]
+    pub fn with_request_buffer_limit(self, bytes: usize) -> Self {
         let total = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
-        self.set(|settings| settings.request_limits.total = total)
+        self.set(|settings| {
+            settings.request_limits.total_limit = bytes;
+            settings.request_limits.total = total;
+        })
+        .checked()
     }
 
     /// Sets for how long the body of a request may take to arrive; a slower one gets 408. Default: 30 s.
@@ -258,7 +275,7 @@ impl IdempotencyLayer {
         self.set(|settings| settings.headers_not_kept.push(name))
     }
 
-    /// Sets for how long a request waits for the store to claim its key. Default: 5 s.
+    /// Sets for how long a request waits for the store to claim its key, at most the lease. Default: 5 s.
     #[must_use]
     pub fn with_store_timeout(self, limit: Duration) -> Self {
         self.set(|settings| settings.store_timeout = limit)
@@ -276,7 +293,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.key_logging = logging)
     }
 
-    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute.
+    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task serves a layer and its
+    /// clones, with the settings of whichever gets a request first.
     #[must_use]
     pub fn with_reaper(self, reaper: Reaper) -> Self {
         self.set(|settings| settings.reaper = reaper)
@@ -290,6 +308,7 @@ impl IdempotencyLayer {
     #[track_caller]
     fn checked(self) -> Self {
         self.settings.timing.check();
+        self.settings.request_limits.check();
         self
     }
 }
@@ -298,6 +317,6 @@ impl<S> Layer<S> for IdempotencyLayer {
     type Service = IdempotencyService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        IdempotencyService::new(inner, Arc::clone(&self.core), Arc::clone(&self.settings))
+        IdempotencyService::new(inner, Arc::clone(&self.shared), Arc::clone(&self.settings))
     }
 }

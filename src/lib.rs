@@ -7,7 +7,6 @@ mod answer;
 mod body;
 mod buffer;
 mod consumer;
-mod core;
 mod error;
 mod execution;
 mod fingerprint;
@@ -23,8 +22,10 @@ mod record;
 mod rejection;
 mod renewal;
 mod response;
+mod running;
 mod service;
 mod settings;
+mod shared;
 pub mod store;
 mod structured_field;
 

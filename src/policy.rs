@@ -25,8 +25,8 @@ pub enum Directive {
     Hold,
 }
 
-/// What becomes of a record whose attempt ended without a result: its process died, the handler panicked or ran longer
-/// than `max_execution`.
+/// What becomes of a record whose attempt ended without a result: its process died, the handler panicked, its response
+/// broke off or it ran longer than `max_execution`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AbandonedAttempts {
@@ -55,8 +55,8 @@ pub struct ResultPolicy {
 }
 
 impl ResultPolicy {
-    /// Stores 5xx too and holds the key of an abandoned attempt: no request is ever run twice, and a key whose outcome
-    /// is unknown waits for an operator.
+    /// Stores 5xx too and holds the key of an abandoned attempt: no request whose outcome is unknown runs again, its key
+    /// waits for an operator. 401, 403, 407, 408, 421, 425, 429 and an error of the inner service still release it.
     #[must_use]
     pub fn at_most_once() -> Self {
         let classify = |status: StatusCode| match status.is_server_error() {

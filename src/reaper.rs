@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{AttemptId, TRACING_TARGET, core::Core};
+use crate::{AttemptId, TRACING_TARGET, shared::Shared};
 
 /// Whether and how often expired records are purged in the background.
 ///
@@ -51,31 +51,31 @@ impl Reaper {
     }
 
     /// Starts the task unless it runs.
-    pub(crate) fn ensure_running(&self, core: &Arc<Core>) {
+    pub(crate) fn ensure_running(&self, shared: &Arc<Shared>) {
         let Some(schedule) = self.0 else { return };
-        if !core.reaper_runs.load(Ordering::Relaxed) && !core.reaper_runs.swap(true, Ordering::Relaxed) {
-            tokio::spawn(run(Arc::downgrade(core), schedule));
+        if !shared.reaper_runs.load(Ordering::Relaxed) && !shared.reaper_runs.swap(true, Ordering::Relaxed) {
+            tokio::spawn(run(Arc::downgrade(shared), schedule));
         }
     }
 }
 
-async fn run(core: Weak<Core>, schedule: Schedule) {
-    let _running = Running(Weak::clone(&core));
-    while let Some(stopped) = core.upgrade().map(|core| core.stopped.clone()) {
+async fn run(shared: Weak<Shared>, schedule: Schedule) {
+    let _running = Running(Weak::clone(&shared));
+    while let Some(stopped) = shared.upgrade().map(|shared| shared.stopped.clone()) {
         if tokio::time::timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
             return;
         }
-        if let Some(core) = core.upgrade() {
-            purge_all(&core, schedule.batch).await;
+        if let Some(shared) = shared.upgrade() {
+            purge_all(&shared, schedule.batch).await;
         }
     }
 }
 
-async fn purge_all(core: &Core, batch: u32) {
+async fn purge_all(shared: &Shared, batch: u32) {
     let mut purged = 0;
-    while !core.stopped.is_cancelled() {
-        let store = Arc::clone(&core.store);
-        match core.uncut(async move { store.purge(batch).await }).await {
+    while !shared.stopped.is_cancelled() {
+        let store = Arc::clone(&shared.store);
+        match shared.run_to_end(async move { store.purge(batch).await }).await {
             Ok(count) => {
                 purged += count;
                 if count < u64::from(batch) {
@@ -95,12 +95,12 @@ async fn purge_all(core: &Core, batch: u32) {
     }
 }
 
-struct Running(Weak<Core>);
+struct Running(Weak<Shared>);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if let Some(core) = self.0.upgrade() {
-            core.reaper_runs.store(false, Ordering::Relaxed);
+        if let Some(shared) = self.0.upgrade() {
+            shared.reaper_runs.store(false, Ordering::Relaxed);
         }
     }
 }

@@ -12,13 +12,14 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{Attempt, AttemptId, RenewOutcome, Renewal, Store, StoreError, TRACING_TARGET};
+use crate::{Attempt, AttemptId, RenewOutcome, Renewal, Store, StoreError, TRACING_TARGET, running::Running};
 
 /// Keeps the leases of this process alive, by one task that runs while there are any.
 #[derive(Debug)]
 pub(crate) struct Renewer {
     store: Arc<dyn Store>,
     tasks: TaskTracker,
+    running: Arc<Running>,
     state: Mutex<State>,
     wake: Notify,
 }
@@ -39,8 +40,8 @@ struct Entry {
 }
 
 impl Renewer {
-    pub(crate) fn new(store: Arc<dyn Store>, tasks: TaskTracker) -> Arc<Self> {
-        Arc::new(Self { store, tasks, state: Mutex::default(), wake: Notify::new() })
+    pub(crate) fn new(store: Arc<dyn Store>, tasks: TaskTracker, running: Arc<Running>) -> Arc<Self> {
+        Arc::new(Self { store, tasks, running, state: Mutex::default(), wake: Notify::new() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -60,14 +61,15 @@ impl Renewer {
     }
 
     async fn run(self: Arc<Self>) {
-        let mut running = Running { renewer: &self, ended: false };
+        let mut alive = Alive { renewer: &self, ended: false };
         while let Some(next) = self.next_due() {
             let _ = timeout_at(next, self.wake.notified()).await;
             for batch in self.take_due().chunks(MAX_BATCH) {
-                self.renew(batch).await;
+                // In a task of its own: one that hangs must not keep the others from being sent.
+                tokio::spawn(Arc::clone(&self).renew(batch.to_vec()));
             }
         }
-        running.ended = true;
+        alive.ended = true;
     }
 
     /// When the next lease is due; `None`, and the task ends, if there is none.
@@ -78,35 +80,51 @@ impl Renewer {
         state.next
     }
 
-    /// What is due or soon will be; asked again in a quarter of the interval unless this renewal succeeds.
+    /// What is due or soon will be; asked again after another interval if nothing is heard.
     fn take_due(&self) -> Vec<Renewal> {
         let now = Instant::now();
         let mut state = self.state();
         let due = state.leases.values_mut().filter(|entry| entry.due <= now + entry.interval / 8);
         due.map(|entry| {
-            entry.due = now + entry.interval / 4;
+            entry.due = now + entry.interval;
             entry.renewal.clone()
         })
         .collect()
     }
 
-    async fn renew(&self, batch: &[Renewal]) {
+    async fn renew(self: Arc<Self>, batch: Vec<Renewal>) {
         let started = Instant::now();
         let limit = batch.iter().map(|renewal| renewal.lease).min().unwrap_or_default() / 2;
-        match self.ask(batch.to_vec(), limit).await {
-            Ok(outcomes) => self.note(batch, &outcomes, started),
-            Err(error) => tracing::warn!(
-                target: TRACING_TARGET, error = &error as &dyn std::error::Error, leases = batch.len(),
-                "leases could not be renewed; trying again"
-            ),
+        match self.ask(batch.clone(), limit).await {
+            Ok(outcomes) => self.note(&batch, &outcomes, started),
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, error = &error as &dyn std::error::Error, leases = batch.len(),
+                    "leases could not be renewed; trying again"
+                );
+                self.try_again(&batch);
+            }
         }
+    }
+
+    /// Makes the renewals that failed due in a quarter of their interval.
+    fn try_again(&self, batch: &[Renewal]) {
+        let now = Instant::now();
+        let mut state = self.state();
+        for renewal in batch {
+            if let Some(entry) = state.leases.get_mut(&renewal.attempt.id) {
+                entry.due = entry.due.min(now + entry.interval / 4);
+            }
+        }
+        drop(state);
+        self.wake.notify_one();
     }
 
     /// Asks the store in a task of its own, which is left behind when it takes too long.
     async fn ask(&self, batch: Vec<Renewal>, limit: Duration) -> Result<Vec<RenewOutcome>, StoreError> {
         let store = Arc::clone(&self.store);
         let answer = timeout(limit, self.tasks.spawn(async move { store.renew(&batch).await })).await;
-        crate::core::flatten(answer, limit)
+        crate::shared::flatten(answer, limit)
     }
 
     fn note(&self, batch: &[Renewal], outcomes: &[RenewOutcome], started: Instant) {
@@ -118,6 +136,7 @@ impl Renewer {
                 entry.lost.cancel();
                 state.leases.remove(&renewal.attempt.id);
                 let attempt = &renewal.attempt;
+                self.running.leave(attempt);
                 tracing::warn!(
                     target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                     "lease lost: another attempt or an operator has taken the record"
@@ -128,12 +147,12 @@ impl Renewer {
 }
 
 /// The runtime may go down under the task: then the next attempt, on another runtime, must start it anew.
-struct Running<'a> {
+struct Alive<'a> {
     renewer: &'a Renewer,
     ended: bool,
 }
 
-impl Drop for Running<'_> {
+impl Drop for Alive<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.renewer.state().running = false;
@@ -174,6 +193,10 @@ impl Lease {
     /// Stops renewing; the lease runs on until its end.
     pub(crate) fn leave(&self) {
         self.renewer.state().leases.remove(&self.renewal.attempt.id);
+    }
+
+    pub(crate) fn interval(&self) -> Duration {
+        self.interval
     }
 
     pub(crate) fn attempt(&self) -> &Attempt {

@@ -15,10 +15,10 @@ use tracing::Instrument;
 
 use crate::{
     Idempotency, Rejection, RejectionCode, RequestBody, ResponseBody, ResponseFuture,
-    core::Core,
     error::BoxError,
     guarded::Guarded,
     settings::{KeySource, Settings},
+    shared::Shared,
 };
 
 /// Middleware that performs a request with an idempotency key once. Made by
@@ -28,13 +28,13 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct IdempotencyService<S> {
     inner: S,
-    core: Arc<Core>,
+    shared: Arc<Shared>,
     settings: Arc<Settings>,
 }
 
 impl<S> IdempotencyService<S> {
-    pub(crate) fn new(inner: S, core: Arc<Core>, settings: Arc<Settings>) -> Self {
-        Self { inner, core, settings }
+    pub(crate) fn new(inner: S, shared: Arc<Shared>, settings: Arc<Settings>) -> Self {
+        Self { inner, shared, settings }
     }
 
     /// The inner service.
@@ -46,7 +46,7 @@ impl<S> IdempotencyService<S> {
     fn key_of<B>(&self, request: &Request<B>) -> Result<Option<KeySource>, Rejection> {
         let key = self.settings.key_of(request.method(), request.headers())?;
         Ok(key.filter(|_| {
-            !request.extensions().get::<Idempotency>().is_some_and(|outer| outer.is_of(&self.core))
+            !request.extensions().get::<Idempotency>().is_some_and(|outer| outer.is_of(&self.shared))
         }))
     }
 }
@@ -79,15 +79,15 @@ where
         let Some(consumer) = self.settings.consumer.extract(&parts) else {
             let rejection = Rejection::new(
                 RejectionCode::ConsumerUnidentified,
-                "It cannot be told safely whose Idempotency-Key this is.",
+                "It cannot be told safely whose idempotency key this is.",
             );
             return ResponseFuture::refused(self.settings.refuse(rejection));
         };
         let clone = self.inner.clone();
         let ready = mem::replace(&mut self.inner, clone);
         let (caller, gone) = oneshot::channel();
-        let guarded = Guarded::new(&self.core, &self.settings, consumer, key);
+        let guarded = Guarded::new(&self.shared, &self.settings, consumer, key);
         let task = guarded.answer(ready, parts, body, gone).in_current_span();
-        ResponseFuture::guarded(self.core.tasks.spawn(task), caller)
+        ResponseFuture::guarded(self.shared.tasks.spawn(task), caller)
     }
 }

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
-    RenderRejection, ResultPolicy,
+    RenderRejection, ResultPolicy, TRACING_TARGET,
     buffer::RequestLimits,
     rejection::{ProblemJson, respond},
 };
@@ -21,6 +21,9 @@ pub enum StoreOutage {
     Refuse,
     /// The handler runs **without protection**: retries may be performed twice. Requests are then only as safe as they
     /// were without this layer. A missing table or right is refused all the same.
+    ///
+    /// There is no [`Idempotency`](crate::Idempotency) in such a request: take `Option<Idempotency>` in the handler.
+    /// `with_max_in_flight` does not count it.
     RunUnprotected,
 }
 
@@ -28,7 +31,7 @@ pub enum StoreOutage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KeyLogging {
-    /// Keys are logged as they are. The default.
+    /// Keys are logged as the clients sent them; derived ones as `[redacted]`. The default.
     Plain,
     /// Keys are logged as `[redacted]`.
     Redacted,
@@ -87,12 +90,12 @@ impl Timing {
         let interval = self.renewal_interval();
         assert!(*lease >= MIN_LEASE, "a lease of {lease:?} is too short: use at least {MIN_LEASE:?}");
         assert!(
-            !interval.is_zero() && interval * 2 <= *lease,
+            !interval.is_zero() && interval.saturating_mul(2) <= *lease,
             "a lease of {lease:?} cannot be kept by renewing every {interval:?}: renew at least twice in a lease"
         );
         assert!(!max_execution.is_zero(), "max_execution is zero: no handler could run");
         assert!(
-            *retention >= *max_execution + *lease,
+            *retention >= max_execution.saturating_add(*lease),
             "a retention of {retention:?} is shorter than max_execution and lease together ({max_execution:?} + \
              {lease:?}), so that a record could expire while its request runs: raise the retention, or lower \
              max_execution or lease first"
@@ -113,7 +116,8 @@ impl Default for Settings {
             fingerprinter: Fingerprinter::default(),
             request_limits: RequestLimits {
                 body: 1024 * 1024,
-                total: Arc::new(Semaphore::new(64 * 1024 * 1024)),
+                total_limit: BUFFER_LIMIT,
+                total: Arc::new(Semaphore::new(BUFFER_LIMIT)),
                 timeout: Duration::from_secs(30),
             },
             response_body_limit: 1024 * 1024,
@@ -149,18 +153,24 @@ impl Settings {
         }
         match self.key_syntax.read(headers, &self.key_header) {
             Ok(Some(key)) => Ok(Some(KeySource::Sent(key))),
-            Ok(None) if self.derived_key.is_some() => Ok(self.derived_key.map(KeySource::Derived)),
-            Ok(None) if self.required => Err(Rejection::new(
+            Ok(None) => self.key_of_none(),
+            Err(error) => {
+                Err(Rejection::new(RejectionCode::KeyInvalid, format!("In {}: {error}.", self.key_header)))
+            }
+        }
+    }
+
+    fn key_of_none(&self) -> Result<Option<KeySource>, Rejection> {
+        match self.derived_key {
+            Some(window) => Ok(Some(KeySource::Derived(window))),
+            None if self.required => Err(Rejection::new(
                 RejectionCode::KeyMissing,
                 format!(
                     "This operation needs the header {} with a key that is new for each operation.",
                     self.key_header
                 ),
             )),
-            Ok(None) => Ok(None),
-            Err(error) => {
-                Err(Rejection::new(RejectionCode::KeyInvalid, format!("In {}: {error}.", self.key_header)))
-            }
+            None => Ok(None),
         }
     }
 
@@ -173,15 +183,15 @@ impl Settings {
     }
 
     pub(crate) fn refuse(&self, rejection: Rejection) -> Response<Bytes> {
-        tracing::debug!(target: crate::TRACING_TARGET, code = %rejection.code(), "refused");
+        tracing::debug!(target: TRACING_TARGET, code = %rejection.code(), "refused");
         respond(rejection, &*self.renderer)
     }
 
     /// A key as it may stand in logs.
     pub(crate) fn shown<'a>(&self, key: &'a IdempotencyKey) -> &'a str {
         match self.key_logging {
-            KeyLogging::Plain => key.as_str(),
-            KeyLogging::Redacted => "[redacted]",
+            KeyLogging::Plain if !key.is_derived() => key.as_str(),
+            KeyLogging::Plain | KeyLogging::Redacted => "[redacted]",
         }
     }
 }
@@ -197,4 +207,5 @@ impl fmt::Debug for Settings {
     }
 }
 
+const BUFFER_LIMIT: usize = 64 * 1024 * 1024;
 const MIN_LEASE: Duration = Duration::from_millis(100);

@@ -190,7 +190,7 @@ fn serve_until_input_ends() {
             sleep(Duration::from_millis(100)).await;
             (StatusCode::CREATED, body.len().to_string())
         };
-        let layer = layer().with_request_body_limit(u32::try_from(UPLOAD).unwrap());
+        let layer = layer().with_request_body_limit(UPLOAD);
         let address = serve(Router::new().route("/charges", post(handler)).layer(layer)).await;
         println!("{LISTENING}{address}");
         let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;

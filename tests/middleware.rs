@@ -216,7 +216,7 @@ async fn row_6_a_body_that_breaks_off_is_refused_and_nothing_is_claimed() {
 
 #[tokio::test]
 async fn row_6_all_bodies_together_have_a_limit_and_room_is_given_back() {
-    let (app, runs) = counting(layer().with_buffer_limit(6));
+    let (app, runs) = counting(layer().with_request_body_limit(6).with_request_buffer_limit(6));
     let (mut sender, slow) = http_body_util::channel::Channel::<Bytes, Infallible>::new(1);
     let upload = Request::post("/charges").header("idempotency-key", "slow").body(Body::new(slow)).unwrap();
     let upload = tokio::spawn(send_owned(app.clone(), upload));

@@ -98,7 +98,8 @@ impl App {
     /// Sends the request with this key.
     pub async fn send(&self, key: &str) -> Answer {
         let request = Request::post("/charges").header("idempotency-key", key).body(Body::from("2000"));
-        let response = self.router.clone().oneshot(request.unwrap()).await.unwrap();
+        let response = self.router.clone().oneshot(request.unwrap());
+        let response = tokio::time::timeout(PATIENCE, response).await.expect("an answer").unwrap();
         let (parts, body) = response.into_parts();
         let text = |name| parts.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
         Answer {

@@ -1,8 +1,11 @@
 //! A store that counts what it is asked, and fails where it is told to.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -26,9 +29,11 @@ struct State {
     renewals_fail: AtomicBool,
     completions_hang: watch::Sender<bool>,
     slow_claims: watch::Sender<bool>,
+    late_claims: AtomicBool,
+    next_renewal_hangs: AtomicBool,
 }
 
-impl<S> Watched<S> {
+impl<S: Store + Clone> Watched<S> {
     pub fn new(store: S) -> Self {
         Self { store, state: Arc::default() }
     }
@@ -57,15 +62,38 @@ impl<S> Watched<S> {
     pub fn hold_claims(&self, hold: bool) {
         self.state.slow_claims.send_replace(hold);
     }
+
+    /// Whether claims fail as if their connection broke, and are carried out half a second later all the same.
+    pub fn delay_claims(&self, delay: bool) {
+        self.state.late_claims.store(delay, Ordering::SeqCst);
+    }
+
+    /// The next renewal is never answered, as if its connection were dead.
+    pub fn hang_next_renewal(&self) {
+        self.state.next_renewal_hangs.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether that has happened.
+    pub fn renewal_hangs(&self) -> bool {
+        !self.state.next_renewal_hangs.load(Ordering::SeqCst)
+    }
 }
 
 #[async_trait::async_trait]
-impl<S: Store> Store for Watched<S> {
+impl<S: Store + Clone> Store for Watched<S> {
     async fn prepare(&self) -> Result<Vec<String>, StoreError> {
         self.store.prepare().await
     }
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        if self.state.late_claims.load(Ordering::SeqCst) {
+            let (store, claim) = (self.store.clone(), claim.clone());
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                store.claim(&claim).await
+            });
+            return Err(StoreError::new(StoreErrorKind::Ambiguous, "told to be late"));
+        }
         let outcome = self.store.claim(claim).await;
         let _ = self.state.slow_claims.subscribe().wait_for(|slow| !slow).await;
         outcome
@@ -73,6 +101,9 @@ impl<S: Store> Store for Watched<S> {
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
         self.state.renewals.fetch_add(1, Ordering::SeqCst);
+        if self.state.next_renewal_hangs.swap(false, Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         if self.state.renewals_fail.load(Ordering::SeqCst) {
             return Err(StoreError::new(StoreErrorKind::Unavailable, "told to fail"));
         }

@@ -1,6 +1,7 @@
-//! What all layers over one store share: running attempts, claims, settlements, the end.
+//! What all layers over one store share: running attempts, claims, ends, the end.
 
 use std::{
+    pin::pin,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -9,22 +10,24 @@ use bytes::Bytes;
 use tokio::{
     sync::oneshot,
     task::JoinError,
-    time::{Instant, error::Elapsed, sleep, timeout},
+    time::{Instant, error::Elapsed, sleep, timeout, timeout_at},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, Store, StoreError, StoreErrorKind, TRACING_TARGET,
     renewal::{Lease, Renewer},
+    running::Running,
 };
 
 /// Shared by a layer, its clones, its services and its handles.
 #[derive(Debug)]
-pub(crate) struct Core {
+pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
-    /// Everything that must not be cut off: attempts, claims, settlements.
+    /// Everything that must not be cut off: attempts, claims, the ends of attempts.
     pub(crate) tasks: TaskTracker,
     pub(crate) renewer: Arc<Renewer>,
+    pub(crate) running: Arc<Running>,
     /// Guarded requests are refused.
     pub(crate) draining: CancellationToken,
     /// Background tasks end.
@@ -34,15 +37,15 @@ pub(crate) struct Core {
 
 /// How an attempt ends.
 #[derive(Clone, Debug)]
-pub(crate) enum Settlement {
+pub(crate) enum End {
     Complete(Bytes),
     Release,
     Hold,
 }
 
-/// What became of a [`Settlement`].
+/// What became of a [`End`].
 #[derive(Debug)]
-pub(crate) enum Settled {
+pub(crate) enum Ended {
     /// The record says what the attempt says.
     Done,
     /// The record says something else.
@@ -51,14 +54,16 @@ pub(crate) enum Settled {
     Absent,
 }
 
-impl Core {
+impl Shared {
     pub(crate) fn new(store: Arc<dyn Store>) -> Arc<Self> {
         let tasks = TaskTracker::new();
-        let renewer = Renewer::new(Arc::clone(&store), tasks.clone());
+        let running = Arc::<Running>::default();
+        let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
         Arc::new(Self {
             store,
             tasks,
             renewer,
+            running,
             draining: CancellationToken::new(),
             stopped: CancellationToken::new(),
             reaper_runs: AtomicBool::new(false),
@@ -104,18 +109,37 @@ impl Core {
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         };
-        let unknown = outcome.is_err() && sent;
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
         let delivered = caller.send(outcome).is_ok();
-        if unknown || (won && !delivered) {
+        if won && delivered {
+            return;
+        }
+        if sent {
+            self.release_late(&claim).await;
+        } else if won {
             self.release_unstarted(&claim.attempt).await;
+        }
+    }
+
+    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that was frozen, or waits
+    /// for its standby, carries it out after the first release.
+    async fn release_late(&self, claim: &Claim) {
+        let end = Instant::now() + claim.lease;
+        let mut pause = FIRST_LATE_PAUSE;
+        loop {
+            self.release_unstarted(&claim.attempt).await;
+            if Instant::now() >= end || self.draining.is_cancelled() {
+                return;
+            }
+            let _ = timeout_at(end.min(Instant::now() + pause), self.draining.cancelled()).await;
+            pause *= 4;
         }
     }
 
     /// A claim whose handler never started is always released, never held.
     async fn release_unstarted(&self, attempt: &Attempt) {
         let give_up = Instant::now() + UNDO_LIMIT;
-        if let Err(error) = self.settle(attempt, None, &Settlement::Release, give_up).await {
+        if let Err(error) = self.end(attempt, None, &End::Release, give_up).await {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error,
@@ -124,53 +148,68 @@ impl Core {
         }
     }
 
-    /// Writes how an attempt ended, trying again until `give_up`. Between two tries the lease is renewed, so that
-    /// nobody takes the record over in the meantime.
-    pub(crate) async fn settle(
+    /// Writes how an attempt ended, trying again until `give_up`. Between two tries, and while one hangs, the lease is
+    /// renewed, so that nobody takes the record over in the meantime.
+    pub(crate) async fn end(
         &self,
         attempt: &Attempt,
         lease: Option<&Lease>,
-        settlement: &Settlement,
+        end: &End,
         give_up: Instant,
-    ) -> Result<Settled, StoreError> {
+    ) -> Result<Ended, StoreError> {
         let mut pause = FIRST_PAUSE;
         loop {
-            lease.inspect(|lease| lease.leave());
-            let error = match self.settle_once(attempt, settlement).await {
+            if let Some(lease) = lease {
+                lease.leave();
+            }
+            let error = match keep_if_late(lease, self.end_once(attempt, end)).await {
                 Err(error) if error.is_retryable() && Instant::now() + pause < give_up => error,
-                settled => return settled,
+                ended => return ended,
             };
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error, "the end of an attempt is not stored yet; trying again"
             );
-            lease.inspect(|lease| lease.keep(Duration::ZERO));
+            if let Some(lease) = lease {
+                lease.keep(Duration::ZERO);
+            }
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
-    async fn settle_once(&self, attempt: &Attempt, settlement: &Settlement) -> Result<Settled, StoreError> {
-        match settlement {
-            Settlement::Complete(response) => {
-                Ok(match self.store.complete(attempt, response.clone()).await? {
-                    CompleteOutcome::Completed => Settled::Done,
-                    CompleteOutcome::Lost(record) => Settled::Lost(record),
-                    CompleteOutcome::Absent => Settled::Absent,
-                })
-            }
-            Settlement::Release => self.store.release(attempt).await.map(|_| Settled::Done),
-            Settlement::Hold => self.store.hold(attempt).await.map(|_| Settled::Done),
+    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Ended, StoreError> {
+        match end {
+            End::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
+                CompleteOutcome::Completed => Ended::Done,
+                CompleteOutcome::Lost(record) => Ended::Lost(record),
+                CompleteOutcome::Absent => Ended::Absent,
+            }),
+            End::Release => self.store.release(attempt).await.map(|_| Ended::Done),
+            End::Hold => self.store.hold(attempt).await.map(|_| Ended::Done),
         }
     }
 
     /// Runs to its end in a task of its own, whoever stops waiting.
-    pub(crate) async fn uncut<T: Send + 'static>(
+    pub(crate) async fn run_to_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
         self.tasks.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
+}
+
+/// Renews the lease again if the store takes long: the call may hang for longer than the lease on a broken connection.
+async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
+    let Some(lease) = lease else { return call.await };
+    let mut call = pin!(call);
+    if let Ok(answer) = timeout(lease.interval(), &mut call).await {
+        return answer;
+    }
+    lease.keep(Duration::ZERO);
+    let answer = call.await;
+    lease.leave();
+    answer
 }
 
 /// The answer of a store call that ran in a task of its own and was waited for at most `limit`.
@@ -195,5 +234,6 @@ fn task_ended(error: JoinError) -> StoreError {
 
 /// For how long a release of what was claimed in vain is tried.
 const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(1);
