@@ -63,7 +63,7 @@ fn within_the_limit(test: &str, framing: Framing) {
     runtime.block_on(async {
         assert_eq!(exchange(server.address, charge("warm-up", &[], "2000")).await.status, 201);
         let before = server.memory("VmRSS");
-        let statuses = timeout(Duration::from_secs(120), upload_all(server.address, framing)).await.unwrap();
+        let statuses = timeout(PATIENCE, upload_all(server.address, framing)).await.unwrap();
         let peak = server.memory("VmHWM");
         let allowed = before + TOTAL_LIMIT + SLACK;
         println!("{framing:?}: {before} bytes before, {peak} at the peak, {allowed} allowed, {statuses:?}");
@@ -75,7 +75,8 @@ fn within_the_limit(test: &str, framing: Framing) {
         }
         // Room is given back: one upload of the full size fits again.
         let stream = TcpStream::connect(server.address).await.unwrap();
-        assert_eq!(upload(stream, "last", framing).await, (201, UPLOAD.to_string()));
+        let last = timeout(PATIENCE, upload(stream, "last", framing)).await.unwrap();
+        assert_eq!(last, (201, UPLOAD.to_string()));
     });
 }
 
@@ -199,5 +200,7 @@ fn serve_until_input_ends() {
     std::process::exit(0);
 }
 
+/// For slow machines.
+const PATIENCE: Duration = Duration::from_secs(120);
 const SERVE: &str = "TOWER_IDEMPOTENCY_TEST_SERVES";
 const LISTENING: &str = "listening on ";

@@ -1,6 +1,6 @@
 //! HTTP clients: one that sends and shows exact bytes, and hyper's for HTTP/1.1 and HTTP/2.
 
-use std::net::SocketAddr;
+use std::{io, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -13,6 +13,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
+    time::timeout,
 };
 
 /// A response as it was on the wire.
@@ -127,7 +128,8 @@ impl RawConnection {
     /// Waits until the server closes the connection. Returns what it still sent.
     pub async fn read_to_end(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let _ = self.stream.read_to_end(&mut bytes).await;
+        let read = timeout(PATIENCE, self.stream.read_to_end(&mut bytes)).await;
+        assert!(read.is_ok(), "the server does not close the connection");
         bytes
     }
 
@@ -174,7 +176,9 @@ impl RawConnection {
             let length = length.parse().expect("the content length is a number");
             response.body = self.exactly(length).await;
         } else {
-            self.stream.read_to_end(&mut response.body).await.expect("the body ends with the connection");
+            in_time(self.stream.read_to_end(&mut response.body))
+                .await
+                .expect("the body ends with the connection");
             self.read.extend(&response.body);
         }
     }
@@ -193,7 +197,7 @@ impl RawConnection {
 
     async fn line(&mut self) -> Vec<u8> {
         let mut line = Vec::new();
-        self.stream.read_until(b'\n', &mut line).await.expect("the server sends a line");
+        in_time(self.stream.read_until(b'\n', &mut line)).await.expect("the server sends a line");
         self.read.extend(&line);
         let Some(line) = line.strip_suffix(b"\r\n") else {
             panic!("the connection ended within a line: {:?}", String::from_utf8_lossy(&line));
@@ -203,7 +207,7 @@ impl RawConnection {
 
     async fn exactly(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        self.stream.read_exact(&mut bytes).await.expect("the server sends the whole body");
+        in_time(self.stream.read_exact(&mut bytes)).await.expect("the server sends the whole body");
         self.read.extend(&bytes);
         bytes
     }
@@ -317,3 +321,10 @@ fn values<'a>(fields: &'a [RawField], name: &str) -> impl Iterator<Item = &'a [u
         .filter(move |(field, _)| field.eq_ignore_ascii_case(name.as_bytes()))
         .map(|(_, value)| value.as_slice())
 }
+
+/// Tests end, also those that wait for what does not come.
+async fn in_time<T>(read: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    timeout(PATIENCE, read).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+const PATIENCE: Duration = Duration::from_secs(60);
