@@ -13,7 +13,7 @@ use bytes::Bytes;
 use http_body_util::channel::Channel;
 use tower_idempotency::{
     ConsumerExtractor, Directive, IdempotencyLayer, MemoryStore, RecordFilter, RejectionCode, Resolution,
-    ResolveOutcome, Store, StoreOutage, StoredResponse,
+    ResolveOutcome, StoreOutage, StoredResponse,
 };
 
 use support::{
