@@ -140,8 +140,8 @@ impl PostgresStore {
         self.anew()
     }
 
-    /// How long a statement may take. After that its connection is closed and the call fails as
-    /// [`Ambiguous`](crate::StoreErrorKind::Ambiguous). Default: 10 s.
+    /// How long a statement may take. Shortly before, the server cancels it (not behind a pooler); after that its
+    /// connection is closed and the call fails as [`Ambiguous`](crate::StoreErrorKind::Ambiguous). Default: 10 s.
     #[must_use]
     pub fn with_statement_timeout(mut self, timeout: Duration) -> Self {
         self.settings.statement_timeout = timeout;

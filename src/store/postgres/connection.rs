@@ -54,8 +54,9 @@ impl Connections {
                 Ok(rows)
             }
             Ok(Err(source)) => {
+                let read_only = is_read_only(&source);
                 let error = error(operation, source);
-                if error.kind() == StoreErrorKind::Ambiguous {
+                if error.kind() == StoreErrorKind::Ambiguous || read_only {
                     self.forget_idle();
                 } else {
                     connection.give_back();
@@ -63,6 +64,7 @@ impl Connections {
                 Err(error)
             }
             Err(elapsed) => {
+                self.forget_idle();
                 let message = format!("{operation}: no reply within {:?}", settings.statement_timeout);
                 Err(StoreError::new(StoreErrorKind::Ambiguous, message).with_source(elapsed))
             }
@@ -75,6 +77,11 @@ impl Connections {
             drop(connection.detach());
         }
     }
+}
+
+/// A server that is read-only may have been replaced by another, which new connections find.
+fn is_read_only(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(READ_ONLY))
 }
 
 /// A connection that goes back to its pool only when it is known to be in order, and else is closed.
@@ -120,12 +127,16 @@ fn own_pool(base: &PgPool, settings: &Settings) -> PgPool {
         .max_connections(connections.max(1))
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
-        .connect_lazy_with(connect_options(base.connect_options().as_ref().clone(), settings.mode))
+        .connect_lazy_with(connect_options(base.connect_options().as_ref().clone(), settings))
 }
 
-fn connect_options(options: PgConnectOptions, mode: ConnectionMode) -> PgConnectOptions {
-    match mode {
-        ConnectionMode::Direct => options.options(START_UP),
+fn connect_options(options: PgConnectOptions, settings: &Settings) -> PgConnectOptions {
+    // The server gives up first, so that a statement that was too slow is not carried out later.
+    let server_timeout = settings.statement_timeout * 9 / 10;
+    match settings.mode {
+        ConnectionMode::Direct => options
+            .options(START_UP)
+            .options([("statement_timeout", format!("{}ms", server_timeout.as_millis().max(1)))]),
         // The statements hold their values, which are nobody's business in a log.
         ConnectionMode::TransactionPooler => options.extra_float_digits(None).disable_statement_logging(),
     }
@@ -158,7 +169,7 @@ fn meaning(code: &str) -> Meaning {
             "the account lacks a right: it needs USAGE on the schema, SELECT, INSERT, UPDATE, DELETE on the records and \
              SELECT on the migrations table; to create the tables it needs CREATE on the schema",
         ),
-        "25006" => (Misconfigured, "the server is read-only: connect to the primary"),
+        READ_ONLY => (Misconfigured, "the server is read-only: connect to the primary"),
         "26000" | "42P05" => (
             Misconfigured,
             "prepared statements got lost between connections: for PgBouncer use ConnectionMode::TransactionPooler",
@@ -185,5 +196,6 @@ const START_UP: [(&str, &str); 4] = [
     ("jit", "off"),
     ("default_transaction_isolation", "read committed"),
 ];
+const READ_ONLY: &str = "25006";
 const MAX_CONNECTIONS: u32 = 16;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);

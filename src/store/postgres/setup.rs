@@ -176,6 +176,7 @@ const VERSION: &str = "SELECT coalesce(max(version), 0)::bigint AS version FROM 
 const BEGIN: &str = "
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL search_path = {schema};
+SET LOCAL statement_timeout = 0;
 SELECT pg_advisory_xact_lock(hashtextextended('{lock}', 0))";
 
 const OLDEST_VERSION: i32 = 120_000;
