@@ -61,10 +61,6 @@ impl Identifier {
     pub(super) fn default_prefix() -> Self {
         Self("idempotency".to_owned())
     }
-
-    pub(super) fn as_str(&self) -> &str {
-        &self.0
-    }
 }
 
 impl fmt::Display for Identifier {

@@ -23,9 +23,9 @@ impl PostgresStore {
     /// A connection on which something has failed is closed.
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
         let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
-        let schema = self.schema.as_ref().map_or("", Identifier::as_str);
+        let schema = self.schema.as_ref().map_or_else(String::new, Identifier::to_string);
         let Settings { mode, statement_timeout, .. } = self.settings;
-        let server = one_row(&mut connection, mode, Call::new(SERVER).with(Value::Text(schema)));
+        let server = one_row(&mut connection, mode, Call::new(SERVER).with(Value::Text(&schema)));
         let server = in_time(statement_timeout, server).await?;
         refuse(&server)?;
         let schema = schema_of(&server)?;
