@@ -384,7 +384,7 @@ async fn a_lease_is_counted_from_the_claim_and_not_from_its_answer() {
     app.close();
     store.hold_claims(true);
     let request = app.start("key");
-    tokio::time::sleep(Duration::from_millis(800)).await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
     store.hold_claims(false);
     app.until_started(1).await;
     let started = Instant::now();
@@ -394,6 +394,18 @@ async fn a_lease_is_counted_from_the_claim_and_not_from_its_answer() {
     }
     app.open();
     assert!(request.await.unwrap().is_first());
+    assert_eq!(app.runs(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_whose_answer_took_most_of_its_lease_is_given_back() {
+    let store = Watched::new(MemoryStore::new());
+    let app = App::new(layer(store.clone()));
+    store.hold_claims(true);
+    app.send("key").await.assert_refused("store-unavailable");
+    store.hold_claims(false);
+    let answer = send_until_not(&["in-progress"], || app.send("key")).await;
+    assert!(answer.is_first(), "{answer:?}");
     assert_eq!(app.runs(), 1);
 }
 
