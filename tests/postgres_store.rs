@@ -178,19 +178,16 @@ async fn postgres_claims_and_renewals_skip_locked_rows() {
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL: run scripts/test"]
-async fn postgres_gives_a_statement_up_after_its_time() {
+async fn postgres_cancels_a_statement_at_its_time() {
     let schema = Schema::create().await;
-    let store = schema.store().with_statement_timeout(Duration::from_millis(300)).with_max_connections(1);
-    win(&store, &claim("first")).await;
-    let mut other = schema.pool.begin().await.unwrap();
-    other.execute(schema.sql("LOCK TABLE {s}.idempotency_records")).await.unwrap();
-    let stuck = claim("stuck");
-    let begun = Instant::now();
-    let error = store.claim(&stuck).await.unwrap_err();
-    assert_eq!(error.kind(), StoreErrorKind::Ambiguous, "{error:?}");
-    assert!(begun.elapsed() < Duration::from_secs(2), "gave up after {:?}", begun.elapsed());
-    other.rollback().await.unwrap();
-    win(&store, &stuck).await;
+    gives_up(&schema, schema.store(), StoreErrorKind::Unavailable).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn pgbouncer_leaves_a_statement_alone_at_its_time() {
+    let pooled = PooledSchema::create().await;
+    gives_up(&pooled.0, pooled.store(), StoreErrorKind::Ambiguous).await;
 }
 
 #[tokio::test]
@@ -343,6 +340,21 @@ async fn pgbouncer_without_its_mode_is_refused() {
     let pooled = PooledSchema::create().await;
     let store = pooled.store().with_connection_mode(ConnectionMode::Direct);
     must_name(&store.prepare().await.unwrap_err(), "TransactionPooler");
+}
+
+/// A claim that waits for a lock on the table fails as `kind` after its time.
+async fn gives_up(schema: &Schema, store: PostgresStore, kind: StoreErrorKind) {
+    let store = store.with_statement_timeout(Duration::from_millis(300)).with_max_connections(1);
+    win(&store, &claim("first")).await;
+    let mut other = schema.pool.begin().await.unwrap();
+    other.execute(schema.sql("LOCK TABLE {s}.idempotency_records")).await.unwrap();
+    let stuck = claim("stuck");
+    let begun = Instant::now();
+    let error = store.claim(&stuck).await.unwrap_err();
+    assert_eq!(error.kind(), kind, "{error:?}");
+    assert!(begun.elapsed() < Duration::from_secs(2), "gave up after {:?}", begun.elapsed());
+    other.rollback().await.unwrap();
+    win(&store, &stuck).await;
 }
 
 /// Each statement of the store, with a hundred renewals.
