@@ -8,6 +8,8 @@ use sqlx::{
     sqlite::{Sqlite, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
 
+use tokio::time::{Instant, sleep};
+
 use super::Prepared;
 use crate::{
     StoreError, StoreErrorKind,
@@ -29,7 +31,7 @@ impl Connections {
         query: Prepared<'_>,
     ) -> Result<Vec<SqliteRow>, StoreError> {
         let readers = self.readers.get_or_init(|| own_pool(base, MAX_READERS));
-        let mut connection = readers.acquire().await.map_err(connect_error)?;
+        let mut connection = acquire(readers).await?;
         query.fetch_all(&mut *connection).await.map_err(|source| error(operation, source))
     }
 
@@ -45,8 +47,24 @@ impl Connections {
     }
 
     pub(super) async fn writer(&self, base: &SqlitePool) -> Result<PoolConnection<Sqlite>, StoreError> {
-        self.writer.get_or_init(|| own_pool(base, 1)).acquire().await.map_err(connect_error)
+        acquire(self.writer.get_or_init(|| own_pool(base, 1))).await
     }
+}
+
+/// Opening a connection sets the journal mode, which does not wait for a lock that another connection holds.
+async fn acquire(pool: &SqlitePool) -> Result<PoolConnection<Sqlite>, StoreError> {
+    let deadline = Instant::now() + BUSY_TIMEOUT;
+    loop {
+        match pool.acquire().await {
+            Err(error) if is_busy(&error) && Instant::now() < deadline => sleep(BUSY_PAUSE).await,
+            acquired => return acquired.map_err(connect_error),
+        }
+    }
+}
+
+fn is_busy(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| primary(&code) == BUSY)
 }
 
 fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {
@@ -77,9 +95,13 @@ fn connect_error(source: sqlx::Error) -> StoreError {
 }
 
 /// Extended result codes keep the primary one in their lowest byte.
+fn primary(code: &str) -> u32 {
+    code.parse::<u32>().map_or(0, |code| code & 0xff)
+}
+
 fn meaning(code: &str) -> Meaning {
     use StoreErrorKind::{Ambiguous, Internal, Misconfigured, Unavailable};
-    match code.parse::<u32>().map_or(0, |code| code & 0xff) {
+    match primary(code) {
         1 | 17 => (
             Misconfigured,
             "the tables are missing or not what they should be: call migrate(), or run migrations/sqlite/*.sql",
@@ -88,7 +110,7 @@ fn meaning(code: &str) -> Meaning {
             Misconfigured,
             "the database is read-only: the process must own the file and may not open it read-only",
         ),
-        5 | 6 => (Unavailable, "the database is locked by another writer"),
+        BUSY | 6 => (Unavailable, "the database is locked by another writer"),
         7 | 13 | 14 => (Unavailable, "the database file cannot be opened, or memory or disk are full"),
         10 => (Ambiguous, "the disk failed"),
         26 => (Misconfigured, "the file is not a SQLite database"),
@@ -96,6 +118,8 @@ fn meaning(code: &str) -> Meaning {
     }
 }
 
+const BUSY: u32 = 5;
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 const MAX_READERS: u32 = 4;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longer than one busy writer before us may take.
