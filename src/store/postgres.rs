@@ -18,7 +18,7 @@ use self::{
 };
 use super::{
     IntoStore, Store,
-    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Ready, TableCreation},
+    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
 };
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
@@ -74,7 +74,7 @@ pub enum ConnectionMode {
 #[derive(Debug, Default)]
 struct State {
     connections: Connections,
-    ready: tokio::sync::OnceCell<Ready<Statements>>,
+    ready: Lazy<Ready<Statements>>,
 }
 
 impl PostgresStore {

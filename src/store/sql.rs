@@ -2,11 +2,13 @@
 
 use std::{
     fmt,
+    sync::OnceLock,
     time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
 use sqlx::{ColumnIndex, Decode, Row, Type};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::{
@@ -66,6 +68,42 @@ impl Identifier {
 impl fmt::Display for Identifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+/// A value that is made at the first use. Whoever finds it being made waits only for a while, so that callers do not
+/// pile up behind a database that is away.
+#[derive(Debug)]
+pub(super) struct Lazy<T> {
+    value: OnceLock<T>,
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl<T> Default for Lazy<T> {
+    fn default() -> Self {
+        Self { value: OnceLock::new(), turn: tokio::sync::Mutex::default() }
+    }
+}
+
+impl<T> Lazy<T> {
+    pub(super) async fn get_or_make(
+        &self,
+        make: impl AsyncFnOnce() -> Result<T, StoreError>,
+    ) -> Result<&T, StoreError> {
+        if let Some(value) = self.value.get() {
+            return Ok(value);
+        }
+        let Ok(_turn) = timeout(MAX_WAIT_FOR_TURN, self.turn.lock()).await else {
+            let message = "the tables are still being set up";
+            return Err(StoreError::new(StoreErrorKind::Unavailable, message));
+        };
+        match self.value.get() {
+            Some(value) => Ok(value),
+            None => {
+                let value = make().await?;
+                Ok(self.value.get_or_init(|| value))
+            }
+        }
     }
 }
 
@@ -269,6 +307,7 @@ pub(super) fn statement_error(
 
 pub(super) const UNEXPECTED: &str = "the database answered with an unexpected error";
 
+const MAX_WAIT_FOR_TURN: Duration = Duration::from_secs(5);
 const MAX_IDENTIFIER_BYTES: usize = 40;
 const MAX_MICROS: i64 = 100 * 365 * 24 * 60 * 60 * 1_000_000;
 

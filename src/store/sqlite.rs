@@ -18,7 +18,7 @@ use uuid::Uuid;
 use self::{connection::Connections, statements::Statements};
 use super::{
     IntoStore, Store,
-    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Ready, TableCreation},
+    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
 };
 use crate::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record,
@@ -57,7 +57,7 @@ pub struct SqliteStore {
 #[derive(Debug, Default)]
 struct State {
     connections: Connections,
-    ready: tokio::sync::OnceCell<Ready<Statements>>,
+    ready: Lazy<Ready<Statements>>,
 }
 
 impl SqliteStore {

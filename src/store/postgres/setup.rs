@@ -17,7 +17,7 @@ use crate::{
 
 impl PostgresStore {
     pub(super) async fn ready(&self) -> Result<&Ready<Statements>, StoreError> {
-        self.state.ready.get_or_try_init(|| self.set_up(self.creation)).await
+        self.state.ready.get_or_make(|| self.set_up(self.creation)).await
     }
 
     /// A connection on which something has failed is closed.

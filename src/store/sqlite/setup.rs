@@ -10,7 +10,7 @@ use crate::{
 
 impl SqliteStore {
     pub(super) async fn ready(&self) -> Result<&Ready<Statements>, StoreError> {
-        self.state.ready.get_or_try_init(|| self.set_up(self.creation)).await
+        self.state.ready.get_or_make(|| self.set_up(self.creation)).await
     }
 
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
