@@ -26,7 +26,10 @@ pub(crate) fn answer_from(settings: &Settings, record: &Record) -> Result<Stored
                 )
             })?;
             let age = record.created_at.elapsed().unwrap_or_default();
-            tracing::info!(target: TRACING_TARGET, %consumer, %key, ?age, status = response.status.as_u16(), "replay");
+            let status = response.status.as_u16();
+            let what =
+                if response.body == StoredBody::NotKept { "conflict: response not kept" } else { "replay" };
+            tracing::info!(target: TRACING_TARGET, %consumer, %key, ?age, status, "{what}");
             kept(response)
         }
     }

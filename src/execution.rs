@@ -260,6 +260,13 @@ impl Execution {
 
     /// Writes the end of the attempt down in a task that goes on when waiting for it takes too long.
     async fn write_down(&self, end: End, lease: Lease, entered: Entered) -> Option<Ended> {
+        if matches!(end, End::Hold) {
+            tracing::error!(
+                target: TRACING_TARGET, consumer = %self.attempt.consumer,
+                key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
+                "the key is held: the outcome is unknown and an operator must resolve it"
+            );
+        }
         let limit = MAX_WAIT.min(self.settings.timing.lease * 3 / 4);
         let give_up = Instant::now() + self.settings.timing.max_execution.max(limit);
         let shared = Arc::clone(&self.shared);
@@ -271,7 +278,8 @@ impl Execution {
         let ended = crate::shared::flatten(timeout(limit, task).await, limit);
         if let Ok(Ended::Absent | Ended::Lost(_)) = ended {
             tracing::warn!(
-                target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
+                target: TRACING_TARGET, consumer = %self.attempt.consumer,
+                key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
                 "the record was gone or another attempt's when its attempt ended"
             );
         }
@@ -282,7 +290,8 @@ impl Execution {
     fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
         let attempt = &self.attempt;
         tracing::error!(
-            target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, error, "{what}"
+            target: TRACING_TARGET, consumer = %attempt.consumer, key = %self.settings.shown(&attempt.key),
+            attempt = %attempt.id, error, "{what}"
         );
     }
 }

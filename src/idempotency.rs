@@ -54,7 +54,11 @@ impl Idempotency {
         &self.0.attempt.consumer
     }
 
-    /// The record's id: the same over all attempts, different once the key has expired and is used anew.
+    /// The record's id: the same over attempts that took over from one whose lease ran out.
+    ///
+    /// **A result that is not stored (5xx, panic, [`Directive::Release`](crate::Directive::Release)) ends the record: the
+    /// retry gets a new id and attempt number 1.** To make calls to others idempotent derive their key from
+    /// [`consumer`](Self::consumer) and [`key`](Self::key), not from this.
     #[must_use]
     pub fn record_id(&self) -> RecordId {
         self.0.record_id
@@ -66,7 +70,8 @@ impl Idempotency {
         self.0.attempt.id
     }
 
-    /// 1 for the first attempt of a record, higher after attempts that were abandoned.
+    /// 1 for the first attempt of a record; it counts up only when a lease ran out. It is 1 again after a 5xx, a panic or
+    /// another released result, so it does not tell whether the handler ran before.
     #[must_use]
     pub fn attempt_number(&self) -> u32 {
         self.0.attempt_number
@@ -120,7 +125,8 @@ mod extract {
 
     impl IntoResponse for MissingIdempotency {
         fn into_response(self) -> Response {
-            let detail = "This operation needs an idempotency key.";
+            let detail =
+                "This operation needs an idempotency key, or is not guarded by an idempotency layer.";
             respond(Rejection::new(RejectionCode::KeyMissing, detail), &ProblemJson).map(Body::from)
         }
     }

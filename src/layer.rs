@@ -14,7 +14,8 @@ use crate::{
 /// Layer that performs a request with an idempotency key once and replays its response to every retry.
 ///
 /// Clones share the store, the limits and what is running. To give a route other settings, clone the layer and change
-/// the clone:
+/// the clone. Give each route one of them: inside another clone a layer passes through what the outer one guards, and
+/// its settings do not apply.
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "memory"))] {
@@ -177,12 +178,12 @@ impl IdempotencyLayer {
         self.set(|settings| settings.timing.retention = retention).checked()
     }
 
-    /// Sets for how long an attempt owns its record without renewing: how long a retry waits after a crash.
-    /// Default: 30 s.
+    /// Sets for how long an attempt owns its record without renewing: for how long retries are refused with 409 after a
+    /// crash. Default: 30 s.
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms or two renewals, or longer than the retention allows.
+    /// If it is shorter than 100 ms or two renewals, or longer than the retention allows: set a longer retention first.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
@@ -205,7 +206,7 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is zero or longer than the retention allows.
+    /// If it is zero or longer than the retention allows: set a longer retention first.
     #[must_use]
     #[track_caller]
     pub fn with_max_execution(self, limit: Duration) -> Self {
@@ -214,8 +215,14 @@ impl IdempotencyLayer {
 
     /// Limits how many requests with a key are decided and run at once; the others get 503 `overloaded`. Clones made
     /// afterwards share the limit. Default: none.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
+    #[track_caller]
     pub fn with_max_in_flight(self, limit: usize) -> Self {
+        assert!(limit > 0, "no request in flight: every request with a key would be refused; use at least 1");
         let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
         self.set(|settings| settings.in_flight = Some(places))
     }
@@ -250,8 +257,14 @@ impl IdempotencyLayer {
     }
 
     /// Sets for how long the body of a request may take to arrive; a slower one gets 408. Default: 30 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
+    #[track_caller]
     pub fn with_request_body_timeout(self, limit: Duration) -> Self {
+        assert!(!limit.is_zero(), "a time-out of zero for request bodies: none could arrive");
         self.set(|settings| settings.request_limits.timeout = limit)
     }
 
@@ -275,9 +288,16 @@ impl IdempotencyLayer {
         self.set(|settings| settings.headers_not_kept.push(name))
     }
 
-    /// Sets for how long a request waits for the store to claim its key, at most the lease. Default: 5 s.
+    /// Sets for how long a request waits for the store to claim its key, at most three quarters of the lease.
+    /// Default: 5 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
+    #[track_caller]
     pub fn with_store_timeout(self, limit: Duration) -> Self {
+        assert!(!limit.is_zero(), "a store time-out of zero: no key could be claimed");
         self.set(|settings| settings.store_timeout = limit)
     }
 

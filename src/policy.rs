@@ -14,6 +14,8 @@ use http::StatusCode;
 /// let mut response = http::Response::new("the upstream is busy, try again");
 /// response.extensions_mut().insert(Directive::Release);
 /// ```
+///
+/// A handler of axum returns `(Extension(Directive::Release), "the upstream is busy, try again")`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Directive {

@@ -12,7 +12,7 @@ use crate::{
 
 /// Name of a record.
 ///
-/// It stays the same over all attempts of the record. A key that is used anew after its expiry gets a new record
+/// It stays the same over attempts that take over from each other; a release ends the record. A key that is used anew after its expiry gets a new record
 /// and so a new id.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RecordId(Uuid);

@@ -97,8 +97,8 @@ impl Timing {
         assert!(
             *retention >= max_execution.saturating_add(*lease),
             "a retention of {retention:?} is shorter than max_execution and lease together ({max_execution:?} + \
-             {lease:?}), so that a record could expire while its request runs: raise the retention, or lower \
-             max_execution or lease first"
+             {lease:?}), so that a record could expire while its request runs: raise the retention first, or \
+             lower max_execution or lease first"
         );
     }
 }

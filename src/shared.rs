@@ -1,6 +1,7 @@
 //! What all layers over one store share: running attempts, claims, ends, the end.
 
 use std::{
+    fmt,
     pin::pin,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
@@ -22,7 +23,6 @@ use crate::{
 };
 
 /// Shared by a layer, its clones, its services and its handles.
-#[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
     /// Everything that must not be cut off: attempts, claims, the ends of attempts.
@@ -53,6 +53,15 @@ pub(crate) enum Ended {
     Lost(Box<Record>),
     /// There is no record.
     Absent,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("store", &self.store)
+            .field("tasks", &self.tasks.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Shared {

@@ -9,6 +9,7 @@ use std::{
 use serde::Serialize;
 use sqlx::{
     AssertSqlSafe, PgPool, SqlitePool,
+    postgres::PgPoolOptions,
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use tower_idempotency::Consumer;
@@ -72,11 +73,12 @@ impl Charges {
                     .busy_timeout(Duration::from_secs(5));
                 Self::Sqlite(SqlitePool::connect_with(options).await?)
             }
-            Some(("postgres" | "postgresql", _)) => Self::Postgres(PgPool::connect(url).await?),
+            Some(("postgres" | "postgresql", _)) => {
+                let options = PgPoolOptions::new().acquire_timeout(Duration::from_secs(5));
+                Self::Postgres(options.connect(url).await?)
+            }
             _ => {
-                return Err(
-                    format!("DATABASE_URL is {url:?}: it must begin with sqlite: or postgres:").into()
-                );
+                return Err("DATABASE_URL must begin with sqlite: or postgres:".into());
             }
         };
         match &charges {

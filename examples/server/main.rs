@@ -29,7 +29,7 @@
 //! |---|---|---|
 //! | `DATABASE_URL` | `sqlite:payments.sqlite` | or `postgres://user@host/database` |
 //! | `PORT` | 3000 | |
-//! | `LEASE_MS` | 30000 | how long a retry waits after a crash |
+//! | `LEASE_MS` | 30000 | how long retries get 409 after a crash |
 //! | `MAX_EXECUTION_MS` | 600000 | how long a request may run |
 //! | `STORE_TIMEOUT_MS` | 5000 | how long a request waits for the database to claim its key |
 //! | `ABANDONED` | `retry` | `hold`: store 5xx, and after a crash or a panic never run again (409) |
@@ -37,7 +37,7 @@
 
 mod charges;
 
-use std::{error::Error, net::Ipv4Addr, str::FromStr, time::Duration};
+use std::{error::Error, net::Ipv4Addr, process::ExitCode, str::FromStr, time::Duration};
 
 use axum::{
     Json, Router,
@@ -55,12 +55,24 @@ use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPol
 use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    match serve().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve() -> Result<(), Box<dyn Error>> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).init();
 
     let database_url = variable("DATABASE_URL")?.unwrap_or_else(|| "sqlite:payments.sqlite".to_owned());
-    let charges = Charges::open(&database_url).await?;
+    let charges = Charges::open(&database_url)
+        .await
+        .map_err(|error| format!("cannot open {}: {error}", without_password(&database_url)))?;
     let idempotency = idempotency_layer(&charges)?;
     let handle = idempotency.handle();
     handle.prepare().await?;
@@ -75,7 +87,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .route("/healthz", get(async || "ok\n"));
 
     let port = variable("PORT")?.unwrap_or(3000);
-    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+        .await
+        .map_err(|error| format!("cannot listen on port {port}: {error}; set PORT"))?;
     let url = format!("http://{}", listener.local_addr()?);
     println!("{url} keeps everything in {}. Try:\n", without_password(&database_url));
     println!("  curl -i {url}/charges -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: order-1' \\");

@@ -1,5 +1,5 @@
 -- Records of idempotent requests. The store applies this file by itself; to apply it by hand:
---   sqlite3 -bail app.db '.read migrations/sqlite/0001_records.sql'
+--   sqlite3 -bail app.db BEGIN '.read migrations/sqlite/0001_records.sql' COMMIT
 -- For a prefix of your own replace the prefix of every name.
 -- Times are milliseconds since 1970-01-01 UTC, ids are the 16 bytes of a UUID.
 

@@ -161,7 +161,8 @@ fn connect_error(source: sqlx::Error) -> StoreError {
 fn meaning(code: &str) -> Meaning {
     use StoreErrorKind::{Ambiguous, Internal, Misconfigured, Unavailable};
     match code {
-        "42P01" | "42703" | "3F000" => {
+        "3F000" => (Misconfigured, "the schema does not exist: create it, or correct with_schema()"),
+        "42P01" | "42703" => {
             (Misconfigured, "tables are missing or old: call migrate(), or run migrations/postgres/*.sql")
         }
         "42501" => (
