@@ -118,7 +118,10 @@ impl<S: Store + Clone> Store for Watched<S> {
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         if self.state.completions_fail.load(Ordering::SeqCst) {
-            return Err(StoreError::new(StoreErrorKind::Unavailable, "told to fail"));
+            return Err(StoreError::new(
+                StoreErrorKind::Misconfigured,
+                "read-only for a while, as in a failover",
+            ));
         }
         let _ = self.state.completions_hang.subscribe().wait_for(|hang| !hang).await;
         self.store.complete(attempt, response).await
