@@ -1,4 +1,4 @@
-//! What all layers over one store share: running attempts, claims, ends, the end.
+//! What a layer and its clones share: the store, its claims, how attempts end, and draining.
 
 use std::{
     fmt,
@@ -44,7 +44,7 @@ pub(crate) enum End {
     Hold,
 }
 
-/// What became of a [`End`].
+/// What became of an [`End`].
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// The record says what the attempt says.
