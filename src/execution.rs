@@ -192,11 +192,9 @@ impl Execution {
         match ended {
             HandlerEnd::Performed(Ok((parts, Collected::Whole(body)))) => self.judge_whole(parts, body),
             HandlerEnd::Performed(Ok((parts, Collected::Partial(frames, rest)))) => {
-                let end = match self.directive(&parts) {
-                    Directive::Store => self.complete(StoredResponse::of(&parts, StoredBody::NotKept)),
-                    Directive::Release => End::Release,
-                    Directive::Hold => End::Hold,
-                };
+                let end = self
+                    .end_unstored(&parts)
+                    .unwrap_or_else(|| self.complete(StoredResponse::of(&parts, StoredBody::NotKept)));
                 (end, Ok(Ok(Response::from_parts(parts, ResponseBody::resumed(frames, rest)))))
             }
             HandlerEnd::Performed(Ok((_, Collected::Broken(error)))) => {
@@ -214,21 +212,18 @@ impl Execution {
 
     fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> (End, Verdict<B, E>) {
         let Buffered { data, trailers } = body;
-        let end = match self.directive(&parts) {
-            Directive::Release => End::Release,
-            Directive::Hold => End::Hold,
-            Directive::Store => {
-                let first = StoredResponse::of(&parts, StoredBody::Kept { data, trailers });
-                let end = self.complete(first.clone());
-                let mut response = first.into_response();
-                *response.extensions_mut() = parts.extensions;
-                return (end, Ok(Ok(response)));
-            }
-        };
-        (end, Ok(Ok(Response::from_parts(parts, ResponseBody::buffered(data, trailers)))))
+        if let Some(end) = self.end_unstored(&parts) {
+            return (end, Ok(Ok(Response::from_parts(parts, ResponseBody::buffered(data, trailers)))));
+        }
+        let first = StoredResponse::of(&parts, StoredBody::Kept { data, trailers });
+        let end = self.complete(first.clone());
+        let mut response = first.into_response();
+        *response.extensions_mut() = parts.extensions;
+        (end, Ok(Ok(response)))
     }
 
-    fn directive(&self, parts: &Parts) -> Directive {
+    /// How an attempt with this response ends, unless the response is to be stored.
+    fn end_unstored(&self, parts: &Parts) -> Option<End> {
         // A refusal of a layer inside this one is never stored.
         let refused = parts.extensions.get::<Rejection>().is_some();
         let directive = if refused { Directive::Release } else { self.settings.policy.directive(parts) };
@@ -237,7 +232,11 @@ impl Execution {
             attempt = %self.attempt.id, attempt_number = self.attempt_number, status = parts.status.as_u16(),
             ?directive, "performed"
         );
-        directive
+        match directive {
+            Directive::Store => None,
+            Directive::Release => Some(End::Release),
+            Directive::Hold => Some(End::Hold),
+        }
     }
 
     fn complete(&self, mut response: StoredResponse) -> End {
