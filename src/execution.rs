@@ -2,18 +2,21 @@
 
 use std::{
     error::Error,
+    future::{Future, pending, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, header, response::Parts};
+use http::{Extensions, HeaderMap, Request, Response, header, response::Parts};
 use http_body::Body;
 use tokio::{
     sync::OwnedSemaphorePermit,
     task::{JoinError, JoinHandle},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tower_service::Service;
@@ -21,9 +24,11 @@ use tracing::Instrument;
 
 use crate::{
     Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
-    RequestBody, ResponseBody, StoredBody, StoredResponse, TRACING_TARGET,
+    RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
+    TransactionUsage,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
+    closing::Closed,
     error::BoxError,
     future::Answer,
     renewal::Lease,
@@ -59,7 +64,7 @@ type Verdict<B, E> = Result<Answer<B, E>, Rejection>;
 enum HandlerEnd<B, E> {
     Performed(Performed<B, E>),
     Panicked,
-    Cancelled,
+    Cancelled(Rejection),
 }
 
 impl Execution {
@@ -80,27 +85,41 @@ impl Execution {
         let entered = self.shared.running.enter(self.attempt.clone(), self.record());
         let lease = self.keep_lease(&cancelled);
         request.extensions_mut().insert(self.idempotency(&cancelled));
+        let transaction = self.offer_transaction(request.extensions_mut());
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let this = Arc::new(self);
-        let Some(ended) = this.wait(&mut handler, &cancelled).await else {
+        let Some(ended) = this.wait(&mut handler, &cancelled, transaction.as_deref()).await else {
             let held = matches!(this.end_without_result(), End::Hold);
             let refusal = refused(&this.settings, too_long().final_if(held));
-            this.leave_behind(handler, lease, entered);
+            this.leave_behind(handler, transaction, lease, entered);
             return Ok(refusal);
         };
-        let (end, answer) = this.judge(ended);
-        match this.write_down(end, lease, entered).await {
+        let judged = this.judge(ended, transaction.as_deref());
+        let closed = this.close(judged.outcome, transaction, lease, entered).await;
+        this.answer(closed, judged.answer)
+    }
+
+    /// What the client gets, by what became of the attempt.
+    fn answer<B, E>(&self, closed: Closed, answer: Verdict<B, E>) -> Answer<B, E> {
+        match closed {
+            Closed::Refused(rejection) => Ok(refused(&self.settings, rejection)),
             // Another request's response must not be given for this one, and does not contradict it either.
-            Some(Ended::Lost(record)) if record.fingerprint == this.fingerprint => {
-                Ok(match answer_from(&this.settings, &record) {
-                    Ok(stored) => replay(&this.settings, stored),
-                    Err(rejection) => refused(&this.settings, rejection),
+            Closed::Ended(Ended::Lost(record)) if record.fingerprint == self.fingerprint => {
+                Ok(match answer_from(&self.settings, &record) {
+                    Ok(stored) => replay(&self.settings, stored),
+                    Err(rejection) => refused(&self.settings, rejection),
                 })
             }
-            Some(Ended::Done | Ended::Lost(_) | Ended::Absent) | None => {
-                answer.unwrap_or_else(|rejection| Ok(refused(&this.settings, rejection)))
+            Closed::Ended(_) | Closed::Unknown => {
+                answer.unwrap_or_else(|rejection| Ok(refused(&self.settings, rejection)))
             }
         }
+    }
+
+    fn offer_transaction(&self, extensions: &mut Extensions) -> Option<Arc<dyn StoreTransaction>> {
+        let Settings { transactions, timing, store_timeout, .. } = &*self.settings;
+        let options = transactions.for_layer(timing.lease, *store_timeout);
+        self.shared.store.transaction(&self.attempt, &options, extensions)
     }
 
     fn keep_lease(&self, lost: &CancellationToken) -> Lease {
@@ -131,35 +150,57 @@ impl Execution {
         )
     }
 
-    /// Waits for the handler, at most `max_execution`; shortly before that it is told. `None` if it runs on although it
-    /// was cancelled, because it does not yield.
+    /// Waits for the handler, at most `max_execution`, of which it is told shortly before, and at most as long as its
+    /// transaction may be open. `None` if it runs on although it was cancelled, because it does not yield.
     async fn wait<B, E>(
         &self,
         handler: &mut JoinHandle<Performed<B, E>>,
         cancelled: &CancellationToken,
+        transaction: Option<&dyn StoreTransaction>,
     ) -> Option<HandlerEnd<B, E>> {
         let limit = self.settings.timing.max_execution;
-        let mut ended = timeout(limit * 9 / 10, &mut *handler).await;
-        if ended.is_err() {
+        let mut max_execution = pin!(async {
+            sleep(limit * 9 / 10).await;
             cancelled.cancel();
-            ended = timeout(limit / 10, &mut *handler).await;
-        }
-        if let Err(error) = &ended {
-            self.log_failure(error, "the handler is cancelled: it runs longer than max_execution");
-            handler.abort();
-            ended = timeout(CANCEL_GRACE, &mut *handler).await;
-        }
-        ended.ok().map(|ended| self.handler_end(ended))
+            sleep(limit / 10).await;
+        });
+        let mut overdue = pin!(async {
+            match transaction {
+                Some(transaction) => transaction.overdue().await,
+                None => pending().await,
+            }
+        });
+        let first = poll_fn(|cx| {
+            if let Poll::Ready(ended) = Pin::new(&mut *handler).poll(cx) {
+                return Poll::Ready(Ok(ended));
+            }
+            if overdue.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(transaction_overdue as fn() -> Rejection));
+            }
+            max_execution.as_mut().poll(cx).map(|()| Err(too_long as fn() -> Rejection))
+        });
+        let cause = match first.await {
+            Ok(ended) => return Some(self.handler_end(ended, too_long)),
+            Err(cause) => cause,
+        };
+        self.log_failure(&NotEnded(cause().code()), "the handler is cancelled");
+        handler.abort();
+        let ended = timeout(CANCEL_GRACE, &mut *handler).await;
+        ended.ok().map(|ended| self.handler_end(ended, cause))
     }
 
-    fn handler_end<B, E>(&self, ended: Result<Performed<B, E>, JoinError>) -> HandlerEnd<B, E> {
+    fn handler_end<B, E>(
+        &self,
+        ended: Result<Performed<B, E>, JoinError>,
+        cancelled: fn() -> Rejection,
+    ) -> HandlerEnd<B, E> {
         match ended {
             Ok(performed) => HandlerEnd::Performed(performed),
             Err(error) if error.is_panic() => {
                 self.log_failure(&error, "the handler panicked");
                 HandlerEnd::Panicked
             }
-            Err(_) => HandlerEnd::Cancelled,
+            Err(_) => HandlerEnd::Cancelled(cancelled()),
         }
     }
 
@@ -167,6 +208,7 @@ impl Execution {
     fn leave_behind<B, E>(
         self: Arc<Self>,
         handler: JoinHandle<Performed<B, E>>,
+        transaction: Option<Arc<dyn StoreTransaction>>,
         lease: Lease,
         entered: Entered,
     ) where
@@ -175,55 +217,80 @@ impl Execution {
     {
         let tasks = self.shared.tasks.clone();
         tasks.spawn(async move {
-            let (end, answer) = self.judge(self.handler_end(handler.await));
+            let ended = self.handler_end(handler.await, too_long);
+            let Judged { outcome, answer } = self.judge(ended, transaction.as_deref());
             drop(answer);
-            self.write_down(end, lease, entered).await
+            self.close(outcome, transaction, lease, entered).await
         });
     }
 
     /// What is written down, and what the client gets once it is. It calls the application's policy.
-    fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> (End, Verdict<B, E>) {
-        catch_unwind(AssertUnwindSafe(|| self.judge_end(ended))).unwrap_or_else(|_| {
+    fn judge<B, E>(
+        &self,
+        ended: HandlerEnd<B, E>,
+        transaction: Option<&dyn StoreTransaction>,
+    ) -> Judged<B, E> {
+        let lent = || transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::Lent);
+        let judge = || match ended {
+            // Dropping a response whose body has the transaction gives it back.
+            HandlerEnd::Performed(Ok(_)) if lent() => self.transaction_kept(),
+            ended => self.judge_end(ended),
+        };
+        catch_unwind(AssertUnwindSafe(judge)).unwrap_or_else(|_| {
             self.without_result(Rejection::new(RejectionCode::Internal, "The result could not be judged."))
         })
     }
 
-    fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> (End, Verdict<B, E>) {
+    fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
         match ended {
             HandlerEnd::Performed(Ok((parts, Collected::Whole(body)))) => self.judge_whole(parts, body),
             HandlerEnd::Performed(Ok((parts, Collected::Partial(frames, rest)))) => {
-                let end = self
-                    .end_unstored(&parts)
-                    .unwrap_or_else(|| self.complete(StoredResponse::of(&parts, StoredBody::NotKept)));
-                (end, Ok(Ok(Response::from_parts(parts, ResponseBody::resumed(frames, rest)))))
+                let outcome = self
+                    .unstored(&parts)
+                    .unwrap_or_else(|| self.stored(StoredResponse::of(&parts, StoredBody::NotKept)));
+                let response = Response::from_parts(parts, ResponseBody::resumed(frames, rest));
+                Judged { outcome, answer: Ok(Ok(response)) }
             }
             HandlerEnd::Performed(Ok((_, Collected::Broken(error)))) => {
                 self.log_failure(&*error, "the response broke off");
                 let detail = "The handler's response broke off.";
                 self.without_result(Rejection::new(RejectionCode::ResponseIncomplete, detail))
             }
-            HandlerEnd::Performed(Err(error)) => (self.end_without_result(), Ok(Err(error))),
+            HandlerEnd::Performed(Err(error)) => {
+                Judged { outcome: self.end_without_result().into(), answer: Ok(Err(error)) }
+            }
             HandlerEnd::Panicked => {
                 self.without_result(Rejection::new(RejectionCode::HandlerPanicked, "The handler failed."))
             }
-            HandlerEnd::Cancelled => self.without_result(too_long()),
+            HandlerEnd::Cancelled(rejection) => self.without_result(rejection),
         }
     }
 
-    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> (End, Verdict<B, E>) {
+    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> Judged<B, E> {
         let Buffered { data, trailers } = body;
-        if let Some(end) = self.end_unstored(&parts) {
-            return (end, Ok(Ok(Response::from_parts(parts, ResponseBody::buffered(data, trailers)))));
+        if let Some(outcome) = self.unstored(&parts) {
+            let response = Response::from_parts(parts, ResponseBody::buffered(data, trailers));
+            return Judged { outcome, answer: Ok(Ok(response)) };
         }
         let first = StoredResponse::of(&parts, StoredBody::Kept { data, trailers });
-        let end = self.complete(first.clone());
+        let outcome = self.stored(first.clone());
         let mut response = first.into_response();
         *response.extensions_mut() = parts.extensions;
-        (end, Ok(Ok(response)))
+        Judged { outcome, answer: Ok(Ok(response)) }
+    }
+
+    fn transaction_kept<B, E>(&self) -> Judged<B, E> {
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
+            "the handler returned without giving its transaction back: it is in a task, a static or the response's body"
+        );
+        let detail = "The handler kept its transaction, which was rolled back.";
+        let rejection = Rejection::new(RejectionCode::TransactionKept, detail);
+        Judged { outcome: End::Release.into(), answer: Err(rejection) }
     }
 
     /// How an attempt with this response ends, unless the response is to be stored.
-    fn end_unstored(&self, parts: &Parts) -> Option<End> {
+    fn unstored(&self, parts: &Parts) -> Option<Outcome> {
         // A refusal of a layer inside this one is never stored.
         let refused = parts.extensions.get::<Rejection>().is_some();
         let directive = if refused { Directive::Release } else { self.settings.policy.directive(parts) };
@@ -234,20 +301,24 @@ impl Execution {
         );
         match directive {
             Directive::Store => None,
-            Directive::Release => Some(End::Release),
-            Directive::Hold => Some(End::Hold),
+            Directive::Release => Some(End::Release.into()),
+            Directive::Hold => Some(End::Hold.into()),
         }
     }
 
-    fn complete(&self, mut response: StoredResponse) -> End {
+    fn stored(&self, mut response: StoredResponse) -> Outcome {
+        let status = response.status;
+        let keeps_writes = status.is_success()
+            || status.is_redirection()
+            || status.is_client_error() && self.settings.transactions.keeps_writes_of_client_errors;
         response.remove_headers(&self.settings.headers_not_kept);
-        End::Complete(response.encode())
+        Outcome { end: End::Complete(response.encode()), keeps_writes }
     }
 
-    fn without_result<B, E>(&self, rejection: Rejection) -> (End, Verdict<B, E>) {
+    fn without_result<B, E>(&self, rejection: Rejection) -> Judged<B, E> {
         let end = self.end_without_result();
         let held = matches!(end, End::Hold);
-        (end, Err(rejection.final_if(held)))
+        Judged { outcome: end.into(), answer: Err(rejection.final_if(held)) }
     }
 
     fn end_without_result(&self) -> End {
@@ -257,42 +328,41 @@ impl Execution {
         }
     }
 
-    /// Writes the end of the attempt down in a task that goes on when waiting for it takes too long.
-    async fn write_down(&self, end: End, lease: Lease, entered: Entered) -> Option<Ended> {
-        if matches!(end, End::Hold) {
-            tracing::error!(
-                target: TRACING_TARGET, consumer = %self.attempt.consumer,
-                key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
-                "the key is held: the outcome is unknown and an operator must resolve it"
-            );
-        }
-        let limit = MAX_WAIT.min(self.settings.timing.lease * 3 / 4);
-        let give_up = Instant::now() + self.settings.timing.max_execution.max(limit);
-        let shared = Arc::clone(&self.shared);
-        let task = self.shared.tasks.spawn(async move {
-            let ended = shared.end(lease.attempt(), Some(&lease), &end, give_up).await;
-            drop(entered);
-            ended
-        });
-        let ended = crate::shared::flatten(timeout(limit, task).await, limit);
-        if let Ok(Ended::Absent | Ended::Lost(_)) = ended {
-            tracing::warn!(
-                target: TRACING_TARGET, consumer = %self.attempt.consumer,
-                key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
-                "the record was gone or another attempt's when its attempt ended"
-            );
-        }
-        let not_stored = "the response is sent although it is not stored yet";
-        ended.inspect_err(|error| self.log_failure(error, not_stored)).ok()
-    }
-
-    fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
+    pub(crate) fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
         let attempt = &self.attempt;
         tracing::error!(
             target: TRACING_TARGET, consumer = %attempt.consumer, key = %self.settings.shown(&attempt.key),
             attempt = %attempt.id, error, "{what}"
         );
     }
+}
+
+/// What is written down of an attempt.
+pub(crate) struct Outcome {
+    pub(crate) end: End,
+    /// Whether what the handler wrote through its transaction is to stay.
+    pub(crate) keeps_writes: bool,
+}
+
+impl From<End> for Outcome {
+    fn from(end: End) -> Self {
+        Self { end, keeps_writes: false }
+    }
+}
+
+struct Judged<B, E> {
+    outcome: Outcome,
+    answer: Verdict<B, E>,
+}
+
+/// Why a handler is cancelled.
+#[derive(Debug, thiserror::Error)]
+#[error("it runs too long ({0})")]
+struct NotEnded(RejectionCode);
+
+fn transaction_overdue() -> Rejection {
+    let detail = "The handler's transaction was open for too long and was rolled back.";
+    Rejection::new(RejectionCode::TransactionLost, detail)
 }
 
 fn too_long() -> Rejection {
@@ -321,7 +391,5 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
     content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
 }
 
-/// For how long a client waits for its response to be stored while the store does not answer.
-const MAX_WAIT: Duration = Duration::from_secs(10);
 /// For how long a client waits for a cancelled handler to stop.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);

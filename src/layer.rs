@@ -8,7 +8,8 @@ use tower_layer::Layer;
 
 use crate::{
     ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeyLogging,
-    KeySyntax, Reaper, RenderRejection, ResultPolicy, StoreOutage, settings::Settings, shared::Shared,
+    KeySyntax, Reaper, RenderRejection, ResultPolicy, StoreOutage, TransactionOptions, settings::Settings,
+    shared::Shared,
 };
 
 /// Layer that performs a request with an idempotency key once and replays its response to every retry.
@@ -318,6 +319,13 @@ impl IdempotencyLayer {
     #[must_use]
     pub fn with_reaper(self, reaper: Reaper) -> Self {
         self.set(|settings| settings.reaper = reaper)
+    }
+
+    /// Sets how the transactions of handlers ([`Tx`](crate::Tx)) are begun and ended. Default:
+    /// [`TransactionOptions::default`].
+    #[must_use]
+    pub fn with_transactions(self, options: TransactionOptions) -> Self {
+        self.set(|settings| settings.transactions = options)
     }
 
     fn set(mut self, change: impl FnOnce(&mut Settings)) -> Self {

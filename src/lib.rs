@@ -6,6 +6,7 @@
 mod answer;
 mod body;
 mod buffer;
+mod closing;
 mod consumer;
 mod error;
 mod execution;
@@ -28,6 +29,9 @@ mod settings;
 mod shared;
 pub mod store;
 mod structured_field;
+mod transaction;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod tx;
 
 pub use body::{RequestBody, ResponseBody};
 pub use consumer::{Consumer, ConsumerExtractor, InvalidConsumer};
@@ -57,6 +61,12 @@ pub use store::PostgresStore;
 #[cfg(feature = "sqlite")]
 pub use store::SqliteStore;
 pub use store::{IntoStore, Store};
+pub use transaction::{
+    IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionOptions,
+    TransactionUsage,
+};
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub use tx::{Tx, TxError};
 
 /// Target of all `tracing` events.
 const TRACING_TARGET: &str = "tower_idempotency";

@@ -164,6 +164,21 @@ rejection_codes! {
     ResponseIncomplete => "response-incomplete", INTERNAL_SERVER_ERROR, true, "The response is incomplete";
     /// The handler ran longer than allowed and was cancelled.
     MaxExecutionExceeded => "max-execution-exceeded", INTERNAL_SERVER_ERROR, true, "The request took too long";
+    /// The transaction collided with another one and was rolled back.
+    TransactionConflict => "transaction-conflict", SERVICE_UNAVAILABLE, true, "The request collided with another one";
+    /// The transaction was lost before it was committed: its connection broke, the server ended it, or it was open for too
+    /// long. It was rolled back.
+    TransactionLost => "transaction-lost", SERVICE_UNAVAILABLE, true, "The request was not performed";
+    /// The database did not commit the transaction: one of its statements had failed, or a constraint is violated. It was
+    /// rolled back.
+    TransactionFailed => "transaction-failed", INTERNAL_SERVER_ERROR, true, "The request failed";
+    /// The handler did not give its transaction back when it returned, or asked for it while it had it. It was rolled back.
+    TransactionKept => "transaction-kept", INTERNAL_SERVER_ERROR, true, "The request failed";
+    /// The handler ended its transaction itself. What it wrote may be committed; the key is held.
+    TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false, "The outcome of the request is unknown";
+    /// The transaction was told to commit and the database has not confirmed it in time. The request with the same key gets
+    /// the response if it was committed, and is performed if it was not.
+    CommitUnconfirmed => "outcome-unknown", SERVICE_UNAVAILABLE, true, "The outcome of the request is not known yet";
     /// The layer itself failed, or the runtime is going down.
     Internal => "internal", INTERNAL_SERVER_ERROR, true, "Internal error";
 }

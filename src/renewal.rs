@@ -201,10 +201,6 @@ impl Lease {
     pub(crate) fn interval(&self) -> Duration {
         self.interval
     }
-
-    pub(crate) fn attempt(&self) -> &Attempt {
-        &self.renewal.attempt
-    }
 }
 
 impl Drop for Lease {

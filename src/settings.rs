@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
-    RenderRejection, ResultPolicy, TRACING_TARGET,
+    RenderRejection, ResultPolicy, TRACING_TARGET, TransactionOptions,
     buffer::RequestLimits,
     rejection::{ProblemJson, respond},
 };
@@ -68,6 +68,7 @@ pub(crate) struct Settings {
     pub(crate) on_store_outage: StoreOutage,
     pub(crate) key_logging: KeyLogging,
     pub(crate) reaper: Reaper,
+    pub(crate) transactions: TransactionOptions,
 }
 
 #[derive(Clone, Debug)]
@@ -137,6 +138,7 @@ impl Default for Settings {
             on_store_outage: StoreOutage::Refuse,
             key_logging: KeyLogging::Plain,
             reaper: Reaper::default(),
+            transactions: TransactionOptions::default(),
         }
     }
 }

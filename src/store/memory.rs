@@ -15,12 +15,14 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::Extensions;
 use tokio::time::Instant;
 
 use self::entry::{Decision, Entry, State, decide};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
     RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind,
+    StoreTransaction, TransactionOptions,
 };
 
 /// Keeps records in this process: for tests and for tools that run as a single process.
@@ -226,6 +228,15 @@ impl Store for MemoryStore {
             shard.insert(identity, Entry { state, attempt: None, expires_at, ..resolved }, &self.shared);
         }
         Ok(ResolveOutcome::Resolved)
+    }
+
+    fn transaction(
+        &self,
+        _: &Attempt,
+        _: &TransactionOptions,
+        _: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        None
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -15,6 +15,7 @@ use std::{fmt::Debug, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::Extensions;
 
 #[cfg(feature = "memory")]
 pub use memory::MemoryStore;
@@ -27,7 +28,7 @@ pub use sqlite::SqliteStore;
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionOptions,
 };
 
 /// Keeps records. This is the contract that every store fulfils and that the conformance suite
@@ -159,6 +160,16 @@ pub trait Store: Debug + Send + Sync + 'static {
         key: &IdempotencyKey,
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError>;
+
+    /// Offers the handler of an attempt a transaction that its record can be completed in: puts something into the
+    /// request's extensions that the handler gets it from. Nothing is begun before the handler asks. `None` if the store
+    /// has no transactions.
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        options: &TransactionOptions,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>>;
 
     /// Deletes at most `limit` records that count as absent, and returns how many. Held ones and those that the next
     /// claim would find held stay. Safe on many nodes at once.

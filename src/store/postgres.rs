@@ -4,17 +4,23 @@ mod call;
 mod connection;
 mod setup;
 mod statements;
+mod transaction;
 
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::{PgPool, Row, postgres::PgRow};
+use http::Extensions;
+use sqlx::{
+    PgPool, Row,
+    postgres::{PgPoolOptions, PgRow},
+};
 
 use self::{
     call::{Call, Value},
     connection::{Connections, Settings},
     statements::Statements,
+    transaction::Transactions,
 };
 use super::{
     IntoStore, Store,
@@ -22,7 +28,8 @@ use super::{
 };
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionOptions,
+    tx::Slot,
 };
 
 /// Keeps records in a PostgreSQL database, version 12 or newer.
@@ -146,6 +153,36 @@ impl PostgresStore {
     pub fn with_statement_timeout(mut self, timeout: Duration) -> Self {
         self.settings.statement_timeout = timeout;
         self.anew()
+    }
+
+    /// Options for a pool that serves transactions of handlers ([`Tx`](crate::Tx)): a connection that is given back inside
+    /// of a transaction is closed instead of being lent again.
+    ///
+    /// That happens when a handler's own `pool.begin()` is cancelled, by a time-out for example: sqlx 0.9 leaves the
+    /// transaction open on the connection ([launchbadge/sqlx#4385](https://github.com/launchbadge/sqlx/issues/4385)), and
+    /// what the next borrower writes is lost. A transaction of the layer notices such a connection and takes another one;
+    /// statements of the application do not. Costs a round trip whenever a connection is given back.
+    ///
+    /// It takes the place of a hook that was set with `after_release`.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use sqlx::postgres::PgPoolOptions;
+    /// use tower_idempotency::PostgresStore;
+    ///
+    /// let options = PostgresStore::guard_pool(PgPoolOptions::new().max_connections(20));
+    /// let pool = options.connect("postgres://app@localhost/app").await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn guard_pool(options: PgPoolOptions) -> PgPoolOptions {
+        options.after_release(|connection, _| {
+            Box::pin(async move {
+                // Equal only in the message that began the transaction.
+                let statement = "SELECT transaction_timestamp() = statement_timestamp() AS outside";
+                sqlx::raw_sql(statement).fetch_one(connection).await?.try_get("outside")
+            })
+        })
     }
 
     /// Creates or migrates the tables, whatever [`TableCreation`] says. Safe twice, and from several processes at once.
@@ -278,6 +315,16 @@ impl Store for PostgresStore {
             return Ok(ResolveOutcome::Resolved);
         }
         Ok(sql::not_resolved(self.get(consumer, key).await?))
+    }
+
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        options: &TransactionOptions,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        let driver = Transactions::new(self.clone(), attempt.clone(), options.clone());
+        Some(Slot::lay_out(driver, options.begin_timeout, None, extensions))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

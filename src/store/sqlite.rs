@@ -3,11 +3,13 @@
 mod connection;
 mod setup;
 mod statements;
+mod transaction;
 
 use std::{collections::HashSet, sync::Arc};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::Extensions;
 use sqlx::{
     AssertSqlSafe, Row, SqlitePool,
     query::Query,
@@ -15,14 +17,19 @@ use sqlx::{
 };
 use uuid::Uuid;
 
-use self::{connection::Connections, statements::Statements};
+use self::{
+    connection::{Connections, Rank},
+    statements::Statements,
+    transaction::Transactions,
+};
 use super::{
     IntoStore, Store,
     sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
 };
 use crate::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record,
-    RecordFilter, RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError,
+    RecordFilter, RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction,
+    TransactionOptions, tx::Slot,
 };
 
 /// Keeps records in a SQLite database file.
@@ -113,8 +120,13 @@ impl SqliteStore {
         self.state.connections.read(&self.pool, operation, query).await
     }
 
-    async fn write(&self, operation: &str, query: Prepared<'_>) -> Result<Vec<SqliteRow>, StoreError> {
-        self.state.connections.write(&self.pool, operation, query).await
+    async fn write(
+        &self,
+        rank: Rank,
+        operation: &str,
+        query: Prepared<'_>,
+    ) -> Result<Vec<SqliteRow>, StoreError> {
+        self.state.connections.write(&self.pool, rank, operation, query).await
     }
 
     /// What the claim finds, and whether it can take it.
@@ -138,11 +150,11 @@ impl SqliteStore {
             .bind(i64::from(claim.max_abandoned))
             .bind(statements::millis(claim.lease))
             .bind(statements::millis(claim.retention));
-        first_record("claim", &self.write("claim", query).await?)
+        first_record("claim", &self.write(Rank::Newcomer, "claim", query).await?)
     }
 
     async fn fenced(&self, operation: &str, sql: &Arc<str>, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        let rows = self.write(operation, of_attempt(sql, attempt)).await?;
+        let rows = self.write(Rank::Owner, operation, of_attempt(sql, attempt)).await?;
         Ok(if rows.is_empty() { Fenced::Lost } else { Fenced::Applied })
     }
 
@@ -154,7 +166,11 @@ impl SqliteStore {
         write: bool,
     ) -> Result<HashSet<Uuid>, StoreError> {
         let query = prepared(query).bind(statements::renewals(renewals));
-        let rows = if write { self.write("renew", query).await? } else { self.read("renew", query).await? };
+        let rows = if write {
+            self.write(Rank::Owner, "renew", query).await?
+        } else {
+            self.read("renew", query).await?
+        };
         let ids = rows.iter().map(|row| row.try_get::<Uuid, _>("attempt"));
         ids.collect::<Result<_, _>>().map_err(|source| connection::error("renew", source))
     }
@@ -205,7 +221,7 @@ impl Store for SqliteStore {
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         let query = of_attempt(&self.sql().await?.complete, attempt).bind(&*response);
-        if !self.write("complete", query).await?.is_empty() {
+        if !self.write(Rank::Owner, "complete", query).await?.is_empty() {
             return Ok(CompleteOutcome::Completed);
         }
         Ok(sql::not_completed(attempt, self.get(&attempt.consumer, &attempt.key).await?))
@@ -235,7 +251,7 @@ impl Store for SqliteStore {
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let query = prepared(&self.sql().await?.evict).bind(consumer.as_str()).bind(key.as_str());
-        Ok(!self.write("evict", query).await?.is_empty())
+        Ok(!self.write(Rank::Newcomer, "evict", query).await?.is_empty())
     }
 
     async fn resolve(
@@ -248,11 +264,11 @@ impl Store for SqliteStore {
         let rows = match &resolution {
             Resolution::Release => {
                 let query = prepared(&statements.resolve_release).bind(consumer.as_str()).bind(key.as_str());
-                self.write("resolve", query).await?
+                self.write(Rank::Newcomer, "resolve", query).await?
             }
             Resolution::Complete(response) => {
                 let query = prepared(&statements.resolve_complete).bind(consumer.as_str()).bind(key.as_str());
-                self.write("resolve", query.bind(&**response)).await?
+                self.write(Rank::Newcomer, "resolve", query.bind(&**response)).await?
             }
         };
         if !rows.is_empty() {
@@ -261,8 +277,19 @@ impl Store for SqliteStore {
         Ok(sql::not_resolved(self.get(consumer, key).await?))
     }
 
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        options: &TransactionOptions,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        let driver = Transactions::new(self.clone(), attempt.clone());
+        Some(Slot::lay_out(driver, options.begin_timeout, options.time_limit, extensions))
+    }
+
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        let rows = self.write("purge", prepared(&self.sql().await?.purge).bind(limit)).await?;
+        let rows =
+            self.write(Rank::Newcomer, "purge", prepared(&self.sql().await?.purge).bind(limit)).await?;
         Ok(rows.len().try_into().unwrap_or(u64::MAX))
     }
 }

@@ -9,10 +9,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::Extensions;
 use tokio::sync::watch;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind, StoreTransaction,
+    TransactionOptions,
 };
 
 /// A store behind which another one works. Clones share everything.
@@ -154,6 +156,15 @@ impl<S: Store + Clone> Store for Watched<S> {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         self.store.resolve(consumer, key, resolution).await
+    }
+
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        options: &TransactionOptions,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        self.store.transaction(attempt, options, extensions)
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -55,6 +55,16 @@ impl<'a> Call<'a> {
         }
     }
 
+    /// Runs the statement on a connection of somebody else's, inside a transaction, in which a pooler keeps to one server
+    /// connection. That of a pooler must not be left a prepared statement.
+    pub(super) async fn fetch_all_inside(
+        self,
+        connection: &mut PgConnection,
+        mode: ConnectionMode,
+    ) -> Result<Vec<PgRow>, sqlx::Error> {
+        self.prepared().persistent(mode == ConnectionMode::Direct).fetch_all(connection).await
+    }
+
     fn prepared(self) -> Query<'a, Postgres, PgArguments> {
         let query = sqlx::query(AssertSqlSafe(self.sql));
         self.values.into_iter().fold(query, |query, value| match value {
@@ -69,7 +79,8 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn text(&self) -> String {
+    /// The statement with its values in it.
+    pub(super) fn text(&self) -> String {
         let mut parts = self.sql.split('$');
         let mut text = parts.next().unwrap_or_default().to_owned();
         for part in parts {

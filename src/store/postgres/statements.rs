@@ -22,6 +22,8 @@ pub(super) struct Statements {
     pub(super) resolve_complete: Arc<str>,
     pub(super) purge: Arc<str>,
     pub(super) list: Arc<str>,
+    pub(super) lock: Arc<str>,
+    pub(super) terminate: Arc<str>,
 }
 
 impl Statements {
@@ -51,6 +53,8 @@ impl Statements {
             resolve_complete: render(RESOLVE_COMPLETE),
             purge: render(PURGE),
             list: render(LIST),
+            lock: render(LOCK),
+            terminate: render(TERMINATE),
         }
     }
 }
@@ -180,3 +184,29 @@ WITH doomed AS (
     ORDER BY r.expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
 DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} IS TRUE RETURNING 1";
+
+/// `fresh` is false on a connection that was in a transaction already, with writes of somebody else.
+const LOCK: &str = "
+WITH before AS MATERIALIZED (SELECT txid_current_if_assigned() IS NULL AS fresh),
+mine AS (
+    SELECT before.fresh FROM before CROSS JOIN {table} AS r
+    WHERE r.consumer = $1 AND r.key = $2 AND {mine} LIMIT 1 FOR NO KEY UPDATE OF r
+)
+SELECT mine.fresh,
+    set_config('statement_timeout', CASE
+        WHEN current_setting('statement_timeout')::interval BETWEEN interval '1 ms' AND $4 * interval '1 microsecond'
+        THEN current_setting('statement_timeout') ELSE (($4 + 999) / 1000)::text END, true),
+    set_config('idle_in_transaction_session_timeout', CASE
+        WHEN current_setting('idle_in_transaction_session_timeout')::interval
+            BETWEEN interval '1 ms' AND $5 * interval '1 microsecond'
+        THEN current_setting('idle_in_transaction_session_timeout') ELSE (($5 + 999) / 1000)::text END, true),
+    set_config('tower_idempotency.role', current_setting('role'), true)
+FROM mine";
+
+/// Ends the backend whose transaction has the record locked.
+const TERMINATE: &str = "
+SELECT pg_terminate_backend(a.pid) AS terminated
+FROM {table} AS r
+JOIN pg_locks AS l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xmax
+JOIN pg_stat_activity AS a ON a.pid = l.pid
+WHERE r.consumer = $1 AND r.key = $2 AND r.attempt = $3 AND a.state LIKE $4 AND a.pid <> pg_backend_pid()";

@@ -1,14 +1,19 @@
 //! The store's own connections.
 
-use std::{sync::OnceLock, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use sqlx::{
-    SqlitePool,
+    AssertSqlSafe, SqlitePool, Transaction,
     pool::PoolConnection,
     sqlite::{Sqlite, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
-
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::{Mutex, OwnedMutexGuard},
+    time::{Instant, sleep, timeout},
+};
 
 use super::Prepared;
 use crate::{
@@ -16,11 +21,23 @@ use crate::{
     store::sql::{self, Meaning},
 };
 
-/// One connection that writes, behind whose pool writers queue fairly, and a few that read.
+/// One connection that writes, behind which writers queue fairly, and a few that read.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     writer: OnceLock<SqlitePool>,
+    /// The queue of newcomers. Who owns a record does not stand in it: renewals and ends of attempts wait for the
+    /// connection alone, so that they come before whatever is in the queue.
+    queue: Arc<Mutex<()>>,
     readers: OnceLock<SqlitePool>,
+}
+
+/// Who is to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rank {
+    /// An attempt that owns its record: it goes first.
+    Owner,
+    /// Everybody else.
+    Newcomer,
 }
 
 impl Connections {
@@ -31,7 +48,7 @@ impl Connections {
         query: Prepared<'_>,
     ) -> Result<Vec<SqliteRow>, StoreError> {
         let readers = self.readers.get_or_init(|| own_pool(base, MAX_READERS));
-        let mut connection = acquire(readers).await?;
+        let mut connection = patiently(|| readers.acquire()).await.map_err(connect_error)?;
         query.fetch_all(&mut *connection).await.map_err(|source| error(operation, source))
     }
 
@@ -39,25 +56,50 @@ impl Connections {
     pub(super) async fn write(
         &self,
         base: &SqlitePool,
+        rank: Rank,
         operation: &str,
         query: Prepared<'_>,
     ) -> Result<Vec<SqliteRow>, StoreError> {
+        let _turn = if rank == Rank::Newcomer { Some(self.turn().await?) } else { None };
         let mut connection = self.writer(base).await?;
         query.fetch_all(&mut *connection).await.map_err(|source| error(operation, source))
     }
 
+    /// The head of the queue, until it is dropped.
+    pub(super) async fn turn(&self) -> Result<OwnedMutexGuard<()>, StoreError> {
+        timeout(BUSY_TIMEOUT, Arc::clone(&self.queue).lock_owned()).await.map_err(|elapsed| {
+            let message = "the database is busy: another transaction is open";
+            StoreError::new(StoreErrorKind::Unavailable, message).with_source(elapsed)
+        })
+    }
+
     pub(super) async fn writer(&self, base: &SqlitePool) -> Result<PoolConnection<Sqlite>, StoreError> {
-        acquire(self.writer.get_or_init(|| own_pool(base, 1))).await
+        let pool = self.writer.get_or_init(|| own_pool(base, 1));
+        patiently(|| pool.acquire()).await.map_err(connect_error)
+    }
+
+    /// Begins a transaction on the connection that writes.
+    pub(super) async fn begin(
+        &self,
+        base: &SqlitePool,
+        statements: String,
+    ) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        let pool = self.writer.get_or_init(|| own_pool(base, 1));
+        let begun = patiently(|| pool.begin_with(AssertSqlSafe(statements.clone()))).await;
+        begun.map_err(|source| error("begin", source))
     }
 }
 
 /// Opening a connection sets the journal mode, which does not wait for a lock that another connection holds.
-async fn acquire(pool: &SqlitePool) -> Result<PoolConnection<Sqlite>, StoreError> {
+async fn patiently<T, F>(open: impl Fn() -> F) -> Result<T, sqlx::Error>
+where
+    F: Future<Output = Result<T, sqlx::Error>>,
+{
     let deadline = Instant::now() + BUSY_TIMEOUT;
     loop {
-        match pool.acquire().await {
+        match open().await {
             Err(error) if is_busy(&error) && Instant::now() < deadline => sleep(BUSY_PAUSE).await,
-            acquired => return acquired.map_err(connect_error),
+            opened => return opened,
         }
     }
 }
@@ -95,7 +137,7 @@ fn connect_error(source: sqlx::Error) -> StoreError {
 }
 
 /// Extended result codes keep the primary one in their lowest byte.
-fn primary(code: &str) -> u32 {
+pub(super) fn primary(code: &str) -> u32 {
     code.parse::<u32>().map_or(0, |code| code & 0xff)
 }
 

@@ -23,18 +23,22 @@ pub(super) struct Statements {
     pub(super) resolve_complete: Arc<str>,
     pub(super) purge: Arc<str>,
     pub(super) list: Arc<str>,
+    pub(super) mine: Arc<str>,
 }
 
 impl Statements {
     pub(super) fn new(prefix: &Identifier) -> Self {
-        let table = format!("\"{prefix}_records\"");
+        let name = format!("\"{prefix}_records\"");
+        // A handler may have made a temporary table of that name on the connection that writes.
+        let table = format!("main.{name}");
         let render = |template: &str| -> Arc<str> {
             let names = [
                 ("{times}", TIMES),
                 ("{now}", NOW),
                 ("{attempt}", "?3"),
                 ("{fingerprint}", "?4"),
-                ("{r}", &table),
+                ("{table}", &table),
+                ("{r}", &name),
             ];
             sql::render(template, &names).into()
         };
@@ -52,6 +56,7 @@ impl Statements {
             resolve_complete: render(RESOLVE_COMPLETE),
             purge: render(PURGE),
             list: render(LIST),
+            mine: render(MINE),
         }
     }
 }
@@ -76,10 +81,11 @@ const NOW: &str = "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"
 const TIMES: &str = "({r}.lease_until - {now}) * 1000 AS lease_left, {r}.created_at * 1000 AS created_at,
     {r}.expires_at * 1000 AS expires_at";
 
-const LOOK: &str = "SELECT {columns}, {action} AS action FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
+const LOOK: &str =
+    "SELECT {columns}, {action} AS action FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
 
 const TAKE: &str = "
-INSERT INTO {r} (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned, max_abandoned,
+INSERT INTO {table} (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned, max_abandoned,
     lease_until, created_at, expires_at)
 VALUES (?1, ?2, ?5, ?4, 'in_progress', ?3, 1, 0, ?6, {now} + ?7, {now}, {now} + ?8)
 ON CONFLICT (consumer, key) DO UPDATE SET
@@ -102,7 +108,7 @@ WHERE {action} <> 'none'
 RETURNING {columns}";
 
 const RENEW: &str = "
-UPDATE {r} SET lease_until = {now} + i.lease
+UPDATE {table} SET lease_until = {now} + i.lease
 FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt, value ->> 3 AS lease
       FROM json_each(?1)) AS i
 WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt AND {r}.state = 'in_progress'
@@ -111,41 +117,43 @@ RETURNING {r}.attempt";
 const STILL_MINE: &str = "
 SELECT {r}.attempt
 FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt FROM json_each(?1)) AS i
-CROSS JOIN {r}
+CROSS JOIN {table}
 WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt
     AND {r}.state IN ('in_progress', 'held')";
 
 const COMPLETE: &str = "
-UPDATE {r} SET state = 'completed', response = ?4, completed_at = {now}
+UPDATE {table} SET state = 'completed', response = ?4, completed_at = {now}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} RETURNING 1";
+const RELEASE: &str = "DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} RETURNING 1";
 
 const HOLD: &str = "
-UPDATE {r} SET state = 'held', lease_until = {now}
+UPDATE {table} SET state = 'held', lease_until = {now}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
-const GET: &str = "SELECT {columns} FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
+const GET: &str = "SELECT {columns} FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2";
 
 /// The state of a row is what is shown of it, not what is stored.
 const LIST: &str = "
-SELECT * FROM (SELECT {columns} FROM {r}) AS r
+SELECT * FROM (SELECT {columns} FROM {table}) AS r
 WHERE ?2 = 'all' OR r.state = ?2 ORDER BY r.created_at, r.consumer, r.key LIMIT ?1";
 
-const EVICT: &str = "DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 RETURNING 1";
+const EVICT: &str = "DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 RETURNING 1";
 
 const RESOLVE_RELEASE: &str = "
-DELETE FROM {r} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable} RETURNING 1";
+DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable} RETURNING 1";
 
 const RESOLVE_COMPLETE: &str = "
-UPDATE {r} SET state = 'completed', response = ?3, attempt = NULL, completed_at = {now},
+UPDATE {table} SET state = 'completed', response = ?3, attempt = NULL, completed_at = {now},
     expires_at = {now} + ({r}.expires_at - {r}.created_at)
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable}
 RETURNING 1";
 
 const PURGE: &str = "
-DELETE FROM {r} WHERE rowid IN (
-    SELECT {r}.rowid FROM {r} WHERE {r}.expires_at <= {now} AND {absent} ORDER BY {r}.expires_at LIMIT ?1)
+DELETE FROM {table} WHERE rowid IN (
+    SELECT {r}.rowid FROM {table} WHERE {r}.expires_at <= {now} AND {absent} ORDER BY {r}.expires_at LIMIT ?1)
 RETURNING 1";
+
+const MINE: &str = "SELECT 1 FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}";

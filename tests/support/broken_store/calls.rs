@@ -1,12 +1,16 @@
 //! The calls of the store, and the faults that lie between looking and writing.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
+use http::Extensions;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
     RecordFilter, RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError,
-    StoreErrorKind,
+    StoreErrorKind, StoreTransaction, TransactionOptions,
 };
 
 use super::{
@@ -228,6 +232,15 @@ impl Store for BrokenStore {
             rows.insert(identity, row);
         }
         Ok(ResolveOutcome::Resolved)
+    }
+
+    fn transaction(
+        &self,
+        _: &Attempt,
+        _: &TransactionOptions,
+        _: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        None
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -1,0 +1,153 @@
+//! Transactions of handlers.
+//!
+//! A transaction runs on the connection that writes, so while it is open nobody else writes, and nobody can take the
+//! record over. A savepoint set at its begin proves at the end that it is still the transaction that was begun.
+
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use sqlx::{
+    AssertSqlSafe, Transaction,
+    sqlite::{Sqlite, SqliteConnection},
+};
+use tokio::sync::OwnedMutexGuard;
+
+use super::{SqliteStore, connection::primary, of_attempt};
+use crate::{Attempt, StoreError, TRACING_TARGET, TransactionError, TransactionErrorKind, tx::Driver};
+
+#[derive(Debug)]
+pub(super) struct Transactions {
+    store: SqliteStore,
+    attempt: Attempt,
+    /// The place at the head of the queue of writers, while the transaction is open.
+    turn: Mutex<Option<OwnedMutexGuard<()>>>,
+}
+
+impl Transactions {
+    pub(super) fn new(store: SqliteStore, attempt: Attempt) -> Self {
+        Self { store, attempt, turn: Mutex::default() }
+    }
+
+    fn savepoint(&self) -> String {
+        format!("tower_idempotency_{}", self.attempt.id.as_uuid().simple())
+    }
+
+    fn set_turn(&self, turn: Option<OwnedMutexGuard<()>>) {
+        *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
+    }
+
+    async fn lock(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
+        let statements = self.store.sql().await.map_err(unavailable)?;
+        let connections = &self.store.state.connections;
+        self.set_turn(Some(connections.turn().await.map_err(unavailable)?));
+        let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", self.savepoint());
+        let mut transaction = connections.begin(&self.store.pool, begin).await.map_err(unavailable)?;
+        let mine = of_attempt(&statements.mine, &self.attempt).fetch_optional(&mut *transaction).await;
+        match mine
+            .map_err(|source| failed(TransactionErrorKind::Gone, "the record could not be read", source))?
+        {
+            Some(_) => Ok(transaction),
+            None => {
+                self.abandon(transaction).await;
+                let message = "another attempt has taken the record over";
+                Err(TransactionError::new(TransactionErrorKind::Lost, message))
+            }
+        }
+    }
+
+    /// Fails if the savepoint is gone: then the transaction is another one, or none.
+    async fn at_savepoint(
+        &self,
+        connection: &mut SqliteConnection,
+        verb: &str,
+    ) -> Result<(), TransactionError> {
+        let statement = AssertSqlSafe(format!("{verb} {}", self.savepoint()));
+        let done = sqlx::raw_sql(statement).execute(connection).await;
+        let message = "the transaction is not the one that was begun";
+        done.map(drop).map_err(|source| match code(&source) {
+            Some(ERROR) => failed(TransactionErrorKind::Ended, message, source),
+            _ => failed(TransactionErrorKind::Gone, message, source),
+        })
+    }
+
+    async fn complete(
+        &self,
+        connection: &mut SqliteConnection,
+        response: &[u8],
+    ) -> Result<(), TransactionError> {
+        self.at_savepoint(connection, "RELEASE").await?;
+        let statements = self.store.sql().await.map_err(unavailable)?;
+        let completed = of_attempt(&statements.complete, &self.attempt).bind(response);
+        let rows = completed.fetch_all(&mut *connection).await.map_err(|source| {
+            failed(TransactionErrorKind::Failed, "the record could not be completed", source)
+        })?;
+        if rows.is_empty() {
+            return Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's"));
+        }
+        Ok(())
+    }
+
+    /// Rolls back without asking whose transaction it is. A connection that is not in order is closed.
+    async fn abandon(&self, transaction: Transaction<'static, Sqlite>) {
+        if let Err(error) = transaction.rollback().await {
+            let error = &error as &dyn std::error::Error;
+            tracing::debug!(target: TRACING_TARGET, error, "nothing to roll back");
+        }
+        self.set_turn(None);
+    }
+}
+
+#[async_trait]
+impl Driver<Sqlite> for Transactions {
+    async fn begin(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
+        let locked = self.lock().await;
+        if locked.is_err() {
+            self.set_turn(None);
+        }
+        locked
+    }
+
+    async fn commit(
+        &self,
+        mut transaction: Transaction<'static, Sqlite>,
+        response: Bytes,
+    ) -> Result<(), TransactionError> {
+        if let Err(error) = self.complete(&mut transaction, &response).await {
+            self.abandon(transaction).await;
+            return Err(error);
+        }
+        let committed = transaction.commit().await;
+        self.set_turn(None);
+        committed.map_err(|source| match code(&source) {
+            None | Some(INPUT_OUTPUT) => failed(TransactionErrorKind::Unconfirmed, "COMMIT failed", source),
+            Some(_) => failed(TransactionErrorKind::Failed, "COMMIT failed", source),
+        })
+    }
+
+    async fn roll_back(&self, mut transaction: Transaction<'static, Sqlite>) -> Result<(), TransactionError> {
+        let proved = self.at_savepoint(&mut transaction, "ROLLBACK TO").await;
+        self.abandon(transaction).await;
+        proved
+    }
+
+    /// SQLite cannot end a transaction but on its own connection.
+    async fn revoke(&self) {}
+}
+
+fn unavailable(source: StoreError) -> TransactionError {
+    TransactionError::new(TransactionErrorKind::Unavailable, "the store does not answer").with_source(source)
+}
+
+fn failed(kind: TransactionErrorKind, message: &str, source: sqlx::Error) -> TransactionError {
+    TransactionError::new(kind, message).with_source(source)
+}
+
+fn code(error: &sqlx::Error) -> Option<u32> {
+    error.as_database_error().and_then(|error| error.code()).map(|code| primary(&code))
+}
+
+/// `SQLITE_ERROR`: what is said of a savepoint that does not exist.
+const ERROR: u32 = 1;
+/// `SQLITE_IOERR`.
+const INPUT_OUTPUT: u32 = 10;
