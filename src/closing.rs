@@ -50,7 +50,7 @@ impl Execution {
                 End::Complete(response) if keeps_writes => {
                     self.wait_for_commit(self.shared.tasks.spawn(closing.commit(transaction, response))).await
                 }
-                end => {
+                end @ (End::Complete(_) | End::Release | End::Hold) => {
                     let patience = if matches!(end, End::Complete(_)) { Duration::MAX } else { PATIENCE };
                     let (sender, rolled_back) = oneshot::channel();
                     let task = self.shared.tasks.spawn(closing.roll_back(transaction, end, sender));

@@ -57,10 +57,6 @@ type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 type Verdict<B, E> = Result<Answer<B, E>, Rejection>;
 
 /// How the handler's task ended.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it is made and taken apart once, and the large variant is the rule"
-)]
 enum HandlerEnd<B, E> {
     Performed(Performed<B, E>),
     Panicked,
@@ -231,10 +227,13 @@ impl Execution {
         transaction: Option<&dyn StoreTransaction>,
     ) -> Judged<B, E> {
         let lent = || transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::Lent);
-        let judge = || match ended {
-            // Dropping a response whose body has the transaction gives it back.
-            HandlerEnd::Performed(Ok(_)) if lent() => self.transaction_kept(),
-            ended => self.judge_end(ended),
+        let judge = || {
+            if matches!(ended, HandlerEnd::Performed(Ok(_))) && lent() {
+                // If the body of the response has it, it is given back now.
+                drop(ended);
+                return self.transaction_kept();
+            }
+            self.judge_end(ended)
         };
         catch_unwind(AssertUnwindSafe(judge)).unwrap_or_else(|_| {
             self.without_result(Rejection::new(RejectionCode::Internal, "The result could not be judged."))

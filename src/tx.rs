@@ -330,7 +330,9 @@ impl<DB: Database> Slot<DB> {
         match *place {
             Place::Lent { until } => *place = Place::Here { transaction, until },
             // Nobody waits for it any more: dropping it rolls it back.
-            _ => drop(transaction),
+            Place::Unused | Place::Beginning | Place::Here { .. } | Place::Failed(_) | Place::Taken => {
+                drop(transaction);
+            }
         }
         drop(place);
         self.changed.notify_waiters();
@@ -375,7 +377,7 @@ impl<DB: Database> Slot<DB> {
     fn until(&self) -> Option<Instant> {
         match *self.place() {
             Place::Here { until, .. } | Place::Lent { until } => until,
-            _ => None,
+            Place::Unused | Place::Beginning | Place::Failed(_) | Place::Taken => None,
         }
     }
 }
