@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::{
     Idempotency, ProblemJson, Rejection, RejectionCode, StoreTransaction, TRACING_TARGET, TransactionError,
-    TransactionErrorKind, TransactionUsage, rejection::respond,
+    TransactionErrorKind, TransactionUsage, error::BoxError, rejection::respond,
 };
 
 /// The transaction of an attempt, in a database of sqlx: what the handler writes through it is committed together with
@@ -123,16 +123,34 @@ impl<DB: Database> fmt::Debug for Tx<DB> {
     }
 }
 
-/// A handler could not get its transaction. As a response it is a refusal, which is never stored.
+/// A handler could not get its transaction, or one of its statements failed. As a response it is a refusal, which is
+/// never stored, so that the transaction is rolled back and the key released.
+///
+/// It is made of any error of sqlx, so that a handler may answer with it: 503 `transaction-conflict` with `Retry-After`
+/// for a serialization failure or a deadlock, 500 `transaction-failed` for everything else. The cause is logged, and not
+/// shown to the client.
+///
+/// ```
+/// # #[cfg(all(feature = "axum", feature = "postgres"))] {
+/// # use sqlx::Postgres;
+/// # use tower_idempotency::{Tx, TxError};
+/// async fn transfer(mut tx: Tx<Postgres>) -> Result<&'static str, TxError> {
+///     sqlx::query("UPDATE accounts SET balance = balance - 1 WHERE id = 1").execute(&mut *tx).await?;
+///     sqlx::query("UPDATE accounts SET balance = balance + 1 WHERE id = 2").execute(&mut *tx).await?;
+///     Ok("done")
+/// }
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[error("{}", rejection.detail())]
 pub struct TxError {
     rejection: Box<Rejection>,
+    source: Option<BoxError>,
 }
 
 impl TxError {
     fn new(code: RejectionCode, detail: &'static str) -> Self {
-        Self { rejection: Box::new(Rejection::new(code, detail)) }
+        Self { rejection: Box::new(Rejection::new(code, detail)), source: None }
     }
 
     fn no_key() -> Self {
@@ -153,27 +171,6 @@ impl TxError {
         )
     }
 
-    fn of(error: &TransactionError) -> Self {
-        match error.kind() {
-            TransactionErrorKind::Unavailable => Self::new(
-                RejectionCode::StoreUnavailable,
-                "The transaction could not begin; send the request again with the same key.",
-            ),
-            TransactionErrorKind::Lent => {
-                Self::new(RejectionCode::TransactionKept, "The transaction of the request is in use already.")
-            }
-            TransactionErrorKind::Conflict => {
-                Self::new(RejectionCode::TransactionConflict, "The transaction collided with another one.")
-            }
-            TransactionErrorKind::Failed | TransactionErrorKind::Ended => {
-                Self::new(RejectionCode::TransactionFailed, "The transaction could not begin.")
-            }
-            TransactionErrorKind::Lost | TransactionErrorKind::Gone | TransactionErrorKind::Unconfirmed => {
-                Self::new(RejectionCode::TransactionLost, "Another attempt has taken the request over.")
-            }
-        }
-    }
-
     /// Why.
     #[must_use]
     pub fn code(&self) -> RejectionCode {
@@ -184,6 +181,47 @@ impl TxError {
     #[must_use]
     pub fn into_response(self) -> Response<Bytes> {
         respond(*self.rejection, &ProblemJson)
+    }
+}
+
+impl From<Arc<TransactionError>> for TxError {
+    fn from(error: Arc<TransactionError>) -> Self {
+        let (code, detail) = match error.kind() {
+            TransactionErrorKind::Unavailable => (
+                RejectionCode::StoreUnavailable,
+                "The transaction could not begin; send the request again with the same key.",
+            ),
+            TransactionErrorKind::Lent => {
+                (RejectionCode::TransactionKept, "The transaction of the request is in use already.")
+            }
+            TransactionErrorKind::Conflict => {
+                (RejectionCode::TransactionConflict, "The transaction collided with another one.")
+            }
+            TransactionErrorKind::Failed | TransactionErrorKind::Ended => {
+                (RejectionCode::TransactionFailed, "The transaction could not begin.")
+            }
+            TransactionErrorKind::Lost | TransactionErrorKind::Gone | TransactionErrorKind::Unconfirmed => {
+                (RejectionCode::TransactionLost, "Another attempt has taken the request over.")
+            }
+        };
+        Self { source: Some(error.into()), ..Self::new(code, detail) }
+    }
+}
+
+impl From<sqlx::Error> for TxError {
+    fn from(error: sqlx::Error) -> Self {
+        let cause = &error as &dyn std::error::Error;
+        tracing::error!(target: TRACING_TARGET, error = cause, "a statement of a handler failed");
+        let code = error.as_database_error().and_then(|error| error.code());
+        // Serialization failure and deadlock, as PostgreSQL names them.
+        let (code, detail) = match code.as_deref() {
+            Some("40001" | "40P01") => (
+                RejectionCode::TransactionConflict,
+                "The request collided with another one and nothing was done.",
+            ),
+            _ => (RejectionCode::TransactionFailed, "The database refused a statement; nothing was done."),
+        };
+        Self { source: Some(error.into()), ..Self::new(code, detail) }
     }
 }
 
@@ -269,13 +307,14 @@ impl<DB: Database> Slot<DB> {
             tokio::pin!(changed);
             changed.as_mut().enable();
             if let Some(lent) = self.try_lend() {
-                return lent.map_err(|error| TxError::of(&error));
+                return lent.map_err(TxError::from);
             }
             let left = self.begin_timeout.saturating_sub(asked_at.elapsed());
             if timeout(left, changed).await.is_err() {
                 let message = format!("the transaction did not begin within {:?}", self.begin_timeout);
                 tracing::warn!(target: TRACING_TARGET, "{message}");
-                return Err(TxError::of(&TransactionError::new(TransactionErrorKind::Unavailable, message)));
+                let error = TransactionError::new(TransactionErrorKind::Unavailable, message);
+                return Err(Arc::new(error).into());
             }
         }
     }
