@@ -321,7 +321,7 @@ impl IdempotencyLayer {
         self.set(|settings| settings.reaper = reaper)
     }
 
-    /// Sets how the transactions of handlers ([`Tx`](crate::Tx)) are begun and ended. Default:
+    /// Sets how the transactions of handlers (`Tx`) are begun and ended. Default:
     /// [`TransactionOptions::default`].
     #[must_use]
     pub fn with_transactions(self, options: TransactionOptions) -> Self {

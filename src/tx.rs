@@ -377,13 +377,17 @@ impl<DB: Database> Slot<DB> {
         self.changed.notify_waiters();
     }
 
-    /// The transaction, which nobody gets any more. Waits while it is being begun.
+    /// The transaction, which nobody gets any more. Waits while it is being begun. One that the handler keeps is ended
+    /// by the database, if it can.
     async fn take(&self) -> Result<Transaction<'static, DB>, TransactionError> {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             if let Some(taken) = self.try_take() {
+                if taken.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::Lent) {
+                    self.driver.revoke().await;
+                }
                 return taken;
             }
             changed.await;
@@ -454,11 +458,7 @@ impl<DB: Database> StoreTransaction for Slot<DB> {
     async fn roll_back(&self) -> Result<(), TransactionError> {
         match self.take().await {
             Ok(transaction) => self.driver.roll_back(transaction).await,
-            Err(error) if error.kind() == TransactionErrorKind::Lent => {
-                self.driver.revoke().await;
-                Ok(())
-            }
-            // There is nothing to roll back.
+            // There is nothing to roll back, or the database was told to.
             Err(_) => Ok(()),
         }
     }
