@@ -40,7 +40,7 @@ impl Transactions {
             Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
             Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
         };
-        format!("BEGIN{isolation}; SAVEPOINT {}", self.savepoint())
+        format!("BEGIN{isolation}; SAVEPOINT {}; {REMEMBER_TERMS}", self.savepoint())
     }
 
     async fn try_begin(self) -> Result<Transaction<'static, Postgres>, TransactionError> {
@@ -227,14 +227,17 @@ fn ends_connection(code: &str) -> bool {
         || code.starts_with("25P0") && code != "25P01" && code != "25P02"
 }
 
-/// The role is that of the transaction's begin; the statement's plan must find the record by its key, whatever the
-/// size of the table was when it was made.
+/// The statements of the store must find the record by its key. A plan that was made while the table was small would go
+/// through all of it, and at SERIALIZABLE collide with everybody else's.
+const REMEMBER_TERMS: &str = "
+SELECT set_config('tower_idempotency.role', current_setting('role'), true),
+    set_config('tower_idempotency.enable_seqscan', current_setting('enable_seqscan'), true),
+    set_config('enable_seqscan', 'off', true)";
+
+/// The role is that of the transaction's begin, and the handler's time-out does not count.
 const OWN_TERMS: &str = "
-SELECT set_config('role', current_setting('tower_idempotency.role'), true);
-SET LOCAL enable_seqscan = off;
-SET LOCAL jit = off;
-SET LOCAL plan_cache_mode = force_generic_plan;
-SET LOCAL statement_timeout = 0";
+SELECT set_config('role', current_setting('tower_idempotency.role'), true), set_config('statement_timeout', '0', true),
+    set_config('enable_seqscan', 'off', true)";
 
 /// What a backend may be doing when it is terminated.
 const ANY: &str = "%";
