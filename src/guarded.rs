@@ -1,6 +1,6 @@
 //! A request with a key: received whole, decided by the store, run or answered.
 
-use std::sync::Arc;
+use std::{future::poll_fn, mem, sync::Arc};
 
 use bytes::Bytes;
 use http::{Request, Response, request::Parts};
@@ -58,7 +58,7 @@ impl Guarded {
         caller: oneshot::Receiver<()>,
     ) -> Answer<ResBody, S::Error>
     where
-        S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>> + Send + 'static,
+        S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>> + Clone + Send + 'static,
         S::Future: Send + 'static,
         S::Error: Send + 'static,
         ReqBody: Body<Data = Bytes> + Send + 'static,
@@ -71,6 +71,32 @@ impl Guarded {
             Ok(None) => return Ok(Response::default()),
             Err(rejection) => return Ok(refused(&self.settings, rejection)),
         };
+        for _ in 0..self.settings.transactions.reruns {
+            let clone = inner.clone();
+            let ready = mem::replace(&mut inner, clone);
+            let answer = self.perform(ready, parts.clone(), body.clone()).await;
+            if !answer.as_ref().is_ok_and(collided) {
+                return answer;
+            }
+            poll_fn(|cx| inner.poll_ready(cx)).await?;
+        }
+        self.perform(inner, parts, body).await
+    }
+
+    async fn perform<S, ReqBody, ResBody>(
+        &self,
+        mut inner: S,
+        parts: Parts,
+        body: Buffered,
+    ) -> Answer<ResBody, S::Error>
+    where
+        S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>> + Send + 'static,
+        S::Future: Send + 'static,
+        S::Error: Send + 'static,
+        ReqBody: Body<Data = Bytes> + Send + 'static,
+        ResBody: Body<Data = Bytes> + Send + 'static,
+        ResBody::Error: Into<BoxError>,
+    {
         let decision = self.decide(&parts, &body.data).await;
         let request = Request::from_parts(parts, RequestBody::buffered(body.data, body.trailers));
         match decision {
@@ -236,6 +262,12 @@ impl Guarded {
             ),
         })
     }
+}
+
+/// Whether the transaction collided with another one, so that the request may be performed again at once.
+fn collided<B>(response: &Response<B>) -> bool {
+    let rejection = response.extensions().get::<Rejection>();
+    rejection.is_some_and(|rejection| rejection.code() == RejectionCode::TransactionConflict)
 }
 
 fn may_be_taken_over(record: &Record) -> bool {

@@ -22,6 +22,8 @@ pub struct TransactionOptions {
     pub time_limit: Option<Duration>,
     /// See [`keep_writes_of_client_errors`](Self::keep_writes_of_client_errors).
     pub keeps_writes_of_client_errors: bool,
+    /// See [`with_reruns`](Self::with_reruns).
+    pub reruns: u32,
     /// How long a handler waits for its transaction to begin. The layer fills in its store time-out.
     pub begin_timeout: Option<Duration>,
 }
@@ -78,6 +80,14 @@ impl TransactionOptions {
     #[must_use]
     pub fn keep_writes_of_client_errors(mut self) -> Self {
         self.keeps_writes_of_client_errors = true;
+        self
+    }
+
+    /// Performs a request again when its transaction collided with another one (`transaction-conflict`), at most this many
+    /// times. Default: 0, the client is asked to send it again. For handlers whose only effects are in the transaction.
+    #[must_use]
+    pub fn with_reruns(mut self, reruns: u32) -> Self {
+        self.reruns = reruns;
         self
     }
 

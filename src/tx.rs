@@ -127,7 +127,8 @@ impl<DB: Database> fmt::Debug for Tx<DB> {
 /// never stored, so that the transaction is rolled back and the key released.
 ///
 /// It is made of any error of sqlx, so that a handler may answer with it: 503 `transaction-conflict` with `Retry-After`
-/// for a serialization failure or a deadlock, 500 `transaction-failed` for everything else. The cause is logged, and not
+/// for a serialization failure or a deadlock, 503 `transaction-lost` for a time-out of the server or a broken connection,
+/// 500 `transaction-failed` for everything else. The cause is logged, and not
 /// shown to the client.
 ///
 /// ```
@@ -213,12 +214,17 @@ impl From<sqlx::Error> for TxError {
         let cause = &error as &dyn std::error::Error;
         tracing::error!(target: TRACING_TARGET, error = cause, "a statement of a handler failed");
         let code = error.as_database_error().and_then(|error| error.code());
-        // Serialization failure and deadlock, as PostgreSQL names them.
-        let (code, detail) = match code.as_deref() {
-            Some("40001" | "40P01") => (
+        let (code, detail) = match (&error, code.as_deref()) {
+            // Serialization failure and deadlock, as PostgreSQL names them.
+            (_, Some("40001" | "40P01")) => (
                 RejectionCode::TransactionConflict,
                 "The request collided with another one and nothing was done.",
             ),
+            // Its time-outs, and connections that it ended.
+            (_, Some("57014" | "25P03" | "57P01" | "57P02" | "57P03"))
+            | (sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed, _) => {
+                (RejectionCode::TransactionLost, "The transaction was lost and nothing was done.")
+            }
             _ => (RejectionCode::TransactionFailed, "The database refused a statement; nothing was done."),
         };
         Self { source: Some(error.into()), ..Self::new(code, detail) }
