@@ -211,14 +211,20 @@ impl PostgresStore {
 
     /// Asks once. `None` if another claim was changing the record.
     async fn ask(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError> {
-        let call = of_attempt(&self.sql().await?.claim, &claim.attempt)
-            .with(Value::Bytes(claim.fingerprint.as_bytes()))
-            .with(Value::Uuid(claim.record_id.as_uuid()))
-            .with(Value::Small(claim.max_abandoned.try_into().unwrap_or(i16::MAX)))
-            .with(Value::Int(sql::micros(claim.lease)))
-            .with(Value::Int(sql::micros(claim.retention)));
-        let rows = self.rows("claim", call).await?;
-        rows.first().map_or(Ok(None), answer).map_err(|source| connection::error("claim", source))
+        let statements = self.sql().await?;
+        let rows = self.rows("claim", of_claim(&statements.claim, claim)).await?;
+        let failed = |source| connection::error("claim", source);
+        let Some(row) = rows.first() else { return Ok(None) };
+        if row.try_get("written").map_err(failed)? {
+            return sql::record(row).map(sql::claimed).map(Some).map_err(failed);
+        }
+        if !row.try_get("open").map_err(failed)? {
+            return sql::record(row)
+                .map(|record| Some(ClaimOutcome::Exists(Box::new(record))))
+                .map_err(failed);
+        }
+        let rows = self.rows("claim", of_claim(&statements.take, claim)).await?;
+        rows.first().map(sql::record).transpose().map(|record| record.map(sql::claimed)).map_err(failed)
     }
 
     async fn fenced(&self, operation: &str, sql: &Arc<str>, attempt: &Attempt) -> Result<Fenced, StoreError> {
@@ -344,18 +350,17 @@ fn of_key<'a>(sql: &Arc<str>, consumer: &'a Consumer, key: &'a IdempotencyKey) -
     Call::new(Arc::clone(sql)).with(Value::Text(consumer.as_str())).with(Value::Text(key.as_str()))
 }
 
-fn of_attempt<'a>(sql: &Arc<str>, attempt: &'a Attempt) -> Call<'a> {
-    of_key(sql, &attempt.consumer, &attempt.key).with(Value::Uuid(attempt.id.as_uuid()))
+fn of_claim<'a>(sql: &Arc<str>, claim: &'a Claim) -> Call<'a> {
+    of_attempt(sql, &claim.attempt)
+        .with(Value::Bytes(claim.fingerprint.as_bytes()))
+        .with(Value::Uuid(claim.record_id.as_uuid()))
+        .with(Value::Small(claim.max_abandoned.try_into().unwrap_or(i16::MAX)))
+        .with(Value::Int(sql::micros(claim.lease)))
+        .with(Value::Int(sql::micros(claim.retention)))
 }
 
-/// What a row of the claim's statement says; `None` if the key could have been taken but was locked.
-fn answer(row: &PgRow) -> Result<Option<ClaimOutcome>, sqlx::Error> {
-    if row.try_get("open")? {
-        return Ok(None);
-    }
-    let record = sql::record(row)?;
-    let written: bool = row.try_get("written")?;
-    Ok(Some(if written { sql::claimed(record) } else { ClaimOutcome::Exists(Box::new(record)) }))
+fn of_attempt<'a>(sql: &Arc<str>, attempt: &'a Attempt) -> Call<'a> {
+    of_key(sql, &attempt.consumer, &attempt.key).with(Value::Uuid(attempt.id.as_uuid()))
 }
 
 /// Rows say the position, from 1, of a renewal and whether it was carried out; no row, that the attempt is gone.

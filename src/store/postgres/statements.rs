@@ -12,6 +12,7 @@ use crate::store::sql::{self, Identifier};
 #[derive(Debug)]
 pub(super) struct Statements {
     pub(super) claim: Arc<str>,
+    pub(super) take: Arc<str>,
     pub(super) renew: Arc<str>,
     pub(super) complete: Arc<str>,
     pub(super) release: Arc<str>,
@@ -33,9 +34,11 @@ impl Statements {
         let render = |template: &str| -> Arc<str> {
             let names = [
                 ("{times}", TIMES),
+                ("{lease_until}", "({now} + $7::bigint * interval '1 microsecond')"),
+                ("{expires_at}", "({now} + $8::bigint * interval '1 microsecond')"),
                 ("{now}", "statement_timestamp()"),
-                ("{attempt}", if template == CLAIM { "i.attempt" } else { "$3" }),
-                ("{fingerprint}", "i.fingerprint"),
+                ("{attempt}", "$3"),
+                ("{fingerprint}", "$4"),
                 ("{table}", &table),
                 ("{r}", "r"),
             ];
@@ -43,6 +46,7 @@ impl Statements {
         };
         Self {
             claim: render(CLAIM),
+            take: render(TAKE),
             renew: render(RENEW),
             complete: render(COMPLETE),
             release: render(RELEASE),
@@ -63,63 +67,51 @@ const TIMES: &str = "CAST(extract(epoch FROM r.lease_until - {now}) * 1000000 AS
     CAST(extract(epoch FROM r.created_at) * 1000000 AS bigint) AS created_at,
     CAST(extract(epoch FROM r.expires_at) * 1000000 AS bigint) AS expires_at";
 
-/// `i` is what is asked for, `found` what the snapshot shows. A row comes back whose `open` is true if it could have
-/// been taken but was locked, and none at all if another claim inserted the key at the same moment.
+/// Adds the key, or shows what is there; `open` is true if it could be taken. No row comes back if another claim added the
+/// key at the same moment.
 ///
-/// The insert sees only keys that the snapshot does not show: on a key that is there it would wait for whoever holds
+/// The insert is tried only if the snapshot does not show the key: on one that is there it would wait for whoever holds
 /// the row, and a duplicate would cost a row lock and a transaction id.
 const CLAIM: &str = "
-WITH i AS (
-    SELECT $1::text AS consumer, $2::text AS key, $3::uuid AS attempt, $4::bytea AS fingerprint, $5::uuid AS id,
-        $6::smallint AS max_abandoned, {now} + $7::bigint * interval '1 microsecond' AS lease_until,
-        {now} + $8::bigint * interval '1 microsecond' AS expires_at
-), found AS (
-    SELECT r.* FROM i CROSS JOIN LATERAL (
-        SELECT {columns}, {action} <> 'none' AS open
-        FROM {table} AS r WHERE r.consumer = i.consumer AND r.key = i.key LIMIT 1) AS r
+WITH found AS (
+    SELECT {columns}, {action} <> 'none' AS open FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2
 ), added AS (
     INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned, max_abandoned,
         lease_until, created_at, expires_at)
-    SELECT i.consumer, i.key, i.id, i.fingerprint, 'in_progress', i.attempt, 1, 0, i.max_abandoned,
-        i.lease_until, {now}, i.expires_at
-    FROM i WHERE NOT EXISTS (SELECT FROM found WHERE found.consumer = i.consumer AND found.key = i.key)
-    ORDER BY i.consumer, i.key
+    SELECT $1, $2, $5, $4, 'in_progress', $3, 1, 0, $6::smallint, {lease_until}, {now}, {expires_at}
+    WHERE NOT EXISTS (SELECT FROM found)
     ON CONFLICT (consumer, key) DO NOTHING
-    RETURNING {columns}
-), locked AS (
-    SELECT r.place, r.action, i.*
-    FROM (SELECT i.* FROM i JOIN found ON found.consumer = i.consumer AND found.key = i.key
-          WHERE found.open ORDER BY i.consumer, i.key) AS i
-    CROSS JOIN LATERAL (
-        SELECT r.ctid AS place, {action} AS action
-        FROM {table} AS r WHERE r.consumer = i.consumer AND r.key = i.key AND {action} <> 'none'
-        LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS r
-), taken AS (
-    UPDATE {table} AS r SET
-        id             = CASE l.action WHEN 'anew' THEN l.id ELSE r.id END,
-        fingerprint    = CASE l.action WHEN 'anew' THEN l.fingerprint ELSE r.fingerprint END,
-        state          = CASE l.action WHEN 'hold' THEN 'held' ELSE 'in_progress' END,
-        attempt        = CASE l.action WHEN 'hold' THEN r.attempt ELSE l.attempt END,
-        attempt_number = CASE l.action WHEN 'anew' THEN 1 WHEN 'takeover' THEN r.attempt_number + 1
-                         ELSE r.attempt_number END,
-        abandoned      = CASE WHEN l.action = 'anew' THEN 0
-                         WHEN l.action IN ('takeover', 'hold') THEN r.abandoned + (r.attempt IS NOT NULL)::int
-                         ELSE r.abandoned END,
-        max_abandoned  = CASE l.action WHEN 'anew' THEN l.max_abandoned ELSE r.max_abandoned END,
-        lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE l.lease_until END,
-        created_at     = CASE l.action WHEN 'anew' THEN {now} ELSE r.created_at END,
-        expires_at     = CASE l.action WHEN 'anew' THEN l.expires_at ELSE r.expires_at END,
-        completed_at   = NULL,
-        response       = NULL
-    FROM locked AS l WHERE r.ctid = l.place
     RETURNING {columns}
 )
 SELECT added.*, FALSE AS open, TRUE AS written FROM added
 UNION ALL
-SELECT taken.*, FALSE AS open, TRUE AS written FROM taken
-UNION ALL
-SELECT found.*, FALSE AS written FROM found
-WHERE NOT EXISTS (SELECT FROM taken WHERE taken.consumer = found.consumer AND taken.key = found.key)";
+SELECT found.*, FALSE AS written FROM found";
+
+/// Takes a key that is there. No row comes back if another claim was faster, or is about to be.
+const TAKE: &str = "
+WITH locked AS (
+    SELECT r.ctid AS place, {action} AS action FROM {table} AS r
+    WHERE r.consumer = $1 AND r.key = $2 AND {action} <> 'none'
+    LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE {table} AS r SET
+    id             = CASE l.action WHEN 'anew' THEN $5 ELSE r.id END,
+    fingerprint    = CASE l.action WHEN 'anew' THEN $4 ELSE r.fingerprint END,
+    state          = CASE l.action WHEN 'hold' THEN 'held' ELSE 'in_progress' END,
+    attempt        = CASE l.action WHEN 'hold' THEN r.attempt ELSE $3 END,
+    attempt_number = CASE l.action WHEN 'anew' THEN 1 WHEN 'takeover' THEN r.attempt_number + 1
+                     ELSE r.attempt_number END,
+    abandoned      = CASE WHEN l.action = 'anew' THEN 0
+                     WHEN l.action IN ('takeover', 'hold') THEN r.abandoned + (r.attempt IS NOT NULL)::int
+                     ELSE r.abandoned END,
+    max_abandoned  = CASE l.action WHEN 'anew' THEN $6::smallint ELSE r.max_abandoned END,
+    lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE {lease_until} END,
+    created_at     = CASE l.action WHEN 'anew' THEN {now} ELSE r.created_at END,
+    expires_at     = CASE l.action WHEN 'anew' THEN {expires_at} ELSE r.expires_at END,
+    completed_at   = NULL,
+    response       = NULL
+FROM locked AS l WHERE r.ctid = l.place
+RETURNING {columns}";
 
 const RENEW: &str = "
 WITH i AS (
