@@ -44,7 +44,17 @@ impl Execution {
             self.log_held();
         }
         let closing = Closing { execution: Arc::clone(self), lease, _entered: entered };
-        match transaction.filter(|transaction| transaction.usage() != TransactionUsage::Unused) {
+        let used = match transaction {
+            Some(unused) if unused.usage() == TransactionUsage::Unused => {
+                // Nothing to roll back, but from now on nobody gets it.
+                if let Err(error) = unused.roll_back().await {
+                    self.log_failure(&error, "the transaction was asked for after the handler had returned");
+                }
+                None
+            }
+            used => used,
+        };
+        match used {
             None => self.wait_for_end(self.shared.tasks.spawn(closing.end(end))).await,
             Some(transaction) => match end {
                 End::Complete(response) if keeps_writes => {
