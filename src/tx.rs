@@ -355,7 +355,12 @@ impl<DB: Database> Slot<DB> {
     }
 
     async fn begin(self: Arc<Self>) {
-        let begun = self.driver.begin().await;
+        let slot = Arc::clone(&self);
+        // In a task of its own: if it panics, nobody must wait for ever.
+        let begun = tokio::spawn(async move { slot.driver.begin().await }).await.unwrap_or_else(|error| {
+            let message = "the task that began the transaction ended early";
+            Err(TransactionError::new(TransactionErrorKind::Unavailable, message).with_source(error))
+        });
         self.put(match begun {
             Ok(transaction) => {
                 Place::Here { transaction, until: self.time_limit.map(|limit| Instant::now() + limit) }
