@@ -55,10 +55,6 @@ pub(crate) struct Execution {
 type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 
 /// What the client gets.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it is made and taken apart once, and the large variants are the rule"
-)]
 enum Verdict<B, E> {
     /// What the handler made.
     Passed(Answer<B, E>),
