@@ -76,7 +76,7 @@ impl StoredRepresentation {
 /// [`with_representation`](crate::IdempotencyLayer::with_representation).
 #[async_trait]
 pub trait RenderRepresentation: Send + Sync {
-    /// Makes the response, which is sent as it is made, with its status.
+    /// Makes the response. It is sent with the status that it has here and without its extensions.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ pub(crate) async fn rendered(
     Ok(response)
 }
 
-/// Runs the renderer in a task of its own, so that it may panic or block.
+/// Runs the renderer in a task of its own, so that a panic ends nothing else.
 async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Response<Bytes>, Unrenderable> {
     let renderer = Arc::clone(settings.representation.as_ref().ok_or(Unrenderable::NoRenderer)?);
     let task = tokio::spawn(async move { renderer.render(stored).await }.in_current_span());
