@@ -4,11 +4,11 @@ use http::{HeaderValue, Response, header};
 
 use crate::{
     Consumer, IdempotencyKey, OriginalResponse, Record, RecordState, Rejection, RejectionCode, ResponseBody,
-    StoredBody, StoredResponse, TRACING_TARGET, settings::Settings,
+    StoredBody, StoredResponse, TRACING_TARGET, representation::rendered, settings::Settings,
 };
 
 /// What a record answers to a retry of its request.
-pub(crate) fn answer_from(settings: &Settings, record: &Record) -> Result<StoredResponse, Rejection> {
+pub(crate) async fn answer_from(settings: &Settings, record: &Record) -> Result<StoredResponse, Rejection> {
     let (consumer, key) = (&record.consumer, settings.shown(&record.key));
     match &record.state {
         RecordState::InProgress { .. } => Err(in_progress(settings, consumer, &record.key)),
@@ -30,13 +30,13 @@ pub(crate) fn answer_from(settings: &Settings, record: &Record) -> Result<Stored
             let what =
                 if response.body == StoredBody::NotKept { "conflict: response not kept" } else { "replay" };
             tracing::info!(target: TRACING_TARGET, %consumer, %key, ?age, status, "{what}");
-            kept(response)
+            rendered(settings, consumer, &record.key, kept(response)?).await
         }
     }
 }
 
 fn kept(response: StoredResponse) -> Result<StoredResponse, Rejection> {
-    if let StoredBody::Kept { .. } = response.body {
+    if response.body != StoredBody::NotKept {
         return Ok(response);
     }
     let location = response.headers.get(header::LOCATION).and_then(|value| value.to_str().ok());
@@ -77,7 +77,7 @@ impl StoredResponse {
     pub(crate) fn into_response<B>(self) -> Response<ResponseBody<B>> {
         let mut response = Response::new(match self.body {
             StoredBody::Kept { data, trailers } => ResponseBody::buffered(data, trailers),
-            StoredBody::NotKept => ResponseBody::default(),
+            StoredBody::NotKept | StoredBody::Representation(_) => ResponseBody::default(),
         });
         *response.status_mut() = self.status;
         *response.headers_mut() = self.headers;

@@ -24,7 +24,7 @@ use tracing::Instrument;
 
 use crate::{
     Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
-    RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
+    Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
     TransactionUsage,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
@@ -32,6 +32,7 @@ use crate::{
     error::BoxError,
     future::Answer,
     renewal::Lease,
+    representation::rendered,
     running::Entered,
     settings::Settings,
     shared::{End, Ended, Shared},
@@ -53,8 +54,15 @@ pub(crate) struct Execution {
 /// A response whose body was collected as far as possible, or the error of the inner service.
 type Performed<B, E> = Result<(Parts, Collected<B>), E>;
 
-/// The answer, or the refusal to be made of what happened.
-type Verdict<B, E> = Result<Answer<B, E>, Rejection>;
+/// What the client gets.
+enum Verdict<B, E> {
+    /// What the handler made.
+    Passed(Answer<B, E>),
+    /// What is stored, with the extensions of the handler's response.
+    Stored(StoredResponse, Extensions),
+    /// A refusal, made of what happened.
+    Refused(Rejection),
+}
 
 /// How the handler's task ended.
 enum HandlerEnd<B, E> {
@@ -92,23 +100,36 @@ impl Execution {
         };
         let judged = this.judge(ended, transaction.as_deref());
         let closed = this.close(judged.outcome, transaction, lease, entered).await;
-        this.answer(closed, judged.answer)
+        this.answer(closed, judged.answer).await
     }
 
     /// What the client gets, by what became of the attempt.
-    fn answer<B, E>(&self, closed: Closed, answer: Verdict<B, E>) -> Answer<B, E> {
+    async fn answer<B, E>(&self, closed: Closed, answer: Verdict<B, E>) -> Answer<B, E> {
         match closed {
             Closed::Refused(rejection) => Ok(refused(&self.settings, rejection)),
             // Another request's response must not be given for this one, and does not contradict it either.
             Closed::Ended(Ended::Lost(record)) if record.fingerprint == self.fingerprint => {
-                Ok(match answer_from(&self.settings, &record) {
+                Ok(match answer_from(&self.settings, &record).await {
                     Ok(stored) => replay(&self.settings, stored),
                     Err(rejection) => refused(&self.settings, rejection),
                 })
             }
-            Closed::Ended(_) | Closed::Unknown => {
-                answer.unwrap_or_else(|rejection| Ok(refused(&self.settings, rejection)))
+            Closed::Ended(_) | Closed::Unknown => match answer {
+                Verdict::Passed(answer) => answer,
+                Verdict::Stored(response, extensions) => Ok(self.first(response, extensions).await),
+                Verdict::Refused(rejection) => Ok(refused(&self.settings, rejection)),
+            },
+        }
+    }
+
+    async fn first<B>(&self, response: StoredResponse, extensions: Extensions) -> Response<ResponseBody<B>> {
+        match rendered(&self.settings, &self.attempt.consumer, &self.attempt.key, response).await {
+            Ok(response) => {
+                let mut response = response.into_response();
+                *response.extensions_mut() = extensions;
+                response
             }
+            Err(rejection) => refused(&self.settings, rejection),
         }
     }
 
@@ -242,21 +263,9 @@ impl Execution {
 
     fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
         match ended {
-            HandlerEnd::Performed(Ok((parts, Collected::Whole(body)))) => self.judge_whole(parts, body),
-            HandlerEnd::Performed(Ok((parts, Collected::Partial(frames, rest)))) => {
-                let outcome = self
-                    .unstored(&parts)
-                    .unwrap_or_else(|| self.stored(StoredResponse::of(&parts, StoredBody::NotKept)));
-                let response = Response::from_parts(parts, ResponseBody::resumed(frames, rest));
-                Judged { outcome, answer: Ok(Ok(response)) }
-            }
-            HandlerEnd::Performed(Ok((_, Collected::Broken(error)))) => {
-                self.log_failure(&*error, "the response broke off");
-                let detail = "The handler's response broke off.";
-                self.without_result(Rejection::new(RejectionCode::ResponseIncomplete, detail))
-            }
+            HandlerEnd::Performed(Ok((parts, body))) => self.judge_response(parts, body),
             HandlerEnd::Performed(Err(error)) => {
-                Judged { outcome: self.end_without_result().into(), answer: Ok(Err(error)) }
+                Judged { outcome: self.end_without_result().into(), answer: Verdict::Passed(Err(error)) }
             }
             HandlerEnd::Panicked => {
                 self.without_result(Rejection::new(RejectionCode::HandlerPanicked, "The handler failed."))
@@ -265,17 +274,42 @@ impl Execution {
         }
     }
 
-    fn judge_whole<B, E>(&self, parts: Parts, body: Buffered) -> Judged<B, E> {
-        let Buffered { data, trailers } = body;
+    fn judge_response<B, E>(&self, mut parts: Parts, body: Collected<B>) -> Judged<B, E> {
+        let representation = parts.extensions.remove::<Representation>();
+        let (body, kept) = match body {
+            Collected::Whole(Buffered { data, trailers }) => {
+                (ResponseBody::buffered(data.clone(), trailers.clone()), StoredBody::Kept { data, trailers })
+            }
+            Collected::Partial(frames, rest) => (ResponseBody::resumed(frames, rest), StoredBody::NotKept),
+            Collected::Broken(error) => {
+                self.log_failure(&*error, "the response broke off");
+                let detail = "The handler's response broke off.";
+                return self.without_result(Rejection::new(RejectionCode::ResponseIncomplete, detail));
+            }
+        };
         if let Some(outcome) = self.unstored(&parts) {
-            let response = Response::from_parts(parts, ResponseBody::buffered(data, trailers));
-            return Judged { outcome, answer: Ok(Ok(response)) };
+            return Judged { outcome, answer: Verdict::Passed(Ok(Response::from_parts(parts, body))) };
         }
-        let first = StoredResponse::of(&parts, StoredBody::Kept { data, trailers });
+        if let Some(representation) = representation {
+            return self.judge_represented(parts, representation);
+        }
+        let first = StoredResponse::of(&parts, kept);
         let outcome = self.stored(first.clone());
-        let mut response = first.into_response();
-        *response.extensions_mut() = parts.extensions;
-        Judged { outcome, answer: Ok(Ok(response)) }
+        let answer = match first.body == StoredBody::NotKept {
+            true => Verdict::Passed(Ok(Response::from_parts(parts, body))),
+            false => Verdict::Stored(first, parts.extensions),
+        };
+        Judged { outcome, answer }
+    }
+
+    fn judge_represented<B, E>(&self, parts: Parts, representation: Representation) -> Judged<B, E> {
+        let too_large = representation.data().len() > self.settings.response_body_limit;
+        let first = StoredResponse::represented(parts.status, representation);
+        let mut kept = first.clone();
+        if too_large {
+            kept.body = StoredBody::NotKept;
+        }
+        Judged { outcome: self.stored(kept), answer: Verdict::Stored(first, parts.extensions) }
     }
 
     fn transaction_kept<B, E>(&self) -> Judged<B, E> {
@@ -285,7 +319,7 @@ impl Execution {
         );
         let detail = "The handler kept its transaction, which was rolled back.";
         let rejection = Rejection::new(RejectionCode::TransactionKept, detail);
-        Judged { outcome: End::Release.into(), answer: Err(rejection) }
+        Judged { outcome: End::Release.into(), answer: Verdict::Refused(rejection) }
     }
 
     /// How an attempt with this response ends, unless the response is to be stored.
@@ -317,7 +351,7 @@ impl Execution {
     fn without_result<B, E>(&self, rejection: Rejection) -> Judged<B, E> {
         let end = self.end_without_result();
         let held = matches!(end, End::Hold);
-        Judged { outcome: end.into(), answer: Err(rejection.final_if(held)) }
+        Judged { outcome: end.into(), answer: Verdict::Refused(rejection.final_if(held)) }
     }
 
     fn end_without_result(&self) -> End {

@@ -169,7 +169,7 @@ impl Guarded {
             };
             let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
             if claim.fingerprint == fingerprint || !may_be_taken_over(&record) {
-                return answer_from(&self.settings, &record).map(Decision::Replay);
+                return answer_from(&self.settings, &record).await.map(Decision::Replay);
             }
             claim.fingerprint = fingerprint;
         }

@@ -8,8 +8,8 @@ use tower_layer::Layer;
 
 use crate::{
     ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeyLogging,
-    KeySyntax, Reaper, RenderRejection, ResultPolicy, StoreOutage, TransactionOptions, settings::Settings,
-    shared::Shared,
+    KeySyntax, Reaper, RenderRejection, RenderRepresentation, ResultPolicy, StoreOutage, TransactionOptions,
+    settings::Settings, shared::Shared,
 };
 
 /// Layer that performs a request with an idempotency key once and replays its response to every retry.
@@ -141,6 +141,43 @@ impl IdempotencyLayer {
     #[must_use]
     pub fn with_policy(self, policy: ResultPolicy) -> Self {
         self.set(|settings| settings.policy = policy)
+    }
+
+    /// Sets how responses are rendered from what handlers have stored instead of them ([`Representation`]). Default:
+    /// responses are stored whole, and one with a representation is answered 500 `representation-unrenderable`.
+    ///
+    /// ```
+    /// # #[cfg(all(feature = "axum", feature = "memory"))] {
+    /// # async fn load(consumer: &Consumer, id: &[u8]) -> Result<String, std::io::Error> { Ok(String::new()) }
+    /// use axum::{Extension, http::{Response, StatusCode}};
+    /// use tower_idempotency::{
+    ///     Consumer, Idempotency, IdempotencyLayer, MemoryStore, Representation, StoredRepresentation,
+    /// };
+    ///
+    /// async fn create_charge(_: Idempotency) -> (StatusCode, Extension<Representation>) {
+    ///     (StatusCode::CREATED, Extension(Representation::new("ch_1")))
+    /// }
+    ///
+    /// let render = |stored: StoredRepresentation| async move {
+    ///     let charge = load(&stored.consumer, &stored.data).await?;
+    ///     let response = Response::builder().status(stored.status).header("content-type", "application/json");
+    ///     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(response.body(charge)?)
+    /// };
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_representation(render);
+    /// # }
+    /// ```
+    ///
+    /// It renders the first response too, once the record is completed and the handler's transaction committed, so that
+    /// first and replay are equal as long as what it reads is. A response that must not change with it is stored whole.
+    /// Headers of the connection and those [not kept](Self::add_header_not_kept) are taken away from all of them.
+    ///
+    /// If it fails, panics or takes longer than the [store time-out](Self::with_store_timeout), the answer is 500
+    /// `representation-unrenderable`. The record stays completed: a retry renders again, and the handler never runs again.
+    ///
+    /// [`Representation`]: crate::Representation
+    #[must_use]
+    pub fn with_representation(self, renderer: impl RenderRepresentation + 'static) -> Self {
+        self.set(|settings| settings.representation = Some(Arc::new(renderer)))
     }
 
     /// Sets the header that marks a replay, with the value `true`. Default: `Idempotent-Replayed`.
@@ -289,8 +326,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.headers_not_kept.push(name))
     }
 
-    /// Sets for how long a request waits for the store to claim its key, at most three quarters of the lease.
-    /// Default: 5 s.
+    /// Sets for how long a request waits for the store to claim its key, at most three quarters of the lease, and for its
+    /// response to be [rendered](Self::with_representation). Default: 5 s.
     ///
     /// # Panics
     ///

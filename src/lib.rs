@@ -22,6 +22,7 @@ mod reaper;
 mod record;
 mod rejection;
 mod renewal;
+mod representation;
 mod response;
 mod running;
 mod service;
@@ -51,6 +52,7 @@ pub use record::{
     RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome,
 };
 pub use rejection::{OriginalResponse, ProblemJson, Rejection, RejectionCode, RenderRejection};
+pub use representation::{RenderRepresentation, Representation, StoredRepresentation};
 pub use response::{StoredBody, StoredResponse, UnreadableResponse};
 pub use service::IdempotencyService;
 pub use settings::{KeyLogging, StoreOutage};

@@ -158,6 +158,9 @@ rejection_codes! {
     FingerprintUnknown => "fingerprint-unknown", CONFLICT, true, "The earlier request cannot be compared";
     /// The stored response is damaged or was written by an unknown version.
     RecordUnreadable => "record-unreadable", INTERNAL_SERVER_ERROR, false, "The stored response is unreadable";
+    /// The request was performed, and its response could not be rendered from what is stored of it. The next retry renders
+    /// it again.
+    RepresentationUnrenderable => "representation-unrenderable", INTERNAL_SERVER_ERROR, true, "The response cannot be rendered";
     /// The handler panicked.
     HandlerPanicked => "handler-panicked", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The body of the handler's response broke off.

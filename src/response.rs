@@ -6,6 +6,8 @@ use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response::Parts};
 use sha2::{Digest, Sha256};
 
+use crate::Representation;
+
 /// A response as it is stored and replayed: status, every header line with its raw bytes, body and trailers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -14,7 +16,7 @@ pub struct StoredResponse {
     pub status: StatusCode,
     /// The headers, without those that belong to one connection and without `Content-Length`, which is recomputed.
     pub headers: HeaderMap,
-    /// The body, or that it was not kept.
+    /// The body, what it is rendered from, or that it was not kept.
     pub body: StoredBody,
 }
 
@@ -32,6 +34,9 @@ pub enum StoredBody {
     },
     /// It was too large, endless or an event stream. The request was performed; its response cannot be replayed.
     NotKept,
+    /// What the response is rendered from: see
+    /// [`with_representation`](crate::IdempotencyLayer::with_representation).
+    Representation(Representation),
 }
 
 impl StoredResponse {
@@ -39,6 +44,12 @@ impl StoredResponse {
     #[must_use]
     pub fn new(status: StatusCode, headers: HeaderMap, body: impl Into<Bytes>) -> Self {
         Self { status, headers, body: StoredBody::Kept { data: body.into(), trailers: None } }
+    }
+
+    /// A response that is rendered from a representation whenever it is sent.
+    #[must_use]
+    pub fn represented(status: StatusCode, representation: Representation) -> Self {
+        Self { status, headers: HeaderMap::new(), body: StoredBody::Representation(representation) }
     }
 
     /// What is kept of a response's head, with a body.
@@ -72,19 +83,19 @@ impl StoredResponse {
                     put_headers(&mut payload, trailers);
                 }
             }
+            StoredBody::Representation(representation) => {
+                payload.put_u8(BODY_REPRESENTED);
+                put_bytes(&mut payload, representation.data());
+            }
         }
-        let mut encoded = Vec::with_capacity(payload.len() + 9);
-        encoded.put_u8(VERSION);
-        encoded.put_slice(&checksum(&payload));
-        encoded.put_slice(&payload);
-        encoded.into()
+        sealed(&payload)
     }
 
     /// Decodes what [`encode`](Self::encode) made.
     ///
     /// # Errors
     ///
-    /// [`UnreadableResponse`] if the version is unknown or the checksum does not match.
+    /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does not match.
     pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
         let mut input = encoded.clone();
         let version = input.try_get_u8().map_err(|_| UnreadableResponse::Damaged)?;
@@ -106,6 +117,7 @@ impl fmt::Debug for StoredBody {
                 f.debug_struct("Kept").field("data", &Length(data)).field("trailers", trailers).finish()
             }
             Self::NotKept => f.write_str("NotKept"),
+            Self::Representation(representation) => representation.fmt(f),
         }
     }
 }
@@ -126,8 +138,10 @@ pub enum UnreadableResponse {
     /// Written by a version of this crate that this one does not know.
     #[error("the stored response has version {0}, which this version of tower-idempotency does not know")]
     Version(u8),
-    /// Cut or changed.
-    #[error("the stored response is damaged: its checksum does not match")]
+    /// Cut or changed, or of a kind that this version of the crate does not know.
+    #[error(
+        "the stored response is damaged, or of a kind that this version of tower-idempotency does not know"
+    )]
     Damaged,
 }
 
@@ -153,6 +167,14 @@ fn remove_connection_headers(headers: &mut HeaderMap) {
 fn names_of(trailers: &HeaderMap) -> HeaderValue {
     let names: Vec<&str> = trailers.keys().map(HeaderName::as_str).collect();
     HeaderValue::from_str(&names.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+fn sealed(payload: &[u8]) -> Bytes {
+    let mut encoded = Vec::with_capacity(1 + CHECKSUM_LENGTH + payload.len());
+    encoded.put_u8(VERSION);
+    encoded.put_slice(&checksum(payload));
+    encoded.put_slice(payload);
+    encoded.into()
 }
 
 fn checksum(payload: &[u8]) -> [u8; CHECKSUM_LENGTH] {
@@ -188,6 +210,7 @@ fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
         BODY_WITH_TRAILERS => {
             StoredBody::Kept { data: get_bytes(input)?, trailers: Some(get_headers(input)?) }
         }
+        BODY_REPRESENTED => StoredBody::Representation(Representation::new(get_bytes(input)?)),
         _ => return None,
     };
     input.is_empty().then_some(StoredResponse { status, headers, body })
@@ -214,6 +237,7 @@ const CHECKSUM_LENGTH: usize = 8;
 const BODY_NOT_KEPT: u8 = 0;
 const BODY_KEPT: u8 = 1;
 const BODY_WITH_TRAILERS: u8 = 2;
+const BODY_REPRESENTED: u8 = 3;
 
 const CONNECTION_HEADERS: [HeaderName; 8] = [
     header::CONNECTION,
@@ -247,16 +271,24 @@ mod tests {
         })
     }
 
+    fn bodies() -> impl Strategy<Value = StoredBody> {
+        let data = || proptest::collection::vec(any::<u8>(), 0..512);
+        prop_oneof![
+            Just(StoredBody::NotKept),
+            (data(), proptest::option::of(header_maps()))
+                .prop_map(|(data, trailers)| StoredBody::Kept { data: data.into(), trailers }),
+            data().prop_map(|data| StoredBody::Representation(Representation::new(data))),
+        ]
+    }
+
     proptest! {
         #[test]
         fn decoding_gives_back_what_was_encoded(
             status in 200u16..600,
             headers in header_maps(),
-            data in proptest::collection::vec(any::<u8>(), 0..512),
-            trailers in proptest::option::of(header_maps()),
+            body in bodies(),
         ) {
             let status = StatusCode::from_u16(status).unwrap();
-            let body = StoredBody::Kept { data: data.into(), trailers };
             let response = StoredResponse { status, headers, body };
             prop_assert_eq!(StoredResponse::decode(&response.encode()).unwrap(), response);
         }
@@ -277,6 +309,22 @@ mod tests {
         let shown =
             "StoredResponse { status: 200, headers: {}, body: Kept { data: 6 bytes, trailers: None } }";
         assert_eq!(format!("{response:?}"), shown);
+    }
+
+    #[test]
+    fn an_unknown_kind_of_body_is_not_read() {
+        let with_kind = |kind: u8| {
+            let mut payload = vec![0, 200];
+            put_headers(&mut payload, &HeaderMap::new());
+            payload.push(kind);
+            put_bytes(&mut payload, b"id");
+            StoredResponse::decode(&sealed(&payload))
+        };
+        assert_eq!(
+            with_kind(BODY_REPRESENTED),
+            Ok(StoredResponse::represented(StatusCode::OK, Representation::new("id")))
+        );
+        assert_eq!(with_kind(BODY_REPRESENTED + 1), Err(UnreadableResponse::Damaged));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
-    RenderRejection, ResultPolicy, TRACING_TARGET, TransactionOptions,
+    RenderRejection, RenderRepresentation, ResultPolicy, TRACING_TARGET, TransactionOptions,
     buffer::RequestLimits,
     rejection::{ProblemJson, respond},
 };
@@ -59,6 +59,7 @@ pub(crate) struct Settings {
     pub(crate) response_body_limit: usize,
     pub(crate) response_body_timeout: Duration,
     pub(crate) headers_not_kept: Vec<HeaderName>,
+    pub(crate) representation: Option<Arc<dyn RenderRepresentation>>,
     pub(crate) policy: ResultPolicy,
     pub(crate) replay_marker: HeaderName,
     pub(crate) renderer: Arc<dyn RenderRejection>,
@@ -124,6 +125,7 @@ impl Default for Settings {
             response_body_limit: 1024 * 1024,
             response_body_timeout: Duration::from_secs(10),
             headers_not_kept: Vec::new(),
+            representation: None,
             policy: ResultPolicy::default(),
             replay_marker: HeaderName::from_static("idempotent-replayed"),
             renderer: Arc::new(ProblemJson),
