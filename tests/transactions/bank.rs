@@ -20,8 +20,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tower_idempotency::{
-    IdempotencyHandle, IdempotencyKey, IdempotencyLayer, PostgresStore, RecordState, RejectionCode, SqliteStore,
-    Store, Tx,
+    IdempotencyHandle, IdempotencyKey, IdempotencyLayer, PostgresStore, RecordState, RejectionCode,
+    SqliteStore, Store, Tx,
 };
 use uuid::Uuid;
 

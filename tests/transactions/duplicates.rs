@@ -2,13 +2,25 @@
 
 use std::time::{Duration, Instant};
 
+use sqlx::Postgres;
 use tower_idempotency::{IdempotencyLayer, RejectionCode, TransactionOptions, Tx};
 
 use crate::bank::{Bank, Db, Gate, assert_same, charge_once, on_both_stores};
 
-on_both_stores!(duplicates_on_another_node_never_wait_for_a_transaction);
+on_both_stores!(duplicates_on_another_node_do_not_wait_for_a_transaction);
 
-async fn duplicates_on_another_node_never_wait_for_a_transaction<DB: Db>(bank: Bank<DB>) {
+async fn duplicates_on_another_node_do_not_wait_for_a_transaction<DB: Db>(bank: Bank<DB>) {
+    duplicates_during_a_transaction_of_two_seconds(&bank, Duration::from_secs(4)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn duplicates_do_not_wait_for_a_transaction_that_is_longer_than_the_lease_postgres() {
+    let bank = Bank::<Postgres>::open().await;
+    duplicates_during_a_transaction_of_two_seconds(&bank, Duration::from_millis(500)).await;
+}
+
+async fn duplicates_during_a_transaction_of_two_seconds<DB: Db>(bank: &Bank<DB>, lease: Duration) {
     let gate = Gate::new();
     let passed = gate.clone();
     let handler = move |mut tx: Tx<DB>| async move {
@@ -18,9 +30,10 @@ async fn duplicates_on_another_node_never_wait_for_a_transaction<DB: Db>(bank: B
     };
     let layer = || {
         let options = TransactionOptions::default();
-        let options = options.with_time_limit(Duration::from_secs(30)).with_idle_timeout(Duration::from_secs(30));
+        let options =
+            options.with_time_limit(Duration::from_secs(30)).with_idle_timeout(Duration::from_secs(30));
         let layer = IdempotencyLayer::new(std::sync::Arc::clone(&bank.store));
-        layer.with_lease(Duration::from_millis(500)).with_transactions(options)
+        layer.with_lease(lease).with_transactions(options)
     };
     let node = bank.node(layer(), handler.clone());
     let neighbour = bank.node(layer(), handler);

@@ -91,7 +91,9 @@ async fn a_plain_service_gets_its_transaction_from_the_extensions<DB: Db>(bank: 
         async move {
             match begun.await {
                 Ok(mut tx) => charge(&mut tx).await,
-                Err(error) => return Ok::<_, std::convert::Infallible>(error.into_response().map(Body::from)),
+                Err(error) => {
+                    return Ok::<_, std::convert::Infallible>(error.into_response().map(Body::from));
+                }
             }
             Ok(Response::new(Body::from("fine")))
         }
