@@ -200,7 +200,8 @@ SELECT mine.fresh,
         WHEN current_setting('idle_in_transaction_session_timeout')::interval
             BETWEEN interval '1 ms' AND $5 * interval '1 microsecond'
         THEN current_setting('idle_in_transaction_session_timeout') ELSE (($5 + 999) / 1000)::text END, true),
-    set_config('tower_idempotency.role', current_setting('role'), true)
+    set_config('tower_idempotency.role', current_setting('role'), true),
+    set_config('enable_seqscan', current_setting('tower_idempotency.seqscan'), true)
 FROM mine";
 
 /// Ends the backend whose transaction has the record locked.
