@@ -35,7 +35,7 @@ use crate::support::{
 
 /// A database that has transactions of handlers.
 #[async_trait::async_trait]
-pub trait Db: Database {
+pub(crate) trait Db: Database {
     /// What a test's tables are in.
     type Home: Send + Sync + 'static;
 
@@ -107,21 +107,21 @@ impl Db for Sqlite {
 }
 
 /// Two accounts and no charges.
-pub struct Bank<DB: Db> {
-    pub home: DB::Home,
+pub(crate) struct Bank<DB: Db> {
+    pub(crate) home: DB::Home,
     /// The application's.
-    pub pool: Pool<DB>,
-    pub store: Arc<dyn Store>,
+    pub(crate) pool: Pool<DB>,
+    pub(crate) store: Arc<dyn Store>,
     watcher: Pool<DB>,
 }
 
 impl<DB: Db> Bank<DB> {
-    pub async fn open() -> Self {
+    pub(crate) async fn open() -> Self {
         Self::open_with(8).await
     }
 
     /// Opens a bank whose application has so many connections.
-    pub async fn open_with(connections: u32) -> Self {
+    pub(crate) async fn open_with(connections: u32) -> Self {
         let home = DB::home().await;
         let watcher = DB::pool(&home, 2);
         let pool = DB::pool(&home, connections);
@@ -137,20 +137,20 @@ impl<DB: Db> Bank<DB> {
     }
 
     /// A layer whose lease is not over before the test is: what is free before that was released.
-    pub fn layer(&self) -> IdempotencyLayer {
+    pub(crate) fn layer(&self) -> IdempotencyLayer {
         IdempotencyLayer::new(Arc::clone(&self.store)).with_lease(LONG)
     }
 
     /// A node whose handler does this in its first run, and makes one charge in those after that.
-    pub fn node<T: 'static>(&self, layer: IdempotencyLayer, first: impl Handler<T, ()> + Sync) -> Node {
+    pub(crate) fn node<T: 'static>(&self, layer: IdempotencyLayer, first: impl Handler<T, ()>) -> Node {
         self.node_with(layer, first, |router| router)
     }
 
     /// A node with something between its layer and its handler.
-    pub fn node_with<T: 'static>(
+    pub(crate) fn node_with<T: 'static>(
         &self,
         layer: IdempotencyLayer,
-        first: impl Handler<T, ()> + Sync,
+        first: impl Handler<T, ()>,
         inside: impl FnOnce(Router) -> Router,
     ) -> Node {
         let runs = Count::default();
@@ -168,7 +168,7 @@ impl<DB: Db> Bank<DB> {
     }
 
     /// Checks what a request, its record and a retry come to, and how many charges the request leaves behind.
-    pub async fn check(&self, node: &Node, answered: impl Into<Answered>, charges: i64, end: End) {
+    pub(crate) async fn check(&self, node: &Node, answered: impl Into<Answered>, charges: i64, end: End) {
         self.check_key(node, &Uuid::new_v4().to_string(), answered.into(), charges, end).await;
     }
 
@@ -189,22 +189,22 @@ impl<DB: Db> Bank<DB> {
         assert!(node.runs.get() - runs <= if again == 1 { 2 } else { 1 }, "{} runs", node.runs.get());
     }
 
-    pub async fn run(&self, sql: &str) {
+    pub(crate) async fn run(&self, sql: &str) {
         DB::run(&mut *self.watcher.acquire().await.unwrap(), sql).await.unwrap();
     }
 
-    pub async fn number(&self, sql: &str) -> i64 {
+    pub(crate) async fn number(&self, sql: &str) -> i64 {
         DB::number(&mut *self.watcher.acquire().await.unwrap(), sql).await.unwrap()
     }
 
-    pub async fn charges(&self) -> i64 {
+    pub(crate) async fn charges(&self) -> i64 {
         self.number("SELECT count(*) FROM charges").await
     }
 }
 
 /// What the first answer is: the handler's own with this status, or the layer's.
 #[derive(Clone, Copy, Debug)]
-pub enum Answered {
+pub(crate) enum Answered {
     Own(u16),
     Refused(RejectionCode),
 }
@@ -239,7 +239,7 @@ impl From<RejectionCode> for Answered {
 
 /// What becomes of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     /// Retries get the same response.
     Stored,
     /// A retry runs the handler again.
@@ -250,32 +250,32 @@ pub enum End {
 
 /// A handler behind a layer.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub(crate) struct Node {
     router: Router,
-    pub handle: IdempotencyHandle,
-    pub runs: Count,
+    pub(crate) handle: IdempotencyHandle,
+    pub(crate) runs: Count,
 }
 
 impl Node {
-    pub fn new(layer: IdempotencyLayer, router: Router, runs: Count) -> Self {
+    pub(crate) fn new(layer: IdempotencyLayer, router: Router, runs: Count) -> Self {
         Self { handle: layer.handle(), router: router.layer(layer), runs }
     }
 
-    pub async fn send(&self, key: &str) -> Answer {
+    pub(crate) async fn send(&self, key: &str) -> Answer {
         self.send_request(direct::charge(key)).await
     }
 
-    pub async fn send_request(&self, request: Request) -> Answer {
+    pub(crate) async fn send_request(&self, request: Request) -> Answer {
         timeout(PATIENCE, direct::send(&self.router, request)).await.expect("an answer")
     }
 
-    pub fn start(&self, key: impl Into<String>) -> JoinHandle<Answer> {
+    pub(crate) fn start(&self, key: impl Into<String>) -> JoinHandle<Answer> {
         let (node, key) = (self.clone(), key.into());
         tokio::spawn(async move { node.send(&key).await })
     }
 
     /// Where the record stands; `None` while it is in progress.
-    pub async fn end(&self, key: &str) -> Option<End> {
+    pub(crate) async fn end(&self, key: &str) -> Option<End> {
         let record = self.handle.get(&consumer(), &IdempotencyKey::new(key).unwrap()).await.unwrap();
         match record.map(|record| record.state) {
             None => Some(End::Released),
@@ -286,7 +286,7 @@ impl Node {
     }
 
     /// Waits until the record is no longer in progress: an answer that is not stored does not wait for it.
-    pub async fn until(&self, key: &str, end: End) {
+    pub(crate) async fn until(&self, key: &str, end: End) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let reached = self.end(key).await;
@@ -299,7 +299,7 @@ impl Node {
     }
 
     /// Sends until the answer is no refusal because the request before it has not ended.
-    pub async fn send_until_ended(&self, key: &str) -> Answer {
+    pub(crate) async fn send_until_ended(&self, key: &str) -> Answer {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let answer = self.send(key).await;
@@ -314,46 +314,46 @@ impl Node {
 
 /// Where handlers wait until the test opens it.
 #[derive(Clone, Debug)]
-pub struct Gate(Arc<(Semaphore, Semaphore)>);
+pub(crate) struct Gate(Arc<(Semaphore, Semaphore)>);
 
 impl Gate {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Arc::new((Semaphore::new(0), Semaphore::new(0))))
     }
 
-    pub async fn pass(&self) {
+    pub(crate) async fn pass(&self) {
         self.0.0.add_permits(1);
         self.0.1.acquire().await.unwrap().forget();
     }
 
     /// Waits until one more handler is at the gate.
-    pub async fn entered(&self) {
+    pub(crate) async fn entered(&self) {
         timeout(PATIENCE, self.0.0.acquire()).await.expect("a handler").unwrap().forget();
     }
 
-    pub fn open(&self) {
+    pub(crate) fn open(&self) {
         self.0.1.add_permits(1000);
     }
 }
 
 /// Makes one charge and answers something that no other run answers.
-pub async fn charge_once<DB: Db>(mut tx: Tx<DB>) -> Response {
+pub(crate) async fn charge_once<DB: Db>(mut tx: Tx<DB>) -> Response {
     charge(&mut tx).await;
     unique(StatusCode::CREATED)
 }
 
-pub async fn charge<DB: Db>(tx: &mut Tx<DB>) {
+pub(crate) async fn charge<DB: Db>(tx: &mut Tx<DB>) {
     DB::run(tx, CHARGE).await.unwrap();
 }
 
 /// A response that no other run gives.
-pub fn unique(status: StatusCode) -> Response {
+pub(crate) fn unique(status: StatusCode) -> Response {
     let [id, body] = [(); 2].map(|()| Uuid::new_v4().to_string());
     (status, [("x-id", id)], body).into_response()
 }
 
 #[track_caller]
-pub fn assert_same(first: &Answer, retry: &Answer) {
+pub(crate) fn assert_same(first: &Answer, retry: &Answer) {
     assert!(retry.is_replay() && !first.is_replay(), "{first:?} {retry:?}");
     let mut headers = retry.headers.clone();
     headers.remove("idempotent-replayed");
@@ -361,7 +361,7 @@ pub fn assert_same(first: &Answer, retry: &Answer) {
 }
 
 /// Checks that this comes about within a time that nobody notices, however busy the machine is.
-pub async fn at_once<T>(work: impl Future<Output = T>) -> T {
+pub(crate) async fn at_once<T>(work: impl Future<Output = T>) -> T {
     timeout(AT_ONCE, work).await.expect("it does not wait for anything")
 }
 
@@ -384,7 +384,7 @@ macro_rules! on_both_stores {
 }
 pub(crate) use on_both_stores;
 
-pub const CHARGE: &str = "INSERT INTO charges (amount) VALUES (2000)";
-pub const LONG: Duration = Duration::from_secs(100);
+pub(crate) const CHARGE: &str = "INSERT INTO charges (amount) VALUES (2000)";
+pub(crate) const LONG: Duration = Duration::from_secs(100);
 const AT_ONCE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(30);

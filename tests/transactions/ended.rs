@@ -1,9 +1,11 @@
 //! Transactions that the handler or the database ends.
 
+use std::convert::Infallible;
+
 use axum::http::StatusCode;
 use tower_idempotency::{RejectionCode, Tx};
 
-use crate::bank::{Bank, Db, End, charge, on_both_stores, unique};
+use crate::bank::{Bank, Db, End, charge, charge_once, on_both_stores, unique};
 
 on_both_stores!(
     a_deferred_constraint_that_is_violated_leaves_nothing,
@@ -34,14 +36,13 @@ async fn a_handler_that_commits_by_itself_and_then_fails_does_not_run_again<DB: 
 }
 
 async fn a_handler_that_commits_by_itself_and_then_panics_does_not_run_again<DB: Db>(bank: Bank<DB>) {
-    let handler = |mut tx: Tx<DB>| async move {
+    async fn handler<DB: Db>(mut tx: Tx<DB>) -> Infallible {
         charge(&mut tx).await;
         DB::run(&mut tx, "COMMIT").await.unwrap();
-        if bool::from(true) {
-            panic!("the handler breaks");
-        }
-    };
-    let node = bank.node(bank.layer(), handler);
+        panic!("the handler breaks");
+    }
+
+    let node = bank.node(bank.layer(), handler::<DB>);
     bank.check(&node, RejectionCode::TransactionEnded, 1, End::Held).await;
 }
 
@@ -67,6 +68,6 @@ async fn ending<DB: Db>(bank: &Bank<DB>, statements: &'static str, status: u16, 
     let node = bank.node(bank.layer(), handler);
     bank.check(&node, RejectionCode::TransactionEnded, charges, End::Held).await;
     // Its connection is in order again, or gone.
-    let next = bank.node(bank.layer(), crate::bank::charge_once::<DB>);
+    let next = bank.node(bank.layer(), charge_once::<DB>);
     bank.check(&next, 201, 1, End::Stored).await;
 }

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use sqlx::{PgPool, Postgres, postgres::PgPoolOptions};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tower_idempotency::{IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx};
 
 use crate::{
-    bank::{Bank, Db, End, Gate, LONG, Node, charge, charge_once, unique},
+    bank::{Bank, Db, End, Gate, LONG, Node, charge, unique},
     support::{
+        direct::Answer,
         postgres::Postgres as Server,
         proxy::{Fault, Proxy},
         served::Count,
@@ -106,11 +107,12 @@ impl Remote {
     }
 
     /// A node whose handler waits at the gate after it has charged.
-    fn node(&self, gate: &Gate) -> Node {
+    fn node(&self, gate: &Gate, store_timeout: Duration) -> Node {
         let url = self.database.url_through(self.proxy.address());
         let pool = PgPoolOptions::new().max_connections(4).connect_lazy(&url).unwrap();
         let store = PostgresStore::new(pool).with_statement_timeout(Duration::from_secs(2));
         let layer = IdempotencyLayer::new(store).with_lease(LONG).with_reaper(Reaper::off());
+        let layer = layer.with_store_timeout(store_timeout);
         let (passed, runs) = (gate.clone(), Count::default());
         let counter = runs.clone();
         let handler = async move |mut tx: Tx<Postgres>| {
@@ -129,7 +131,7 @@ impl Remote {
     }
 
     /// What the client is told is what the table says, whenever it is told something; in the end there is one charge.
-    async fn agrees(&self, node: &Node, key: &str, first: crate::support::direct::Answer, before: i64) {
+    async fn agrees(&self, node: &Node, key: &str, first: Answer, before: i64) {
         match first.rejection {
             None => assert_eq!((first.status, self.charges().await), (StatusCode::CREATED, before + 1)),
             Some(RejectionCode::TransactionLost) => assert_eq!(self.charges().await, before),
@@ -146,14 +148,16 @@ impl Remote {
 async fn a_commit_whose_reply_is_lost_is_found_out() {
     let remote = Remote::start().await;
     let gate = Gate::new();
-    let node = remote.node(&gate);
+    let node = remote.node(&gate, PATIENT);
     let answer = node.start("k");
     gate.entered().await;
     remote.proxy.set(Fault::HoldRepliesFrom(b"COMMIT"));
     gate.open();
     remote.proxy.until(|counts| counts.withheld > 0).await;
-    remote.proxy.set(Fault::None);
+    // The other way round the reply would get through.
     remote.proxy.cut();
+    remote.proxy.until(|counts| counts.withheld == 0).await;
+    remote.proxy.set(Fault::None);
     let answer = answer.await.unwrap();
     assert_eq!((answer.status, answer.rejection), (StatusCode::CREATED, None), "{:?}", answer.body);
     remote.agrees(&node, "k", answer, 0).await;
@@ -165,14 +169,16 @@ async fn a_commit_whose_reply_is_lost_is_found_out() {
 async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() {
     let remote = Remote::start().await;
     let gate = Gate::new();
-    let node = remote.node(&gate);
+    let node = remote.node(&gate, Duration::from_millis(500));
     let answer = node.start("k");
     gate.entered().await;
     remote.proxy.set(Fault::HoldRepliesFrom(b"COMMIT"));
     gate.open();
-    let answer = answer.await.unwrap();
-    remote.proxy.set(Fault::None);
+    let answer = timeout(Duration::from_millis(1500), answer).await.expect("a prompt answer").unwrap();
+    answer.assert_refused(RejectionCode::CommitUnconfirmed);
+    assert!(answer.problem()["retryable"] == true && answer.headers.contains_key("retry-after"));
     remote.agrees(&node, "k", answer, 0).await;
+    remote.proxy.set(Fault::None);
     assert_eq!(node.runs.get(), 1);
 }
 
@@ -181,7 +187,7 @@ async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() 
 async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the_table() {
     let remote = Remote::start().await;
     let gate = Gate::new();
-    let node = remote.node(&gate);
+    let node = remote.node(&gate, PATIENT);
     let warm = node.start("warm");
     gate.entered().await;
     gate.open();
@@ -189,7 +195,7 @@ async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the
     let (mut lost, mut committed) = (0, 0);
     for limit in (0..1500).step_by(60) {
         let (gate, key) = (Gate::new(), format!("cut-{limit}"));
-        let node = remote.node(&gate);
+        let node = remote.node(&gate, PATIENT);
         let before = remote.charges().await;
         let answer = node.start(key.clone());
         gate.entered().await;
@@ -208,3 +214,5 @@ async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the
     println!("{lost} lost, {committed} committed");
     assert!(lost > 0 && committed > 0, "{lost} lost, {committed} committed");
 }
+
+const PATIENT: Duration = Duration::from_secs(5);

@@ -80,7 +80,8 @@ async fn other_keys_wait_for_a_transaction_and_are_performed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn renewals_come_before_transactions_that_queue() {
     let bank = Bank::<Sqlite>::open().await;
-    let layer = || bank.layer().with_lease(Duration::from_secs(1));
+    // A renewal is due after 667 ms and waits for one transaction of 400 ms, not for eight.
+    let layer = || bank.layer().with_lease(Duration::from_secs(2));
     let gate = Gate::new();
     let passed = gate.clone();
     let long = bank.node(layer(), move || async move {
@@ -115,6 +116,6 @@ async fn renewals_come_before_transactions_that_queue() {
 }
 
 async fn slow(tx: Tx<Sqlite>) -> axum::response::Response {
-    sleep(Duration::from_millis(250)).await;
+    sleep(Duration::from_millis(400)).await;
     charge_once(tx).await
 }
