@@ -55,18 +55,21 @@ impl Execution {
             used => used,
         };
         match used {
-            None => self.wait_for_end(self.shared.tasks.spawn(closing.end(end))).await,
+            None => self.wait_for_end(self.shared.tasks.spawn(closing.end(end)), self.max_wait()).await,
             Some(transaction) => match end {
                 End::Complete(response) if keeps_writes => {
                     self.wait_for_commit(self.shared.tasks.spawn(closing.commit(transaction, response))).await
                 }
                 end @ (End::Complete(_) | End::Release | End::Hold) => {
                     let patience = if matches!(end, End::Complete(_)) { Duration::MAX } else { PATIENCE };
+                    // On SQLite nothing can be written before a transaction that is kept is dropped.
+                    let kept = transaction.usage() == TransactionUsage::Lent;
+                    let limit = if kept { PATIENCE } else { self.max_wait() };
                     let (sender, rolled_back) = oneshot::channel();
                     let task = self.shared.tasks.spawn(closing.roll_back(transaction, end, sender));
                     // Behind a statement that still runs a rollback may take long: the answer does not wait for it.
                     match timeout(patience.min(self.max_wait()), rolled_back).await {
-                        Ok(_) => self.wait_for_end(task).await,
+                        Ok(_) => self.wait_for_end(task, limit).await,
                         Err(_) => Closed::Unknown,
                     }
                 }
@@ -78,8 +81,7 @@ impl Execution {
         MAX_WAIT.min(self.settings.timing.lease * 3 / 4)
     }
 
-    async fn wait_for_end(&self, task: Task) -> Closed {
-        let limit = self.max_wait();
+    async fn wait_for_end(&self, task: Task, limit: Duration) -> Closed {
         flatten(timeout(limit, task).await, limit).unwrap_or_else(|error| {
             self.log_failure(&error, "the response is sent although it is not stored yet");
             Closed::Unknown

@@ -80,7 +80,7 @@ impl<DB: Database> Tx<DB> {
     ///
     /// [`TxError`] if the request has no key, the layer's store is not of this database, the handler has the transaction
     /// already, or it cannot be begun. Answer with [`TxError::into_response`].
-    pub fn begin(extensions: &Extensions) -> impl Future<Output = Result<Self, TxError>> + Send + 'static {
+    pub fn begin(extensions: &Extensions) -> impl Future<Output = Result<Self, TxError>> + Send + use<DB> {
         let slot = extensions.get::<Arc<Slot<DB>>>().cloned();
         let guarded = extensions.get::<Idempotency>().is_some();
         async move {

@@ -33,20 +33,28 @@ impl Transactions {
         format!("tower_idempotency_{}", self.attempt.id.as_uuid().simple())
     }
 
-    fn begin_text(&self) -> String {
+    /// A connection that was left in a failed transaction refuses whatever does not begin with a rollback.
+    fn begin_text(&self, after_failure: bool) -> String {
+        let first = if after_failure { "ROLLBACK; " } else { "" };
         let isolation = match self.options.isolation {
             None => "",
             Some(IsolationLevel::ReadCommitted) => " ISOLATION LEVEL READ COMMITTED",
             Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
             Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
         };
-        format!("BEGIN{isolation}; SAVEPOINT {}; {REMEMBER_TERMS}", self.savepoint())
+        format!("{first}BEGIN{isolation}; SAVEPOINT {}; {REMEMBER_TERMS}", self.savepoint())
     }
 
-    async fn try_begin(self) -> Result<Transaction<'static, Postgres>, TransactionError> {
+    async fn try_begin(
+        self,
+        after_failure: bool,
+    ) -> Result<Transaction<'static, Postgres>, TransactionError> {
         let statements = self.store.sql().await.map_err(unavailable)?;
-        let begun = self.store.pool.begin_with(AssertSqlSafe(self.begin_text())).await;
-        let mut transaction = begun.map_err(not_begun)?;
+        let begun = self.store.pool.begin_with(AssertSqlSafe(self.begin_text(after_failure))).await;
+        let mut transaction = begun.map_err(|source| match code(&source).as_deref() {
+            Some(code) if code.starts_with("25") => left_open().with_source(source),
+            _ => not_begun(source),
+        })?;
         let micros = |limit: Option<_>| Value::Int(limit.map_or(0, sql::micros));
         let lock = of_attempt(&statements.lock, &self.attempt)
             .with(micros(self.options.statement_timeout))
@@ -61,13 +69,12 @@ impl Transactions {
             return Ok(transaction);
         }
         self.abandon(transaction).await;
-        let message = "a connection of the pool was in a transaction that somebody had left open: see PostgresStore::guard_pool";
-        Err(TransactionError::new(TransactionErrorKind::Gone, message))
+        Err(left_open())
     }
 
     /// Proves that the transaction is the one that was begun, and undoes what the handler has set for it.
     async fn regain(&self, connection: &mut PgConnection) -> Result<(), TransactionError> {
-        let text = format!("RELEASE SAVEPOINT {}; {OWN_TERMS}", self.savepoint());
+        let text = format!("{OWN_TERMS}; RELEASE SAVEPOINT {}", self.savepoint());
         let regained = sqlx::raw_sql(AssertSqlSafe(text)).execute(connection).await;
         regained.map(drop).map_err(|source| before_commit("the transaction is not in order", source))
     }
@@ -122,14 +129,16 @@ impl Driver<Postgres> for Transactions {
     async fn begin(&self) -> Result<Transaction<'static, Postgres>, TransactionError> {
         let limit = self.store.settings.statement_timeout;
         let mut tries = 1;
+        let mut left_open = false;
         loop {
             // In a task that is not cancelled: a connection whose BEGIN was not awaited goes back to its pool inside of
             // the transaction.
-            let begun = match timeout(limit, tokio::spawn(self.clone().try_begin())).await {
+            let begun = match timeout(limit, tokio::spawn(self.clone().try_begin(left_open))).await {
                 Ok(Ok(begun)) => begun,
                 Ok(Err(error)) => Err(not_begun(error)),
                 Err(elapsed) => Err(not_begun(elapsed)),
             };
+            left_open = begun.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::Gone);
             match begun.as_ref().map_err(TransactionError::kind) {
                 // A renewal of the lease came between, or the connection was broken.
                 Err(TransactionErrorKind::Conflict | TransactionErrorKind::Gone) if tries < TRIES => {
@@ -193,6 +202,11 @@ fn not_begun(source: impl Into<BoxError>) -> TransactionError {
         .with_source(source)
 }
 
+fn left_open() -> TransactionError {
+    let message = "a connection of the pool was in a transaction that somebody had left open: see PostgresStore::guard_pool";
+    TransactionError::new(TransactionErrorKind::Gone, message)
+}
+
 fn unavailable(source: StoreError) -> TransactionError {
     TransactionError::new(TransactionErrorKind::Unavailable, "the store does not answer").with_source(source)
 }
@@ -234,10 +248,11 @@ SELECT set_config('tower_idempotency.role', current_setting('role'), true),
     set_config('tower_idempotency.enable_seqscan', current_setting('enable_seqscan'), true),
     set_config('enable_seqscan', 'off', true)";
 
-/// The role is that of the transaction's begin, and the handler's time-out does not count.
+/// The role is that of the transaction's begin, unless the handler has forgotten every setting, and its time-out does not
+/// count.
 const OWN_TERMS: &str = "
-SELECT set_config('role', current_setting('tower_idempotency.role'), true), set_config('statement_timeout', '0', true),
-    set_config('enable_seqscan', 'off', true)";
+SELECT set_config('enable_seqscan', 'off', true), set_config('statement_timeout', '0', true), set_config('role',
+    coalesce(nullif(current_setting('tower_idempotency.role', true), ''), current_setting('role')), true)";
 
 /// What a backend may be doing when it is terminated.
 const ANY: &str = "%";

@@ -6,9 +6,9 @@ use std::{
 };
 
 use sqlx::{
-    AssertSqlSafe, SqlitePool, Transaction,
+    AssertSqlSafe, Connection, SqlitePool, Transaction,
     pool::PoolConnection,
-    sqlite::{Sqlite, SqliteJournalMode, SqliteRow, SqliteSynchronous},
+    sqlite::{Sqlite, SqliteConnection, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
 use tokio::{
     sync::{Mutex, OwnedMutexGuard},
@@ -122,7 +122,18 @@ fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {
         .max_connections(connections.min(base.options().get_max_connections()).max(1))
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
+        .after_release(|connection, _| Box::pin(is_in_order(connection)))
         .connect_lazy_with(options)
+}
+
+/// A handler that has ended its transaction by a statement of its own leaves a connection for which sqlx still counts
+/// one, and which never begins another.
+async fn is_in_order(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    if connection.is_in_transaction() {
+        // A rollback of what was dropped may be on its way.
+        connection.ping().await?;
+    }
+    Ok(!connection.is_in_transaction())
 }
 
 pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
