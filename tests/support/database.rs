@@ -1,8 +1,9 @@
 //! A database for several example servers at once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use tower_idempotency::{IdempotencyHandle, IdempotencyLayer, Store};
+use sqlx::ConnectOptions;
+use tower_idempotency::{Consumer, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RecordState, Store};
 
 use super::{schema::Schema, server::Server, sqlite::SqliteFile};
 
@@ -47,7 +48,7 @@ impl Database {
         IdempotencyLayer::new(self.store()).handle()
     }
 
-    /// How often a handler got as far as storing a charge.
+    /// How many charges are committed.
     pub async fn charges(&self) -> i64 {
         match self {
             Self::Sqlite(file) => {
@@ -58,14 +59,48 @@ impl Database {
         }
     }
 
-    /// Waits until there are that many charges.
-    pub async fn until_charges(&self, wanted: i64) {
+    /// Waits until that attempt of acme's request with the key `key` has written its charge in a transaction that is
+    /// still open. On SQLite the sign is that nobody else can write.
+    pub async fn until_charging(&self, attempt_number: u32) {
+        let handle = self.handle();
+        let (consumer, key) = (Consumer::new("acme").unwrap(), IdempotencyKey::new("key").unwrap());
         let reached = async {
-            while self.charges().await < wanted {
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            loop {
+                let record = handle.get(&consumer, &key).await.unwrap();
+                let runs = record.is_some_and(|record| {
+                    record.attempt_number == attempt_number
+                        && matches!(record.state, RecordState::InProgress { .. })
+                });
+                if runs && self.has_open_transaction().await {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        let waited = tokio::time::timeout(std::time::Duration::from_secs(30), reached).await;
-        assert!(waited.is_ok(), "waited in vain for charge {wanted}");
+        let waited = tokio::time::timeout(Duration::from_secs(30), reached).await;
+        assert!(waited.is_ok(), "waited in vain for attempt {attempt_number} to write a charge");
+    }
+
+    async fn has_open_transaction(&self) -> bool {
+        match self {
+            Self::Sqlite(file) => {
+                let options = file.options().busy_timeout(Duration::ZERO);
+                let mut connection = options.connect().await.unwrap();
+                let begun = sqlx::raw_sql("BEGIN IMMEDIATE; ROLLBACK").execute(&mut connection).await;
+                begun.is_err_and(|error| {
+                    let code = error.as_database_error().and_then(|error| error.code());
+                    assert_eq!(code.as_deref(), Some(SQLITE_BUSY), "{error}");
+                    true
+                })
+            }
+            Self::Postgres(schema) => schema.number(CHARGING).await > 0,
+        }
     }
 }
+
+const SQLITE_BUSY: &str = "5";
+/// Whoever has written to a table has a lock on it until the transaction ends.
+const CHARGING: &str = "
+    SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
+    WHERE l.relation = '{s}.charges'::regclass AND l.mode = 'RowExclusiveLock' AND l.granted
+        AND a.state = 'idle in transaction'";
