@@ -126,8 +126,9 @@ impl Charges {
 }
 
 impl ChargeTx {
-    pub(crate) async fn insert(&mut self, charge: &Charge) -> sqlx::Result<()> {
-        on!(self, tx => sqlx::query(INSERT)
+    /// A failure is one of the transaction: the response says so, and that a retry makes sense.
+    pub(crate) async fn insert(&mut self, charge: &Charge) -> Result<(), TxError> {
+        let inserted = on!(self, tx => sqlx::query(INSERT)
             .bind(&charge.id)
             .bind(charge.amount)
             .bind(&charge.currency)
@@ -136,7 +137,8 @@ impl ChargeTx {
             .bind(charge.created_at)
             .execute(&mut **tx)
             .await
-            .map(drop))
+            .map(drop));
+        Ok(inserted?)
     }
 }
 

@@ -199,7 +199,7 @@ async fn create_charge(
 
     let charge = Charge::new(&consumer, amount, currency, description);
     let mut tx = charges.begin(&extensions).await?;
-    tx.insert(&charge).await.map_err(Problem::from)?;
+    tx.insert(&charge).await?;
     tokio::time::sleep(Duration::from_millis(behaviour.delay_ms).min(MAX_DELAY)).await;
 
     match behaviour.simulate {
