@@ -6,13 +6,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use axum::http::Extensions;
 use serde::Serialize;
 use sqlx::{
-    AssertSqlSafe, PgPool, SqlitePool,
+    AssertSqlSafe, PgPool, Postgres, Sqlite, SqlitePool,
     postgres::PgPoolOptions,
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
-use tower_idempotency::Consumer;
+use tower_idempotency::{Consumer, Tx, TxError};
 use uuid::Uuid;
 
 #[derive(Serialize)]
@@ -52,12 +53,18 @@ pub(crate) enum Charges {
     Postgres(PgPool),
 }
 
-/// Evaluates the expression for whichever pool it is: the SQL is the same for both, the types are not.
+/// The transaction in which a request's charge and its response are committed together.
+pub(crate) enum ChargeTx {
+    Sqlite(Tx<Sqlite>),
+    Postgres(Tx<Postgres>),
+}
+
+/// Evaluates the expression for whichever database it is: the SQL is the same for both, the types are not.
 macro_rules! on {
-    ($charges:expr, $pool:ident => $query:expr) => {
-        match $charges {
-            Charges::Sqlite($pool) => $query,
-            Charges::Postgres($pool) => $query,
+    ($either:expr, $database:ident => $query:expr) => {
+        match $either {
+            Self::Sqlite($database) => $query,
+            Self::Postgres($database) => $query,
         }
     };
 }
@@ -94,17 +101,12 @@ impl Charges {
         Ok(charges)
     }
 
-    pub(crate) async fn insert(&self, charge: &Charge) -> sqlx::Result<()> {
-        on!(self, pool => sqlx::query(INSERT)
-            .bind(&charge.id)
-            .bind(charge.amount)
-            .bind(&charge.currency)
-            .bind(&charge.description)
-            .bind(&charge.consumer)
-            .bind(charge.created_at)
-            .execute(pool)
-            .await
-            .map(drop))
+    /// Begins the transaction of the request with these extensions.
+    pub(crate) async fn begin(&self, extensions: &Extensions) -> Result<ChargeTx, TxError> {
+        Ok(match self {
+            Self::Sqlite(_) => ChargeTx::Sqlite(Tx::begin(extensions).await?),
+            Self::Postgres(_) => ChargeTx::Postgres(Tx::begin(extensions).await?),
+        })
     }
 
     /// A consumer's charges, the newest first.
@@ -120,6 +122,23 @@ impl Charges {
         let row: Option<Row> =
             on!(self, pool => sqlx::query_as(FIND).bind(consumer).bind(id).fetch_optional(pool).await)?;
         Ok(row.map(Charge::from))
+    }
+}
+
+impl ChargeTx {
+    /// A failure is one of the transaction: the response says so, and that a retry makes sense.
+    pub(crate) async fn insert(&mut self, charge: &Charge) -> Result<(), TxError> {
+        let inserted = on!(self, tx => sqlx::query(INSERT)
+            .bind(&charge.id)
+            .bind(charge.amount)
+            .bind(&charge.currency)
+            .bind(&charge.description)
+            .bind(&charge.consumer)
+            .bind(charge.created_at)
+            .execute(&mut **tx)
+            .await
+            .map(drop));
+        Ok(inserted?)
     }
 }
 

@@ -20,10 +20,13 @@
 //!   --json '{"amount": 500, "currency": "eur"}'
 //! ```
 //!
-//! `POST /charges?delay_ms=5000` goes on for that long after the charge was stored: press Ctrl-C in curl and send it
-//! again to get 409 while it runs and a replay afterwards. `?simulate=402` declines the card before anything is stored.
-//! `?simulate=500`, `503` and `panic` fail *after* the charge was stored: such results are not kept, so a retry charges
-//! again.
+//! The charge is written through the transaction in which its response is stored, so both are there or neither is,
+//! whenever the server dies. `POST /charges?delay_ms=5000` holds that transaction open for so long after the charge was
+//! written: press Ctrl-C in curl and send it again to get 409 while it runs and a replay afterwards; `kill -9` the
+//! server meanwhile, and the charge is gone with it and a retry charges once.
+//!
+//! `?simulate=500`, `503` and `panic` fail *after* the charge was written: it is rolled back, such results are not kept,
+//! and a retry runs again. `?simulate=402` declines the card before anything is written, and that answer is kept.
 //!
 //! | variable | default | |
 //! |---|---|---|
@@ -31,6 +34,7 @@
 //! | `PORT` | 3000 | |
 //! | `LEASE_MS` | 30000 | how long retries get 409 after a crash |
 //! | `MAX_EXECUTION_MS` | 600000 | how long a request may run |
+//! | `TRANSACTION_LIMIT_MS` | a third of the lease | how long a request may keep all others from writing, on SQLite |
 //! | `STORE_TIMEOUT_MS` | 5000 | how long a request waits for the database to claim its key |
 //! | `ABANDONED` | `retry` | `hold`: store 5xx, and after a crash or a panic never run again (409) |
 //! | `RUST_LOG` | `info` | |
@@ -43,7 +47,7 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{Extension, Path, Query, Request, State},
-    http::{StatusCode, header},
+    http::{Extensions, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -51,7 +55,7 @@ use axum::{
 use charges::{Charge, Charges};
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPolicy};
+use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPolicy, TransactionOptions};
 use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
@@ -106,13 +110,18 @@ fn idempotency_layer(charges: &Charges) -> Result<IdempotencyLayer, Box<dyn Erro
         Charges::Sqlite(pool) => IdempotencyLayer::new(pool.clone()),
         Charges::Postgres(pool) => IdempotencyLayer::new(pool.clone()),
     }
-    .with_consumer(ConsumerExtractor::extension());
+    .with_consumer(ConsumerExtractor::extension())
+    .required();
 
     if let Some(lease) = variable("LEASE_MS")? {
         layer = layer.with_lease(Duration::from_millis(lease));
     }
     if let Some(limit) = variable("MAX_EXECUTION_MS")? {
         layer = layer.with_max_execution(Duration::from_millis(limit));
+    }
+    if let Some(limit) = variable("TRANSACTION_LIMIT_MS")? {
+        let options = TransactionOptions::default().with_time_limit(Duration::from_millis(limit));
+        layer = layer.with_transactions(options);
     }
     if let Some(limit) = variable("STORE_TIMEOUT_MS")? {
         layer = layer.with_store_timeout(Duration::from_millis(limit));
@@ -142,6 +151,21 @@ struct NewCharge {
     description: Option<String>,
 }
 
+impl NewCharge {
+    fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let new: Self = serde_json::from_slice(body)
+            .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no charge: {error}")))?;
+        if new.amount <= 0 {
+            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
+        }
+        if !CURRENCIES.contains(&new.currency.as_str()) {
+            let detail = format!("currency must be one of {}", CURRENCIES.join(", "));
+            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, detail));
+        }
+        Ok(new)
+    }
+}
+
 #[derive(Deserialize)]
 struct Behaviour {
     #[serde(default)]
@@ -165,31 +189,27 @@ async fn create_charge(
     State(charges): State<Charges>,
     Extension(consumer): Extension<Consumer>,
     Query(behaviour): Query<Behaviour>,
+    extensions: Extensions,
     body: Bytes,
-) -> Result<Response, Problem> {
-    let new: NewCharge = serde_json::from_slice(&body)
-        .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no charge: {error}")))?;
-    if new.amount <= 0 {
-        return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
-    }
-    if !CURRENCIES.contains(&new.currency.as_str()) {
-        let detail = format!("currency must be one of {}", CURRENCIES.join(", "));
-        return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, detail));
-    }
+) -> axum::response::Result<Response> {
+    let NewCharge { amount, currency, description } = NewCharge::parse(&body)?;
     if behaviour.simulate == Some(Simulate::Declined) {
-        return Err(Problem(StatusCode::PAYMENT_REQUIRED, "the card was declined".to_owned()));
+        return Err(Problem(StatusCode::PAYMENT_REQUIRED, "the card was declined".to_owned()).into());
     }
 
-    let charge = Charge::new(&consumer, new.amount, new.currency, new.description);
-    charges.insert(&charge).await?;
+    let charge = Charge::new(&consumer, amount, currency, description);
+    let mut tx = charges.begin(&extensions).await?;
+    tx.insert(&charge).await?;
     tokio::time::sleep(Duration::from_millis(behaviour.delay_ms).min(MAX_DELAY)).await;
 
     match behaviour.simulate {
         Some(Simulate::Panic) => panic!("simulated"),
         Some(Simulate::InternalError) => {
-            Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, "simulated".to_owned()))
+            Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, "simulated".to_owned()).into())
         }
-        Some(Simulate::Unavailable) => Err(Problem(StatusCode::SERVICE_UNAVAILABLE, "simulated".to_owned())),
+        Some(Simulate::Unavailable) => {
+            Err(Problem(StatusCode::SERVICE_UNAVAILABLE, "simulated".to_owned()).into())
+        }
         Some(Simulate::Declined) | None => {
             let location = [(header::LOCATION, format!("/charges/{}", charge.id))];
             Ok((StatusCode::CREATED, location, with_etag(charge)).into_response())

@@ -1,7 +1,8 @@
 //! A database for several example servers at once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use sqlx::{AssertSqlSafe, ConnectOptions};
 use tower_idempotency::{IdempotencyHandle, IdempotencyLayer, Store};
 
 use super::{schema::Schema, server::Server, sqlite::SqliteFile};
@@ -47,25 +48,58 @@ impl Database {
         IdempotencyLayer::new(self.store()).handle()
     }
 
-    /// How often a handler got as far as storing a charge.
+    /// How many charges are committed.
     pub async fn charges(&self) -> i64 {
+        self.number("SELECT count(*) FROM {s}.charges").await
+    }
+
+    /// Waits until that attempt of the only request has written its charge in a transaction that is still open. On
+    /// SQLite the sign is that nobody else can write; the records are read without a store, whose set-up would wait.
+    pub async fn until_charging(&self, attempt_number: u32) {
+        let attempts = format!(
+            "SELECT count(*) FROM {{s}}.idempotency_records
+            WHERE state = 'in_progress' AND attempt_number = {attempt_number}"
+        );
+        let reached = async {
+            while self.number(&attempts).await == 0 || !self.has_open_transaction().await {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(30), reached).await;
+        assert!(waited.is_ok(), "waited in vain for attempt {attempt_number} to write a charge");
+    }
+
+    /// The one number that a statement returns, in which `{s}` is the schema.
+    async fn number(&self, sql: &str) -> i64 {
         match self {
             Self::Sqlite(file) => {
-                let count = sqlx::query_scalar("SELECT count(*) FROM charges");
-                count.fetch_one(&file.pool()).await.unwrap()
+                let number = sqlx::query_scalar(AssertSqlSafe(sql.replace("{s}.", "")));
+                number.fetch_one(&file.pool()).await.unwrap()
             }
-            Self::Postgres(schema) => schema.number("SELECT count(*) FROM {s}.charges").await,
+            Self::Postgres(schema) => schema.number(sql).await,
         }
     }
 
-    /// Waits until there are that many charges.
-    pub async fn until_charges(&self, wanted: i64) {
-        let reached = async {
-            while self.charges().await < wanted {
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    async fn has_open_transaction(&self) -> bool {
+        match self {
+            Self::Sqlite(file) => {
+                let options = file.options().busy_timeout(Duration::ZERO);
+                let mut connection = options.connect().await.unwrap();
+                let begun = sqlx::raw_sql("BEGIN IMMEDIATE; ROLLBACK").execute(&mut connection).await;
+                begun.is_err_and(|error| {
+                    let code = error.as_database_error().and_then(|error| error.code());
+                    assert_eq!(code.as_deref(), Some(SQLITE_BUSY), "{error}");
+                    true
+                })
             }
-        };
-        let waited = tokio::time::timeout(std::time::Duration::from_secs(30), reached).await;
-        assert!(waited.is_ok(), "waited in vain for charge {wanted}");
+            Self::Postgres(schema) => schema.number(CHARGING).await > 0,
+        }
     }
 }
+
+const SQLITE_BUSY: &str = "5";
+/// Whoever has written to a table has a lock on it until the transaction ends.
+const CHARGING: &str = "
+    SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid)
+    WHERE l.relation = '{s}.charges'::regclass AND l.mode = 'RowExclusiveLock' AND l.granted
+        AND a.state = 'idle in transaction'";
