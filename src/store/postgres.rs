@@ -20,7 +20,7 @@ use self::{
     call::{Call, Value},
     connection::{Connections, Settings},
     statements::Statements,
-    transaction::Transactions,
+    transaction::{Session, Transactions},
 };
 use super::{
     IntoStore, Store,
@@ -82,6 +82,7 @@ pub enum ConnectionMode {
 struct State {
     connections: Connections,
     ready: Lazy<Ready<Statements>>,
+    session: Lazy<Session>,
 }
 
 impl PostgresStore {

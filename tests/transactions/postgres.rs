@@ -41,32 +41,47 @@ async fn a_statement_that_failed_spoils_the_transaction_even_if_the_handler_succ
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn whatever_the_handler_sets_the_record_is_completed() {
-    let role = format!("r_{}", Uuid::new_v4().simple());
-    let watcher = Bank::<Postgres>::open().await;
-    watcher.run(&format!("CREATE ROLE {role}")).await;
     for setting in [
         "SET search_path TO nowhere",
         "SET LOCAL search_path TO pg_catalog",
-        &format!("SET ROLE {role}"),
-        &format!("SET LOCAL ROLE {role}"),
-        "SET LOCAL statement_timeout = '20ms'; SET LOCAL lock_timeout = '1ms'",
+        "SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '1ms'",
         "SET LOCAL enable_indexscan = off; SET LOCAL enable_seqscan = on",
         "SET CONSTRAINTS ALL IMMEDIATE",
         "SET LOCAL standard_conforming_strings = off; SET LOCAL bytea_output = 'escape'",
-        "RESET ALL",
     ] {
-        println!("{setting}");
-        // What is set for the session meets the next user of the connection.
-        let bank = Bank::<Postgres>::open_with(1).await;
-        let setting = setting.to_owned();
-        let handler = move |mut tx: Tx<Postgres>| async move {
-            charge(&mut tx).await;
-            Postgres::run(&mut tx, &setting).await.unwrap();
-            unique(StatusCode::CREATED)
-        };
-        bank.check(&bank.node(bank.layer(), handler), 201, 1, End::Stored).await;
+        let (bank, node) = bank_after(setting).await;
+        bank.check(&node, 201, 1, End::Stored).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_handler_that_gives_up_its_role_or_all_settings_is_rolled_back() {
+    let role = format!("r_{}", Uuid::new_v4().simple());
+    let watcher = Bank::<Postgres>::open().await;
+    watcher.run(&format!("CREATE ROLE {role}")).await;
+    for setting in [&format!("SET ROLE {role}"), &format!("SET LOCAL ROLE {role}"), "RESET ALL"] {
+        let (bank, node) = bank_after(setting).await;
+        bank.check(&node, RejectionCode::TransactionFailed, 0, End::Released).await;
+    }
+    let (bank, node) = bank_after(&format!("SET LOCAL ROLE {role}; RESET ROLE")).await;
+    bank.check(&node, 201, 1, End::Stored).await;
     watcher.run(&format!("DROP ROLE {role}")).await;
+}
+
+/// A handler that charges and then sends a statement, on a pool of one connection: what is set for the session meets the
+/// next user.
+async fn bank_after(setting: &str) -> (Bank<Postgres>, Node) {
+    println!("{setting}");
+    let bank = Bank::<Postgres>::open_with(1).await;
+    let setting = setting.to_owned();
+    let handler = move |mut tx: Tx<Postgres>| async move {
+        charge(&mut tx).await;
+        Postgres::run(&mut tx, &setting).await.unwrap();
+        unique(StatusCode::CREATED)
+    };
+    let node = bank.node(bank.layer(), handler);
+    (bank, node)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,6 +24,7 @@ pub(super) struct Statements {
     pub(super) purge: Arc<str>,
     pub(super) list: Arc<str>,
     pub(super) lock: Arc<str>,
+    pub(super) complete_locked: Arc<str>,
     pub(super) terminate: Arc<str>,
 }
 
@@ -58,6 +59,7 @@ impl Statements {
             purge: render(PURGE),
             list: render(LIST),
             lock: render(LOCK),
+            complete_locked: render(COMPLETE_LOCKED),
             terminate: render(TERMINATE),
         }
     }
@@ -177,23 +179,22 @@ WITH doomed AS (
 )
 DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} IS TRUE RETURNING 1";
 
-/// `fresh` is false on a connection that was in a transaction already, with writes of somebody else.
+/// Locks the record of an attempt for its transaction, and puts a setting of the session back. `fresh` is false on a
+/// connection that was in a transaction already, with writes of somebody else; it is computed before the row is locked.
 const LOCK: &str = "
-WITH before AS MATERIALIZED (SELECT txid_current_if_assigned() IS NULL AS fresh),
-mine AS (
-    SELECT before.fresh FROM before CROSS JOIN {table} AS r
-    WHERE r.consumer = $1 AND r.key = $2 AND {mine} LIMIT 1 FOR NO KEY UPDATE OF r
-)
-SELECT mine.fresh,
-    set_config('statement_timeout', CASE
-        WHEN current_setting('statement_timeout')::interval BETWEEN interval '1 ms' AND $4 * interval '1 microsecond'
-        THEN current_setting('statement_timeout') ELSE (($4 + 999) / 1000)::text END, true),
-    set_config('idle_in_transaction_session_timeout', CASE
-        WHEN current_setting('idle_in_transaction_session_timeout')::interval
-            BETWEEN interval '1 ms' AND $5 * interval '1 microsecond'
-        THEN current_setting('idle_in_transaction_session_timeout') ELSE (($5 + 999) / 1000)::text END, true),
-    set_config('enable_seqscan', current_setting('tower_idempotency.enable_seqscan'), true)
-FROM mine";
+SELECT txid_current_if_assigned() IS NULL AS fresh, set_config('enable_seqscan', $4, true)
+FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} FOR NO KEY UPDATE OF r";
+
+/// The completion inside of the transaction that has the row locked. Written as the insert that it never becomes, it finds
+/// the row by the index, whatever the planner thinks of the table; a walk through it would take long in a large one, and
+/// in a small one collide with every other transaction under SERIALIZABLE.
+const COMPLETE_LOCKED: &str = "
+INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt_number, abandoned, max_abandoned, lease_until,
+    created_at, expires_at, response)
+VALUES ($1, $2, $3, '', 'held', 0, 0, 0, {now}, {now}, {now}, $4)
+ON CONFLICT (consumer, key) DO UPDATE SET state = 'completed', response = excluded.response, completed_at = {now}
+WHERE {mine} AND current_setting('tower_idempotency.attempt', true) = $3::text
+RETURNING r.state = 'completed' AS completed";
 
 /// Ends the backend whose transaction has the record locked.
 const TERMINATE: &str = "

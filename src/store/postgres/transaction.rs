@@ -2,16 +2,20 @@
 //!
 //! A transaction begins by locking the record's row, if it is the attempt's. The lock stands in for the lease: claims and
 //! renewals skip a locked row, so nobody takes the record over, and nothing changes the row under a transaction that
-//! sees an older snapshot. A savepoint set then proves at the end that the transaction is still the one that was begun.
+//! sees an older snapshot.
+//!
+//! Two marks are left at the begin. A setting that ends with the transaction is part of the fence of the completion. A
+//! savepoint, to which even a failed transaction can be rolled back, proves in every other case that the transaction is
+//! still the one that was begun.
 
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::{AssertSqlSafe, Postgres, Row, Transaction, postgres::PgConnection};
+use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
 use tokio::time::timeout;
 
-use super::{PostgresStore, call::Value, of_attempt};
+use super::{PostgresStore, call::Value, connection, of_attempt};
 use crate::{
     Attempt, IsolationLevel, StoreError, TRACING_TARGET, TransactionError, TransactionErrorKind,
     TransactionOptions, error::BoxError, store::sql, tx::Driver,
@@ -24,6 +28,34 @@ pub(super) struct Transactions {
     options: TransactionOptions,
 }
 
+/// How the connections of the given pool are set.
+#[derive(Debug)]
+pub(super) struct Session {
+    enable_seqscan: String,
+    statement_timeout: Duration,
+    idle_timeout: Duration,
+}
+
+impl Session {
+    async fn learn(pool: &PgPool) -> Result<Self, StoreError> {
+        let learned = async {
+            let row = match sqlx::raw_sql(SESSION).fetch_one(pool).await {
+                Err(error) if code(&error).as_deref() == Some(ABORTED) => {
+                    sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK; {SESSION}"))).fetch_one(pool).await?
+                }
+                learned => learned?,
+            };
+            let millis = |name| row.try_get(name).and_then(sql::number).map(Duration::from_millis);
+            Ok(Self {
+                enable_seqscan: row.try_get("enable_seqscan")?,
+                statement_timeout: millis("statement_timeout")?,
+                idle_timeout: millis("idle_timeout")?,
+            })
+        };
+        learned.await.map_err(|source| connection::error("begin", source))
+    }
+}
+
 impl Transactions {
     pub(super) fn new(store: PostgresStore, attempt: Attempt, options: TransactionOptions) -> Self {
         Self { store, attempt, options }
@@ -33,8 +65,10 @@ impl Transactions {
         format!("tower_idempotency_{}", self.attempt.id.as_uuid().simple())
     }
 
-    /// A connection that was left in a failed transaction refuses whatever does not begin with a rollback.
-    fn begin_text(&self, after_failure: bool) -> String {
+    /// What begins the transaction, in one message. The record is to be locked by its key: a walk over a small table
+    /// would read all records, and under SERIALIZABLE collide with everybody else's transaction.
+    fn begin_text(&self, session: &Session, after_failure: bool) -> String {
+        // A connection that was left in a failed transaction refuses whatever does not begin with a rollback.
         let first = if after_failure { "ROLLBACK; " } else { "" };
         let isolation = match self.options.isolation {
             None => "",
@@ -42,7 +76,14 @@ impl Transactions {
             Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
             Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
         };
-        format!("{first}BEGIN{isolation}; SAVEPOINT {}; {REMEMBER_TERMS}", self.savepoint())
+        let (savepoint, attempt) = (self.savepoint(), self.attempt.id);
+        let statement = shorter(session.statement_timeout, self.options.statement_timeout);
+        let idle = shorter(session.idle_timeout, self.options.idle_timeout);
+        format!(
+            "{first}BEGIN{isolation}; SAVEPOINT {savepoint}; SET LOCAL tower_idempotency.attempt = '{attempt}'; \
+             SET LOCAL statement_timeout = {statement}; SET LOCAL idle_in_transaction_session_timeout = {idle}; \
+             SET LOCAL enable_seqscan = off"
+        )
     }
 
     async fn try_begin(
@@ -50,50 +91,47 @@ impl Transactions {
         after_failure: bool,
     ) -> Result<Transaction<'static, Postgres>, TransactionError> {
         let statements = self.store.sql().await.map_err(unavailable)?;
-        let begun = self.store.pool.begin_with(AssertSqlSafe(self.begin_text(after_failure))).await;
+        let session = self.store.state.session.get_or_make(async || Session::learn(&self.store.pool).await);
+        let session = session.await.map_err(unavailable)?;
+        let text = self.begin_text(session, after_failure);
+        let begun = self.store.pool.begin_with(AssertSqlSafe(text)).await;
         let mut transaction = begun.map_err(|source| match code(&source).as_deref() {
             Some(code) if code.starts_with("25") => left_open().with_source(source),
             _ => not_begun(source),
         })?;
-        let micros = |limit: Option<_>| Value::Int(limit.map_or(0, sql::micros));
-        let lock = of_attempt(&statements.lock, &self.attempt)
-            .with(micros(self.options.statement_timeout))
-            .with(micros(self.options.idle_timeout));
+        let lock = of_attempt(&statements.lock, &self.attempt).with(Value::Text(&session.enable_seqscan));
         let rows = lock.fetch_all_inside(&mut transaction, self.store.settings.mode).await;
-        let rows = rows.map_err(|source| before_commit("the record could not be locked", source))?;
+        let unlocked = |source| before_commit("the record could not be locked", source);
+        let rows = rows.map_err(unlocked)?;
         let Some(row) = rows.first() else {
             self.abandon(transaction).await;
             return Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's"));
         };
-        if row.try_get("fresh").map_err(|source| before_commit("the record could not be locked", source))? {
+        if row.try_get("fresh").map_err(unlocked)? {
             return Ok(transaction);
         }
         self.abandon(transaction).await;
         Err(left_open())
     }
 
-    /// Proves that the transaction is the one that was begun, and undoes what the handler has set for it.
-    async fn regain(&self, connection: &mut PgConnection) -> Result<(), TransactionError> {
-        let text = format!("{OWN_TERMS}; RELEASE SAVEPOINT {}", self.savepoint());
-        let regained = sqlx::raw_sql(AssertSqlSafe(text)).execute(connection).await;
-        regained.map(drop).map_err(|source| before_commit("the transaction is not in order", source))
-    }
-
-    async fn complete(&self, connection: &mut PgConnection, response: &[u8]) -> Result<(), TransactionError> {
+    /// Whether the record was completed: not if the handler has ended the transaction, or forgotten every setting.
+    async fn complete(
+        &self,
+        connection: &mut PgConnection,
+        response: &[u8],
+    ) -> Result<bool, TransactionError> {
         let statements = self.store.sql().await.map_err(unavailable)?;
-        let call = of_attempt(&statements.complete, &self.attempt).with(Value::Bytes(response));
+        let call = of_attempt(&statements.complete_locked, &self.attempt).with(Value::Bytes(response));
         let rows = call.fetch_all_inside(connection, self.store.settings.mode).await;
-        match rows.map_err(|source| before_commit("the record could not be completed", source))?.is_empty() {
-            true => Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's")),
-            false => Ok(()),
-        }
+        let completed = rows.and_then(|rows| rows.first().map_or(Ok(false), |row| row.try_get("completed")));
+        completed.map_err(|source| before_commit("the record could not be completed", source))
     }
 
-    async fn in_time(
+    async fn in_time<T>(
         &self,
         otherwise: TransactionErrorKind,
-        work: impl Future<Output = Result<(), TransactionError>>,
-    ) -> Result<(), TransactionError> {
+        work: impl Future<Output = Result<T, TransactionError>>,
+    ) -> Result<T, TransactionError> {
         let limit = self.store.settings.statement_timeout;
         timeout(limit, work).await.unwrap_or_else(|elapsed| {
             let message = format!("no reply within {limit:?}");
@@ -154,16 +192,22 @@ impl Driver<Postgres> for Transactions {
         mut transaction: Transaction<'static, Postgres>,
         response: Bytes,
     ) -> Result<(), TransactionError> {
-        if let Err(error) = self.in_time(TransactionErrorKind::Gone, self.regain(&mut transaction)).await {
-            if error.kind() == TransactionErrorKind::Failed {
-                self.roll_back(transaction).await?;
-            }
-            return Err(error);
-        }
         let completed = self.in_time(TransactionErrorKind::Gone, self.complete(&mut transaction, &response));
-        if let Err(error) = completed.await {
-            self.abandon(transaction).await;
-            return Err(error);
+        match completed.await {
+            Ok(true) => {}
+            Ok(false) => {
+                self.roll_back(transaction).await?;
+                let message = "the handler has reset the settings of its transaction";
+                return Err(TransactionError::new(TransactionErrorKind::Failed, message));
+            }
+            Err(error) if error.kind() == TransactionErrorKind::Failed => {
+                self.roll_back(transaction).await?;
+                return Err(error);
+            }
+            Err(error) => {
+                self.abandon(transaction).await;
+                return Err(error);
+            }
         }
         let commit = async { transaction.commit().await.map_err(at_commit) };
         let committed = self.in_time(TransactionErrorKind::Unconfirmed, commit).await;
@@ -195,6 +239,13 @@ impl Driver<Postgres> for Transactions {
     async fn revoke(&self) {
         self.terminate(ANY).await;
     }
+}
+
+/// A time-out in milliseconds: that of the session, in which zero means none, unless ours is shorter.
+fn shorter(session: Duration, ours: Option<Duration>) -> u128 {
+    let session = Some(session).filter(|limit| !limit.is_zero());
+    let limit = [session, ours].into_iter().flatten().min();
+    limit.map_or(0, |limit| limit.as_millis().clamp(1, i32::MAX.unsigned_abs().into()))
 }
 
 fn not_begun(source: impl Into<BoxError>) -> TransactionError {
@@ -241,19 +292,13 @@ fn ends_connection(code: &str) -> bool {
         || code.starts_with("25P0") && code != "25P01" && code != "25P02"
 }
 
-/// The statements of the store must find the record by its key. A plan that was made while the table was small would go
-/// through all of it, and at SERIALIZABLE collide with everybody else's.
-const REMEMBER_TERMS: &str = "
-SELECT set_config('tower_idempotency.role', current_setting('role'), true),
-    set_config('tower_idempotency.enable_seqscan', current_setting('enable_seqscan'), true),
-    set_config('enable_seqscan', 'off', true)";
+const SESSION: &str = "
+SELECT current_setting('enable_seqscan') AS enable_seqscan,
+    (extract(epoch FROM current_setting('statement_timeout')::interval) * 1000)::bigint AS statement_timeout,
+    (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle_timeout";
 
-/// The role is that of the transaction's begin, unless the handler has forgotten every setting, and its time-out does not
-/// count.
-const OWN_TERMS: &str = "
-SELECT set_config('enable_seqscan', 'off', true), set_config('statement_timeout', '0', true), set_config('role',
-    coalesce(nullif(current_setting('tower_idempotency.role', true), ''), current_setting('role')), true)";
-
+/// A statement was refused because an earlier one of its transaction had failed.
+const ABORTED: &str = "25P02";
 /// What a backend may be doing when it is terminated.
 const ANY: &str = "%";
 const IDLE: &str = "idle in transaction%";
