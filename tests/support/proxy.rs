@@ -33,6 +33,8 @@ pub enum Fault {
     /// As [`HoldReplies`](Self::HoldReplies), but on each connection only from a request on that holds these bytes,
     /// which is still passed on: the server does what it was asked, and nobody is told.
     HoldRepliesFrom(&'static [u8]),
+    /// Keeps, on each connection, a request that holds these bytes and all that follow, until the fault changes.
+    HoldRequestsFrom(&'static [u8]),
     /// Refuses new connections, as if nobody listened. Leaves open ones alone.
     Refuse,
     /// Passes that many bytes of each connection's requests on, counted from now, and loses the rest in silence.
@@ -216,6 +218,11 @@ impl<'a> Direction<'a> {
                 && contains(&buffer[..read], wanted)
             {
                 self.seen_in.store(setting, Ordering::SeqCst);
+            } else if let Fault::HoldRequestsFrom(wanted) = fault
+                && contains(&buffer[..read], wanted)
+            {
+                let _held = Counted::new(&self.counts, |counts| &mut counts.withheld);
+                let _ = self.control.wait_for(|control| control.setting != setting).await;
             }
             to.write_all(&buffer[..passed]).await?;
         }
