@@ -175,8 +175,10 @@ impl Network {
             let requests = Direction::new(&self, &seen_in).pass_requests(from_client, to_server);
             let replies = Direction::new(&self, &seen_in).pass_replies(from_server, to_client);
             tokio::select! {
-                passed = async { tokio::try_join!(requests, replies) } => passed.is_ok(),
+                // What was kept is lost, also if the fault has changed since.
+                biased;
                 _ = self.control.wait_for(|control| control.cuts != cuts) => false,
+                passed = async { tokio::try_join!(requests, replies) } => passed.is_ok(),
             }
         };
         if !passed {

@@ -1,6 +1,6 @@
 //! The server: charges whose handler writes through the transaction of its attempt.
 
-use std::{net::Ipv4Addr, sync::Arc, thread, time::Duration};
+use std::{net::Ipv4Addr, thread, time::Duration};
 
 use axum::{
     Router,
