@@ -22,6 +22,8 @@ use crate::support::app::Answer;
 #[derive(Clone, Debug)]
 pub struct Client {
     http: legacy::Client<HttpConnector, Full<Bytes>>,
+    /// For how long it waits for an answer.
+    patience: Duration,
     refusals: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 
@@ -51,9 +53,9 @@ impl Order {
 }
 
 impl Client {
-    pub fn new() -> Self {
+    pub fn new(patience: Duration) -> Self {
         let http = legacy::Client::builder(TokioExecutor::new()).build_http();
-        Self { http, refusals: Arc::default() }
+        Self { http, patience, refusals: Arc::default() }
     }
 
     /// Sends the request once. Without a whole answer: why.
@@ -71,7 +73,7 @@ impl Client {
             let body = body.collect().await.map_err(|error| error.to_string())?.to_bytes();
             Ok(reply(&parts, body))
         };
-        timeout(PATIENCE, reply).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
+        timeout(self.patience, reply).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }
 
     /// Repeats the request, at another address each time, until it succeeds. What it says besides its key is said once.
@@ -148,6 +150,3 @@ fn reply(parts: &http::response::Parts, body: Bytes) -> Reply {
     }
     Reply { answer, shown: format!("{} {headers:?} {body:?}", parts.status) }
 }
-
-/// Longer than a process is frozen for.
-const PATIENCE: Duration = Duration::from_secs(5);

@@ -60,7 +60,7 @@ async fn kill_all(run: &Run, database: &'static str, url: &str) {
         database,
         url: url.to_owned(),
         books: books.clone(),
-        client: Client::new(),
+        client: Client::new(PATIENCE),
         survivor: survivor.address(),
         ledger: Ledger::default(),
         todo: POINTS
@@ -120,17 +120,11 @@ struct Victim {
 
 impl Victim {
     fn start(url: &str) -> Self {
-        let proxy = (!url.starts_with("sqlite:")).then(|| {
-            let server = schema::server();
-            Proxy::start(format!("{}:{}", server.get_host(), server.get_port()).parse().expect("an address"))
-        });
-        let url = match &proxy {
-            None => url.to_owned(),
-            Some(proxy) => {
-                let server = schema::server();
-                let address = format!("{}:{}", server.get_host(), server.get_port());
-                url.replace(&address, &proxy.address().to_string())
-            }
+        let (proxy, url) = if url.starts_with("sqlite:") {
+            (None, url.to_owned())
+        } else {
+            let (proxy, url) = schema::through_proxy(url);
+            (Some(proxy), url)
         };
         let server = block_in_place(|| Server::start_program(server(), Some(&url), &[]));
         Self { server, proxy }

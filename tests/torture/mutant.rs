@@ -16,7 +16,7 @@ pub async fn run(run: &Run) {
     let program = block_in_place(build);
     let storm = Storm {
         keys: run.count(200),
-        clients_per_key: 3,
+        clients_per_key: 5,
         span: Duration::from_secs(if run.full { 60 } else { 10 }),
         kills: 0,
         freezes: run.count(5),
@@ -46,8 +46,8 @@ fn build() -> Program {
     let folder = profile.with_file_name("mutant");
     let source = folder.join("source");
     let _ = fs::remove_dir_all(&source);
-    fs::create_dir_all(folder.join("target/debug")).expect("the target folder can be written to");
     fs::create_dir_all(&source).expect("the target folder can be written to");
+    lend_dependencies(profile, &folder.join("target/debug"));
     let origin = Path::new(env!("CARGO_MANIFEST_DIR"));
     copy(
         ["Cargo.toml", "Cargo.lock", "README.md", "src", "tests", "benches", "examples", "migrations"]
@@ -56,6 +56,15 @@ fn build() -> Program {
     );
     mutate(&source.join("src/store/sql.rs"));
     Program::new(cargo(&source, &folder.join("target")), &[SERVE])
+}
+
+/// What was compiled for this program need not be compiled again. If it cannot be linked it is.
+fn lend_dependencies(profile: &Path, target: &Path) {
+    if profile.ends_with("debug") && fs::create_dir_all(target).is_ok() && !target.join("deps").exists() {
+        let folders = ["deps", "build", ".fingerprint"].map(|name| profile.join(name));
+        let _ =
+            Command::new("cp").args(["-al", "--"]).args(folders).arg(target).stderr(Stdio::null()).status();
+    }
 }
 
 /// Every attempt may complete, release and lock every record.

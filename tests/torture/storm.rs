@@ -72,7 +72,7 @@ impl Storm {
         let site = Arc::new(block_in_place(|| Site::start(&program)));
         let books = Books::open(&site.postgres.url()).await;
         let poller = polls.map(|check| Poller::start(&books, check));
-        let (ledger, client) = (Arc::new(Ledger::default()), Client::new());
+        let (ledger, client) = (Arc::new(Ledger::default()), Client::new(IMPATIENCE));
         let began = Instant::now();
         let mut events = JoinSet::new();
         for (event, count) in
@@ -93,7 +93,9 @@ impl Storm {
             let at = began + self.moment(&mut random);
             for duplicate in 0..self.clients_per_key {
                 let order = self.order(number, duplicate, &mut random);
-                let at = at + Duration::from_millis(random.below(100));
+                // The one that is to freeze its handler must be the first.
+                let late = if duplicate > 0 && self.freezes_before_begin(number) { 50 } else { 0 };
+                let at = at + Duration::from_millis(late + random.below(50));
                 let addresses = site.addresses(random.below(2) == 0);
                 let (client, ledger) = (client.clone(), Arc::clone(&ledger));
                 let until = began + self.span + PATIENCE;
@@ -120,13 +122,20 @@ impl Storm {
         self.span.mul_f64(random.below(10_000) as f64 / 10_000.0)
     }
 
+    fn freezes_before_begin(&self, number: usize) -> bool {
+        self.freezes_before_begin > 0 && number.is_multiple_of(self.keys / self.freezes_before_begin)
+    }
+
+    fn is_slow(&self, number: usize) -> bool {
+        self.slow_handlers > 0 && number % (self.keys / self.slow_handlers) == 1
+    }
+
     fn order(&self, number: usize, duplicate: usize, random: &mut Random) -> Order {
-        let every = |count: usize, rest: usize| count > 0 && number % (self.keys / count).max(1) == rest;
         let order = Order::new(format!("storm-{number}"));
-        if duplicate == 0 && every(self.freezes_before_begin, 0) {
-            return order.with(FREEZE_AT, Point::Entered.name());
+        if self.freezes_before_begin(number) {
+            return if duplicate == 0 { order.with(FREEZE_AT, Point::Entered.name()) } else { order };
         }
-        if every(self.slow_handlers, 1) {
+        if self.is_slow(number) {
             return order.with(SLEEP_BEFORE_MS, 1200).with(SLEEP_INSIDE_MS, 600);
         }
         order.with(SLEEP_BEFORE_MS, random.below(30)).with(SLEEP_INSIDE_MS, random.below(150))
@@ -207,5 +216,7 @@ impl Site {
 }
 
 /// Longer than the lease.
-const FROZEN: Duration = Duration::from_millis(1300);
+const FROZEN: Duration = Duration::from_millis(1800);
+/// Clients give a frozen server up before it goes on, and one that runs a slow handler too.
+const IMPATIENCE: Duration = Duration::from_millis(700);
 const PATIENCE: Duration = Duration::from_secs(60);
