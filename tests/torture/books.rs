@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{AssertSqlSafe, PgPool, Row, SqlitePool, postgres::PgPoolOptions, sqlite::SqlitePoolOptions};
+use sqlx::{
+    AssertSqlSafe, ColumnIndex, Decode, PgPool, Row, SqlitePool, Type, postgres::PgPoolOptions,
+    sqlite::SqlitePoolOptions,
+};
 use tokio::{sync::oneshot, task::JoinHandle, time::sleep};
 use tower_idempotency::{IdempotencyLayer, PostgresStore, SqliteStore, StoredBody, StoredResponse};
 
@@ -27,6 +30,8 @@ pub struct Entry {
     pub charges: Vec<String>,
     /// The response of its record, if that is completed.
     pub response: Option<StoredResponse>,
+    /// How many attempts the record has seen, if it is completed.
+    attempts: i64,
 }
 
 impl Books {
@@ -42,14 +47,11 @@ impl Books {
             (Self::Postgres(pool.clone()), IdempotencyLayer::new(PostgresStore::new(pool)))
         };
         layer.handle().prepare().await.expect("the tables can be made");
-        match &books {
-            Self::Postgres(pool) => {
-                drop(sqlx::raw_sql(TABLES).execute(pool).await.expect("tables can be made"))
-            }
-            Self::Sqlite(pool) => {
-                drop(sqlx::raw_sql(TABLES).execute(pool).await.expect("tables can be made"))
-            }
-        }
+        let made = match &books {
+            Self::Postgres(pool) => sqlx::raw_sql(TABLES).execute(pool).await.map(drop),
+            Self::Sqlite(pool) => sqlx::raw_sql(TABLES).execute(pool).await.map(drop),
+        };
+        made.expect("tables can be made");
         books
     }
 
@@ -75,11 +77,11 @@ impl Books {
         match self {
             Self::Postgres(pool) => {
                 let rows = sqlx::query(sql).fetch_all(pool).await?;
-                rows.iter().map(|row| entry(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?)).collect()
+                rows.iter().map(entry).collect()
             }
             Self::Sqlite(pool) => {
                 let rows = sqlx::query(sql).fetch_all(pool).await?;
-                rows.iter().map(|row| entry(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?)).collect()
+                rows.iter().map(entry).collect()
             }
         }
     }
@@ -91,10 +93,22 @@ impl Entry {
     }
 }
 
-fn entry(key: String, charges: String, response: Option<Vec<u8>>) -> Result<Entry, sqlx::Error> {
+fn entry<'r, R: Row>(row: &'r R) -> Result<Entry, sqlx::Error>
+where
+    usize: ColumnIndex<R>,
+    String: Decode<'r, R::Database> + Type<R::Database>,
+    Vec<u8>: Decode<'r, R::Database> + Type<R::Database>,
+    i64: Decode<'r, R::Database> + Type<R::Database>,
+{
+    let charges: String = row.try_get(1)?;
+    let response: Option<Vec<u8>> = row.try_get(2)?;
     let response = response.map(|response| StoredResponse::decode(&response.into())).transpose();
-    let charges = charges.split_whitespace().map(str::to_owned).collect();
-    Ok(Entry { key, charges, response: response.expect("a stored response is readable") })
+    Ok(Entry {
+        key: row.try_get(0)?,
+        charges: charges.split_whitespace().map(str::to_owned).collect(),
+        response: response.expect("a stored response is readable"),
+        attempts: row.try_get(3)?,
+    })
 }
 
 /// What clients were told.
@@ -108,6 +122,8 @@ pub struct Audit {
     pub keys: BTreeMap<String, Option<String>>,
     /// How many have several charges.
     pub double_effects: usize,
+    /// How many were completed by another attempt than the first.
+    pub taken_over: usize,
 }
 
 impl Ledger {
@@ -124,6 +140,9 @@ impl Ledger {
             let entry = entries.get(key);
             if entry.is_some_and(|entry| entry.charges.len() > 1) {
                 audit.double_effects += 1;
+            }
+            if entry.is_some_and(|entry| entry.attempts > 1) {
+                audit.taken_over += 1;
             }
             audit.keys.insert(key.clone(), fault(replies, entry));
         }
@@ -198,7 +217,7 @@ INSERT INTO accounts VALUES (1, 0)";
 
 /// In the dialect of both databases.
 const ENTRIES: &str = "
-SELECT COALESCE(c.key, r.key), COALESCE(c.ids, ''), r.response
+SELECT COALESCE(c.key, r.key), COALESCE(c.ids, ''), r.response, CAST(COALESCE(r.attempt_number, 0) AS bigint)
 FROM (SELECT consumer, key, count(*) AS number, string_agg(id, ' ') AS ids FROM charges GROUP BY consumer, key) AS c
-FULL JOIN (SELECT consumer, key, response FROM idempotency_records WHERE state = 'completed') AS r
+FULL JOIN (SELECT consumer, key, response, attempt_number FROM idempotency_records WHERE state = 'completed') AS r
 ON r.consumer = c.consumer AND r.key = c.key";

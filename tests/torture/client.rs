@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Display,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -46,8 +47,8 @@ impl Order {
         Self { key: key.into(), headers: Vec::new() }
     }
 
-    pub fn with(mut self, header: &'static str, value: impl ToString) -> Self {
-        self.headers.push((header, value.to_string()));
+    pub fn with(mut self, header: &'static str, value: impl Display) -> Self {
+        self.headers.push((header, format!("{value}")));
         self
     }
 }
@@ -71,7 +72,7 @@ impl Client {
             let response = self.http.request(request).await.map_err(|error| error.to_string())?;
             let (parts, body) = response.into_parts();
             let body = body.collect().await.map_err(|error| error.to_string())?.to_bytes();
-            Ok(reply(&parts, body))
+            Ok(reply(&parts, &body))
         };
         timeout(self.patience, reply).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }
@@ -133,10 +134,10 @@ fn backoff_ms(tries: usize) -> u64 {
     (tries.min(10) * 10) as u64
 }
 
-fn reply(parts: &http::response::Parts, body: Bytes) -> Reply {
+fn reply(parts: &http::response::Parts, body: &Bytes) -> Reply {
     let text = |name: &str| parts.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
     let is_problem = text("content-type").as_deref() == Some("application/problem+json");
-    let problem = is_problem.then(|| serde_json::from_slice::<serde_json::Value>(&body).unwrap());
+    let problem = is_problem.then(|| serde_json::from_slice::<serde_json::Value>(body).unwrap());
     let answer = Answer {
         status: parts.status.as_u16(),
         replayed: parts.headers.contains_key("idempotent-replayed"),

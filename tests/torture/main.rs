@@ -74,9 +74,14 @@ impl Run {
                     let seed = arguments.next().and_then(|seed| seed.parse().ok());
                     run.seed = seed.expect("--seed takes a number");
                 }
-                "--part" => run.parts.push(arguments.next().expect("--part takes a name").clone()),
+                "--part" => {
+                    let part = arguments.next().filter(|part| PARTS.contains(&part.as_str()));
+                    run.parts.push(part.unwrap_or_else(|| panic!("--part takes one of {PARTS:?}")).clone());
+                }
                 "--list" => return None,
-                "--test-threads" | "--skip" | "--format" | "--color" => drop(arguments.next()),
+                "--test-threads" | "--skip" | "--format" | "--color" => {
+                    arguments.next();
+                }
                 option if option.starts_with('-') => {}
                 word => run.parts.push(word.to_owned()),
             }

@@ -91,7 +91,8 @@ fn cargo(source: &Path, target: &Path) -> PathBuf {
     assert!(output.status.success(), "the mutant does not compile");
     let messages = String::from_utf8(output.stdout).expect("cargo's messages are UTF-8");
     let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let executable = artifacts.filter_map(|artifact| Some(artifact["executable"].as_str()?.into())).last();
+    let executable =
+        artifacts.filter_map(|artifact| Some(artifact["executable"].as_str()?.into())).next_back();
     executable.expect("cargo names the program it has built")
 }
 

@@ -114,12 +114,13 @@ impl Storm {
         if let Some(poller) = poller {
             poller.stop().await;
         }
-        println!("storm: clients were told {}", client.refusals());
-        ledger.audit(&books).await
+        let audit = ledger.audit(&books).await;
+        println!("storm: {} keys were taken over, clients were told {}", audit.taken_over, client.refusals());
+        audit
     }
 
     fn moment(&self, random: &mut Random) -> Duration {
-        self.span.mul_f64(random.below(10_000) as f64 / 10_000.0)
+        self.span * u32::try_from(random.below(10_000)).expect("it is below") / 10_000
     }
 
     fn freezes_before_begin(&self, number: usize) -> bool {
