@@ -25,16 +25,18 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cut {
     RequestLost,
+    RequestLate,
     ReplyLost,
     ReplyLate,
 }
 
 impl Cut {
-    const ALL: [Self; 3] = [Self::RequestLost, Self::ReplyLost, Self::ReplyLate];
+    const ALL: [Self; 4] = [Self::RequestLost, Self::RequestLate, Self::ReplyLost, Self::ReplyLate];
 
     fn name(self) -> &'static str {
         match self {
             Self::RequestLost => "request-lost",
+            Self::RequestLate => "request-late",
             Self::ReplyLost => "reply-lost",
             Self::ReplyLate => "reply-late",
         }
@@ -42,7 +44,7 @@ impl Cut {
 
     fn fault(self) -> Fault {
         match self {
-            Self::RequestLost => Fault::HoldRequestsFrom(b"COMMIT"),
+            Self::RequestLost | Self::RequestLate => Fault::HoldRequestsFrom(b"COMMIT"),
             Self::ReplyLost | Self::ReplyLate => Fault::HoldRepliesFrom(b"COMMIT"),
         }
     }
@@ -105,16 +107,18 @@ async fn lane(site: Arc<Site>) {
 
 async fn happen(site: &Site, proxy: &Proxy, key: &str, cut: Cut, number: usize) {
     proxy.until(|counts| counts.withheld > 0).await;
-    if cut != Cut::RequestLost {
+    if matches!(cut, Cut::ReplyLost | Cut::ReplyLate) {
         while site.books.entry(key).await.is_none() {
             sleep(Duration::from_millis(5)).await;
         }
     }
-    if cut == Cut::ReplyLate {
+    match cut {
+        Cut::RequestLost | Cut::ReplyLost => proxy.cut(),
         // Later than the layer waits, and for every other one later than the store does.
-        sleep(if number.is_multiple_of(2) { STORE_TIMEOUT * 3 / 2 } else { STATEMENT_TIMEOUT * 3 / 2 }).await;
-    } else {
-        proxy.cut();
+        Cut::RequestLate | Cut::ReplyLate => {
+            let limit = if number.is_multiple_of(2) { STORE_TIMEOUT } else { STATEMENT_TIMEOUT };
+            sleep(limit * 3 / 2).await;
+        }
     }
     proxy.set(Fault::None);
 }

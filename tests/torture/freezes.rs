@@ -127,7 +127,7 @@ async fn before_commit(run: &Run) {
     let check = Check::new(format!("{what}: duplicates get 409, other keys are answered, in 200 ms"));
     let schema = Schema::create().await;
     let (proxy, url) = schema::through_proxy(&schema.url());
-    let pair = Pair::start(&schema.url(), &url, &[("LEASE_MS", "20000")]).await;
+    let pair = Pair::start(&schema.url(), &url, &[("IDLE_TIMEOUT_MS", "20000")]).await;
     let mut slowest = Duration::ZERO;
     for round in 0..run.count(10) {
         let key = format!("commit-{round}");
@@ -136,6 +136,10 @@ async fn before_commit(run: &Run) {
         proxy.until(|counts| counts.withheld > 0).await;
         pair.frozen.stop();
         for number in 0..100 {
+            if number == 50 {
+                // The record is still locked when its lease has run out.
+                sleep(LEASE).await;
+            }
             let other = format!("commit-{round}-{number}");
             let (duplicate, other) = tokio::join!(timed(&pair, &key, 409), timed(&pair, &other, 201));
             for (answer, took) in [duplicate, other] {

@@ -139,7 +139,7 @@ impl Storm {
         if self.is_slow(number) {
             return order.with(SLEEP_BEFORE_MS, 1200).with(SLEEP_INSIDE_MS, 600);
         }
-        order.with(SLEEP_BEFORE_MS, random.below(30)).with(SLEEP_INSIDE_MS, random.below(150))
+        order.with(SLEEP_BEFORE_MS, random.below(30)).with(SLEEP_INSIDE_MS, random.below(400))
     }
 }
 
