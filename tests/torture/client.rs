@@ -120,6 +120,9 @@ impl Client {
     /// What clients were told instead of a success, and how often.
     pub fn refusals(&self) -> String {
         let refusals = self.refusals.lock().unwrap();
+        if refusals.is_empty() {
+            return "nothing else".to_owned();
+        }
         refusals.iter().map(|(refusal, count)| format!("{refusal} × {count}")).collect::<Vec<_>>().join(", ")
     }
 }
