@@ -104,4 +104,4 @@ fn copy(from: impl IntoIterator<Item = PathBuf>, to: &Path) {
 const FENCE: &str = r#"("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))")"#;
 /// Every statement has the attempt as a parameter, whose type has to be known.
 const NO_FENCE: &str = r#"("{mine}", "({r}.attempt = {attempt} OR TRUE)")"#;
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
