@@ -9,7 +9,10 @@ use std::{
 };
 
 use rustix::process::Signal;
-use tokio::task::{JoinSet, block_in_place};
+use tokio::{
+    task::{JoinSet, block_in_place},
+    time::sleep,
+};
 
 use crate::{
     Run,
@@ -148,7 +151,15 @@ impl Victim {
             proxy.set(Fault::HoldRequestsFrom(b"COMMIT"));
         }
         let (client, address) = (site.client.clone(), self.server.address());
-        let request = tokio::spawn(async move { client.send(address, &order).await });
+        // A request that was refused has not got as far as the point.
+        let request = tokio::spawn(async move {
+            loop {
+                match client.send(address, &order).await {
+                    Ok(reply) if reply.answer.status == 503 => sleep(Duration::from_millis(20)).await,
+                    answered => return answered,
+                }
+            }
+        });
         if let Some(proxy) = cut {
             proxy.until(|counts| counts.withheld > 0).await;
             block_in_place(|| self.server.kill9());
