@@ -45,6 +45,37 @@ async fn a_proxy_delays_replies() {
 }
 
 #[tokio::test]
+async fn a_proxy_holds_requests_from_some_bytes_on() {
+    let proxy = Proxy::start(echo().await);
+    let mut stream = connect(&proxy).await;
+    proxy.set(Fault::HoldRequestsFrom(b"two"));
+    assert_eq!(say(&mut stream, b"one").await.as_deref(), Some(&b"one"[..]));
+    assert_eq!(say(&mut stream, b"two").await, None);
+    assert_eq!(say(&mut stream, b"one").await, None);
+    proxy.until(|counts| counts.withheld == 1).await;
+    proxy.set(Fault::None);
+    let mut replies = [0; 6];
+    stream.read_exact(&mut replies).await.unwrap();
+    assert_eq!(&replies, b"twoone");
+}
+
+#[tokio::test]
+async fn a_proxy_that_cuts_loses_what_it_held_whatever_is_set_then() {
+    for fault in [Fault::HoldRequestsFrom(b"one"), Fault::HoldRepliesFrom(b"one")] {
+        for _ in 0..100 {
+            let proxy = Proxy::start(echo().await);
+            let mut stream = connect(&proxy).await;
+            proxy.set(fault.clone());
+            stream.write_all(b"one").await.unwrap();
+            proxy.until(|counts| counts.withheld == 1).await;
+            proxy.cut();
+            proxy.set(Fault::None);
+            assert!(stream.read(&mut [0]).await.is_err());
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_proxy_holds_replies_and_passes_them_on_in_order() {
     let proxy = Proxy::start(echo().await);
     let mut stream = connect(&proxy).await;

@@ -24,8 +24,17 @@ pub fn children(parent: i32) -> Vec<i32> {
         .collect()
 }
 
-/// The second field of `/proc/ID/stat` is a name in parentheses that may itself hold any.
+/// Whether a child is stopped by a signal.
+pub fn is_stopped(child: &Child) -> bool {
+    stat(Pid::from_child(child).as_raw_nonzero().get()).is_some_and(|stat| stat.starts_with('T'))
+}
+
 fn parent_of(id: i32) -> Option<i32> {
+    stat(id)?.split(' ').nth(1)?.parse().ok()
+}
+
+/// `/proc/ID/stat` from the state on. The field before it is a name in parentheses that may itself hold any.
+fn stat(id: i32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    Some(stat.rsplit_once(") ")?.1.to_owned())
 }

@@ -33,6 +33,8 @@ pub enum Fault {
     /// As [`HoldReplies`](Self::HoldReplies), but on each connection only from a request on that holds these bytes,
     /// which is still passed on: the server does what it was asked, and nobody is told.
     HoldRepliesFrom(&'static [u8]),
+    /// Keeps, on each connection, a request that holds these bytes and all that follow, until the fault changes.
+    HoldRequestsFrom(&'static [u8]),
     /// Refuses new connections, as if nobody listened. Leaves open ones alone.
     Refuse,
     /// Passes that many bytes of each connection's requests on, counted from now, and loses the rest in silence.
@@ -170,8 +172,8 @@ impl Network {
             let seen_in = AtomicU64::new(0);
             let (from_client, to_client) = client.split();
             let (from_server, to_server) = server.split();
-            let requests = Direction::new(&self, &seen_in).pass_requests(from_client, to_server);
-            let replies = Direction::new(&self, &seen_in).pass_replies(from_server, to_client);
+            let requests = Direction::new(&self, cuts, &seen_in).pass_requests(from_client, to_server);
+            let replies = Direction::new(&self, cuts, &seen_in).pass_replies(from_server, to_client);
             tokio::select! {
                 passed = async { tokio::try_join!(requests, replies) } => passed.is_ok(),
                 _ = self.control.wait_for(|control| control.cuts != cuts) => false,
@@ -187,6 +189,8 @@ impl Network {
 struct Direction<'a> {
     control: watch::Receiver<Control>,
     counts: Arc<watch::Sender<Counts>>,
+    /// How often connections had been cut when this one was opened.
+    cuts: u64,
     /// The setting in which the bytes to hold replies from were seen.
     seen_in: &'a AtomicU64,
     /// The setting in which the bytes below were passed on.
@@ -196,9 +200,9 @@ struct Direction<'a> {
 }
 
 impl<'a> Direction<'a> {
-    fn new(network: &Network, seen_in: &'a AtomicU64) -> Self {
+    fn new(network: &Network, cuts: u64, seen_in: &'a AtomicU64) -> Self {
         let counts = Arc::clone(&network.counts);
-        Self { control: network.control.clone(), counts, seen_in, setting: 0, passed: 0, lost: None }
+        Self { control: network.control.clone(), counts, cuts, seen_in, setting: 0, passed: 0, lost: None }
     }
 
     async fn pass_requests(mut self, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) -> io::Result<()> {
@@ -216,6 +220,10 @@ impl<'a> Direction<'a> {
                 && contains(&buffer[..read], wanted)
             {
                 self.seen_in.store(setting, Ordering::SeqCst);
+            } else if let Fault::HoldRequestsFrom(wanted) = fault
+                && contains(&buffer[..read], wanted)
+            {
+                self.hold_while(|control| control.setting == setting).await?;
             }
             to.write_all(&buffer[..passed]).await?;
         }
@@ -225,7 +233,7 @@ impl<'a> Direction<'a> {
         let mut buffer = vec![0; CHUNK];
         loop {
             let read = from.read(&mut buffer).await?;
-            self.hold().await;
+            self.hold().await?;
             if read == 0 {
                 return to.shutdown().await;
             }
@@ -240,15 +248,25 @@ impl<'a> Direction<'a> {
         }
     }
 
-    async fn hold(&mut self) {
+    async fn hold(&mut self) -> io::Result<()> {
         let seen_in = self.seen_in.load(Ordering::SeqCst);
         let holds = |control: &Control| {
             control.fault == Fault::HoldReplies
                 || matches!(control.fault, Fault::HoldRepliesFrom(_)) && control.setting == seen_in
         };
         if holds(&self.control.borrow()) {
-            let _held = Counted::new(&self.counts, |counts| &mut counts.withheld);
-            let _ = self.control.wait_for(|control| !holds(control)).await;
+            self.hold_while(holds).await?;
+        }
+        Ok(())
+    }
+
+    /// Fails if the connection was cut meanwhile, whatever else has changed since.
+    async fn hold_while(&mut self, holds: impl Fn(&Control) -> bool) -> io::Result<()> {
+        let _held = Counted::new(&self.counts, |counts| &mut counts.withheld);
+        let cuts = self.cuts;
+        match self.control.wait_for(|control| control.cuts != cuts || !holds(control)).await {
+            Ok(control) if control.cuts != cuts => Err(io::ErrorKind::ConnectionReset.into()),
+            _ => Ok(()),
         }
     }
 

@@ -11,7 +11,7 @@ use tower_idempotency::{
     store::{ConnectionMode, conformance::Fixture},
 };
 
-use super::required_env;
+use super::{proxy::Proxy, required_env};
 
 /// A schema that only one test uses.
 #[derive(Debug)]
@@ -97,6 +97,15 @@ impl Fixture for PooledSchema {
     async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
         self.open().await
     }
+}
+
+/// A network between this URL's client and the server that the environment names, and the URL that goes through it.
+pub fn through_proxy(url: &str) -> (Proxy, String) {
+    let server = server();
+    let address = format!("{}:{}", server.get_host(), server.get_port());
+    let proxy = Proxy::start(address.parse().expect("the server is named by its address"));
+    let url = url.replace(&address, &proxy.address().to_string());
+    (proxy, url)
 }
 
 /// The server that the environment names.

@@ -1,10 +1,10 @@
-//! The example server as a process, to be killed, frozen and ended.
+//! A server as a process, to be killed, frozen and ended: the example, or another program.
 
 use std::{
     fs,
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
@@ -15,31 +15,52 @@ use tempfile::TempDir;
 use super::{
     free_port,
     http::{RawResponse, exchange, request},
-    process::signal_child,
+    process::{is_stopped, signal_child},
     wait_for,
 };
 
-/// A running example server with a working folder of its own. Dropped, it is killed.
+/// A running server with a working folder of its own. Dropped, it is killed.
 ///
 /// Starting and ending block, for some 50 ms.
 #[derive(Debug)]
 pub struct Server {
+    program: Program,
     folder: TempDir,
     port: u16,
     variables: Vec<(String, String)>,
     process: Child,
 }
 
+/// What a server's process runs.
+#[derive(Clone, Debug)]
+pub struct Program {
+    path: PathBuf,
+    arguments: &'static [&'static str],
+}
+
+impl Program {
+    /// A program that listens on `PORT` of the loopback interface and answers `GET /healthz` with 200.
+    pub fn new(path: impl AsRef<Path>, arguments: &'static [&'static str]) -> Self {
+        Self { path: path.as_ref().to_owned(), arguments }
+    }
+}
+
 impl Server {
-    /// Starts a server and waits until it answers. Without a database URL it keeps a SQLite file in its own folder.
+    /// Starts the example and waits until it answers. Without a database URL it keeps a SQLite file in its own folder.
     #[track_caller]
     pub fn start(database_url: Option<&str>, variables: &[(&str, &str)]) -> Self {
+        Self::start_program(Program::new(executable(), &[]), database_url, variables)
+    }
+
+    /// Starts another program and waits until it answers.
+    #[track_caller]
+    pub fn start_program(program: Program, database_url: Option<&str>, variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder can be made");
         let port = free_port();
         let all = database_url.map(|url| ("DATABASE_URL", url)).into_iter().chain(variables.iter().copied());
         let variables: Vec<_> = all.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        let process = spawn(&folder, port, &variables);
-        let mut server = Self { folder, port, variables, process };
+        let process = spawn(&program, &folder, port, &variables);
+        let mut server = Self { program, folder, port, variables, process };
         server.wait_until_healthy();
         server
     }
@@ -48,7 +69,7 @@ impl Server {
     /// variables.
     #[track_caller]
     pub fn start_again(&mut self) {
-        self.process = spawn(&self.folder, self.port, &self.variables);
+        self.process = spawn(&self.program, &self.folder, self.port, &self.variables);
         self.wait_until_healthy();
     }
 
@@ -89,6 +110,11 @@ impl Server {
     #[track_caller]
     pub fn cont(&self) {
         signal_child(&self.process, Signal::CONT);
+    }
+
+    /// Whether it is frozen, by [`stop`](Self::stop) or by itself.
+    pub fn is_stopped(&self) -> bool {
+        is_stopped(&self.process)
     }
 
     /// Asks it to end, and does not wait.
@@ -152,14 +178,18 @@ impl Drop for Server {
 }
 
 #[track_caller]
-fn spawn(folder: &TempDir, port: u16, variables: &[(String, String)]) -> Child {
+fn spawn(program: &Program, folder: &TempDir, port: u16, variables: &[(String, String)]) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(folder.path().join("log"));
     let log = log.expect("a file can be made in a temporary folder");
-    let mut command = Command::new(executable());
-    command.current_dir(folder.path()).env_remove("DATABASE_URL").env("PORT", port.to_string());
+    let mut command = Command::new(&program.path);
+    command
+        .args(program.arguments)
+        .current_dir(folder.path())
+        .env_remove("DATABASE_URL")
+        .env("PORT", port.to_string());
     command.envs(variables.iter().map(|(name, value)| (name, value)));
     command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be shared")).stderr(log);
-    command.spawn().expect("the example server can be run")
+    command.spawn().expect("the server can be run")
 }
 
 /// Cargo puts tests into `target/PROFILE/deps` and examples into `target/PROFILE/examples`.

@@ -1,0 +1,107 @@
+//! The same storm over a crate whose fence was taken away must find double effects: a harness that cannot see the
+//! fault proves nothing.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use tokio::task::block_in_place;
+
+use crate::{Random, Run, SERVE, report::Check, storm::Storm, support::server::Program};
+
+pub async fn run(run: &Run) {
+    let program = block_in_place(build);
+    let storm = Storm {
+        keys: run.count(200),
+        clients_per_key: 5,
+        span: Duration::from_secs(if run.full { 60 } else { 10 }),
+        kills: 0,
+        freezes: run.count(5),
+        crashes: 0,
+        freezes_before_begin: run.count(40),
+        slow_handlers: run.count(40),
+    };
+    let check = Check::new("mutant: without the fence, double effects are found");
+    let mut random = run.random("mutant");
+    let mut found = 0;
+    for _ in 0..ROUNDS {
+        let audit = storm.rage(program.clone(), Random(random.below(u64::MAX)), None).await;
+        found += audit.double_effects;
+        println!("mutant: {} of {} keys have a double effect", audit.double_effects, audit.keys.len());
+        if found > 0 {
+            break;
+        }
+    }
+    check.that(found > 0, "-", "a harness that cannot see the fault proves nothing");
+    check.print();
+}
+
+/// Builds the crate without its fence, as this program was built, beside the target folder's own contents.
+fn build() -> Program {
+    let program = std::env::current_exe().expect("a program knows its own path");
+    let profile = program.ancestors().nth(2).expect("cargo puts tests into PROFILE/deps");
+    let folder = profile.with_file_name("mutant");
+    let source = folder.join("source");
+    let _ = fs::remove_dir_all(&source);
+    fs::create_dir_all(&source).expect("the target folder can be written to");
+    lend_dependencies(profile, &folder.join("target/debug"));
+    let origin = Path::new(env!("CARGO_MANIFEST_DIR"));
+    copy(
+        ["Cargo.toml", "Cargo.lock", "README.md", "src", "tests", "benches", "examples", "migrations"]
+            .map(|name| origin.join(name)),
+        &source,
+    );
+    mutate(&source.join("src/store/sql.rs"));
+    Program::new(cargo(&source, &folder.join("target")), &[SERVE])
+}
+
+/// What was compiled for this program need not be compiled again. If it cannot be linked it is.
+fn lend_dependencies(profile: &Path, target: &Path) {
+    if profile.ends_with("debug") && fs::create_dir_all(target).is_ok() && !target.join("deps").exists() {
+        let folders = ["deps", "build", ".fingerprint"].map(|name| profile.join(name));
+        let _ =
+            Command::new("cp").args(["-al", "--"]).args(folders).arg(target).stderr(Stdio::null()).status();
+    }
+}
+
+/// Every attempt may complete, release and lock every record.
+fn mutate(file: &Path) {
+    let sql = fs::read_to_string(file).expect("the source can be read");
+    assert_eq!(sql.matches(FENCE).count(), 1, "the fence is not where it was: change the mutant too");
+    fs::write(file, sql.replace(FENCE, NO_FENCE)).expect("the copy can be written");
+}
+
+fn cargo(source: &Path, target: &Path) -> PathBuf {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args([
+        "test",
+        "--no-run",
+        "--test",
+        "torture",
+        "--message-format",
+        "json",
+        "--offline",
+        "--target-dir",
+    ]);
+    command.arg(target).current_dir(source).env("CARGO_INCREMENTAL", "0").stdin(Stdio::null());
+    let output = command.stderr(Stdio::inherit()).output().expect("cargo can be run");
+    assert!(output.status.success(), "the mutant does not compile");
+    let messages = String::from_utf8(output.stdout).expect("cargo's messages are UTF-8");
+    let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let executable =
+        artifacts.filter_map(|artifact| Some(artifact["executable"].as_str()?.into())).next_back();
+    executable.expect("cargo names the program it has built")
+}
+
+fn copy(from: impl IntoIterator<Item = PathBuf>, to: &Path) {
+    let status = Command::new("cp").args(["-a", "--"]).args(from).arg(to).status();
+    assert!(status.is_ok_and(|status| status.success()), "the sources can be copied");
+}
+
+const FENCE: &str = r#"("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))")"#;
+/// Every statement has the attempt as a parameter, whose type has to be known.
+const NO_FENCE: &str = r#"("{mine}", "({r}.attempt = {attempt} OR TRUE)")"#;
+const ROUNDS: usize = 5;

@@ -1,0 +1,243 @@
+//! The server: charges whose handler writes through the transaction of its attempt.
+
+use std::{net::Ipv4Addr, thread, time::Duration};
+
+use axum::{
+    Router,
+    extract::{FromRequestParts, Request, State},
+    http::{HeaderMap, StatusCode, request::Parts},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use rustix::process::{Signal, getppid};
+use sqlx::{
+    Database, PgConnection, Postgres, Sqlite, SqliteConnection,
+    postgres::PgPoolOptions,
+    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
+};
+use tokio::{net::TcpListener, time::sleep};
+use tower_idempotency::{
+    Idempotency, IdempotencyLayer, IntoStore, IsolationLevel, PostgresStore, Reaper, SqliteStore,
+    TransactionOptions, Tx,
+};
+use uuid::Uuid;
+
+use crate::{
+    support::required_env,
+    trap::{Point, Trap, Trapped},
+};
+
+/// Runs the server until it is killed, or its parent ends.
+pub async fn serve() {
+    thread::spawn(end_with_parent);
+    let port = required_env("PORT").parse::<u16>().expect("PORT is a number");
+    let app = app(&required_env("DATABASE_URL"), &Settings::from_env());
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await.expect("the port is free");
+    axum::serve(listener, app).await.expect("the server runs");
+}
+
+fn end_with_parent() {
+    let parent = getppid();
+    while getppid() == parent {
+        thread::sleep(Duration::from_secs(1));
+    }
+    std::process::exit(1);
+}
+
+/// What a server can be told, by the environment or in place.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub lease: Duration,
+    pub store_timeout: Duration,
+    pub statement_timeout: Duration,
+    pub transactions: TransactionOptions,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_secs(1),
+            store_timeout: Duration::from_secs(2),
+            statement_timeout: Duration::from_secs(10),
+            transactions: TransactionOptions::default(),
+        }
+    }
+}
+
+impl Settings {
+    fn from_env() -> Self {
+        let mut settings = Self::default();
+        let millis = |name| {
+            let value = std::env::var(name).ok()?;
+            Some(Duration::from_millis(value.parse().expect("a number of milliseconds")))
+        };
+        settings.lease = millis("LEASE_MS").unwrap_or(settings.lease);
+        settings.store_timeout = millis("STORE_TIMEOUT_MS").unwrap_or(settings.store_timeout);
+        settings.transactions.idle_timeout = millis("IDLE_TIMEOUT_MS");
+        settings.transactions.statement_timeout = millis("STATEMENT_TIMEOUT_MS");
+        settings.transactions.time_limit = millis("TIME_LIMIT_MS");
+        settings.transactions.isolation = std::env::var("ISOLATION").ok().map(|name| isolation(&name));
+        settings
+    }
+
+    fn layer(&self, store: impl IntoStore) -> IdempotencyLayer {
+        IdempotencyLayer::new(store)
+            .with_lease(self.lease)
+            .with_store_timeout(self.store_timeout)
+            .with_transactions(self.transactions.clone())
+            .with_reaper(Reaper::off())
+    }
+}
+
+fn isolation(name: &str) -> IsolationLevel {
+    match name {
+        "READ COMMITTED" => IsolationLevel::ReadCommitted,
+        "REPEATABLE READ" => IsolationLevel::RepeatableRead,
+        "SERIALIZABLE" => IsolationLevel::Serializable,
+        unknown => panic!("there is no isolation level {unknown}"),
+    }
+}
+
+/// The application, for a server of its own or for this process.
+pub fn app(database_url: &str, settings: &Settings) -> Router {
+    let trap = Trap::default();
+    if database_url.starts_with("sqlite:") {
+        let store = Trapped::new(SqliteStore::new(sqlite_pool(database_url, &trap)), trap.clone());
+        return router::<Sqlite>(settings.layer(store), trap);
+    }
+    let pool = PgPoolOptions::new().max_connections(10).acquire_timeout(Duration::from_secs(5));
+    let pool = pool.connect_lazy(database_url).expect("DATABASE_URL is one of PostgreSQL");
+    let store = PostgresStore::new(pool).with_statement_timeout(settings.statement_timeout);
+    router::<Postgres>(settings.layer(Trapped::new(store, trap.clone())), trap)
+}
+
+/// The store's own connections have the hook too.
+fn sqlite_pool(url: &str, trap: &Trap) -> sqlx::SqlitePool {
+    let trap = trap.clone();
+    let options = SqlitePoolOptions::new().max_connections(4).after_connect(move |connection, _| {
+        let trap = trap.clone();
+        Box::pin(async move {
+            connection.lock_handle().await?.set_commit_hook(move || {
+                trap.reach_commit();
+                true
+            });
+            Ok(())
+        })
+    });
+    options.connect_lazy_with(url.parse::<SqliteConnectOptions>().expect("DATABASE_URL is one of SQLite"))
+}
+
+fn router<DB: Ledger>(layer: IdempotencyLayer, trap: Trap) -> Router {
+    Router::new()
+        .route("/charges", post(charge::<DB>))
+        .layer(layer)
+        .layer(middleware::from_fn_with_state(trap, set_trap))
+        .route("/healthz", get(|| async { "ok" }))
+}
+
+/// `x-kill-at` and `x-freeze-at` name a point of the request's attempt.
+async fn set_trap(State(trap): State<Trap>, mut request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    for (name, signal) in [(KILL_AT, Signal::KILL), (FREEZE_AT, Signal::STOP)] {
+        if let (Some(key), Some(point)) = (text(headers, "idempotency-key"), text(headers, name)) {
+            trap.set(key, Point::named(point).expect("a known point"), signal);
+        }
+    }
+    request.extensions_mut().insert(trap);
+    next.run(request).await
+}
+
+/// What a request asks of its handler besides a charge.
+struct Directions {
+    idempotency: Idempotency,
+    trap: Trap,
+    sleep_inside: Duration,
+    /// Whether to change a row that all such requests change.
+    touches_shared_row: bool,
+}
+
+/// Extracted before the transaction: it begins later by what the request says.
+impl<S: Sync> FromRequestParts<S> for Directions {
+    type Rejection = StatusCode;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, StatusCode> {
+        let idempotency = parts.extensions.get::<Idempotency>().cloned().ok_or(StatusCode::BAD_REQUEST)?;
+        let trap = parts.extensions.get::<Trap>().cloned().ok_or(StatusCode::INTERNAL_SERVER_ERROR)?;
+        let directions = Self {
+            idempotency,
+            trap,
+            sleep_inside: millis(&parts.headers, SLEEP_INSIDE_MS),
+            touches_shared_row: parts.headers.contains_key(TOUCH_SHARED_ROW),
+        };
+        directions.reach(Point::Entered);
+        sleep(millis(&parts.headers, SLEEP_BEFORE_MS)).await;
+        Ok(directions)
+    }
+}
+
+impl Directions {
+    fn reach(&self, point: Point) {
+        self.trap.reach(self.idempotency.key().as_str(), point);
+    }
+}
+
+async fn charge<DB: Ledger>(directions: Directions, mut tx: Tx<DB>) -> Response {
+    directions.reach(Point::Begun);
+    let id = Uuid::new_v4().to_string();
+    if let Err(error) = DB::write(&mut tx, &directions, &id).await {
+        return (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response();
+    }
+    directions.reach(Point::Written);
+    sleep(directions.sleep_inside).await;
+    (StatusCode::CREATED, [("x-charge", id.clone())], format!("charge {id}")).into_response()
+}
+
+/// A database that charges are written to.
+trait Ledger: Database {
+    fn write(
+        connection: &mut Self::Connection,
+        directions: &Directions,
+        id: &str,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+}
+
+macro_rules! ledger {
+    ($database:ty, $connection:ty) => {
+        impl Ledger for $database {
+            async fn write(
+                connection: &mut $connection,
+                directions: &Directions,
+                id: &str,
+            ) -> Result<(), sqlx::Error> {
+                if directions.touches_shared_row {
+                    sqlx::query(TOUCH).execute(&mut *connection).await?;
+                }
+                let Directions { idempotency, .. } = directions;
+                let insert = sqlx::query(INSERT).bind(idempotency.consumer().as_str());
+                let insert = insert.bind(idempotency.key().as_str()).bind(id);
+                insert.bind(idempotency.attempt_id().to_string()).execute(connection).await.map(drop)
+            }
+        }
+    };
+}
+
+ledger!(Postgres, PgConnection);
+ledger!(Sqlite, SqliteConnection);
+
+fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn millis(headers: &HeaderMap, name: &str) -> Duration {
+    Duration::from_millis(text(headers, name).and_then(|value| value.parse().ok()).unwrap_or_default())
+}
+
+pub const KILL_AT: &str = "x-kill-at";
+pub const FREEZE_AT: &str = "x-freeze-at";
+pub const SLEEP_BEFORE_MS: &str = "x-sleep-before-ms";
+pub const SLEEP_INSIDE_MS: &str = "x-sleep-inside-ms";
+pub const TOUCH_SHARED_ROW: &str = "x-touch-shared-row";
+
+const TOUCH: &str = "UPDATE accounts SET charges = charges + 1 WHERE id = 1";
+const INSERT: &str = "INSERT INTO charges (consumer, key, id, attempt) VALUES ($1, $2, $3, $4)";

@@ -1,0 +1,211 @@
+//! Named points of an attempt at which its process kills or freezes itself.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use http::Extensions;
+use rustix::process::{Signal, getpid, kill_process};
+use tower_idempotency::{
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreTransaction, TransactionError,
+    TransactionOptions, TransactionUsage,
+};
+
+/// A point of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Point {
+    /// The claim is won, and nobody was told.
+    Claimed,
+    /// The handler was called and has no transaction yet.
+    Entered,
+    /// The transaction has begun.
+    Begun,
+    /// The handler has written.
+    Written,
+    /// The handler has returned; the record is not completed yet.
+    Returned,
+    /// The record is completed in the transaction, which is not committed.
+    Completed,
+    /// The transaction is committed, and nobody was told.
+    Committed,
+}
+
+impl Point {
+    pub const ALL: [Self; 7] = [
+        Self::Claimed,
+        Self::Entered,
+        Self::Begun,
+        Self::Written,
+        Self::Returned,
+        Self::Completed,
+        Self::Committed,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Claimed => "claimed",
+            Self::Entered => "entered",
+            Self::Begun => "begun",
+            Self::Written => "written",
+            Self::Returned => "returned",
+            Self::Completed => "completed",
+            Self::Committed => "committed",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|point| point.name() == name)
+    }
+}
+
+/// What happens to this process where. Clones share everything.
+#[derive(Clone, Debug, Default)]
+pub struct Trap {
+    set: Arc<Mutex<HashMap<String, (Point, Signal)>>>,
+    at_commit: Arc<AtomicBool>,
+}
+
+impl Trap {
+    /// When the attempt with this key reaches the point, the process sends itself the signal, once.
+    pub fn set(&self, key: &str, point: Point, signal: Signal) {
+        self.lock().insert(key.to_owned(), (point, signal));
+    }
+
+    pub fn reach(&self, key: &str, point: Point) {
+        if self.is_set(key, point)
+            && let Some((_, signal)) = self.lock().remove(key)
+        {
+            send(signal);
+        }
+    }
+
+    /// For a hook that the database calls when it commits.
+    pub fn reach_commit(&self) {
+        if self.at_commit.load(Ordering::SeqCst) {
+            send(Signal::KILL);
+        }
+    }
+
+    fn is_set(&self, key: &str, point: Point) -> bool {
+        self.lock().get(key).is_some_and(|(set, _)| *set == point)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, (Point, Signal)>> {
+        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn send(signal: Signal) {
+    kill_process(getpid(), signal).expect("a process can signal itself");
+}
+
+/// A store, or a transaction of it, whose attempts step into a trap.
+#[derive(Debug)]
+pub struct Trapped<T> {
+    inner: T,
+    trap: Trap,
+}
+
+impl<T> Trapped<T> {
+    pub fn new(inner: T, trap: Trap) -> Self {
+        Self { inner, trap }
+    }
+}
+
+#[async_trait::async_trait]
+impl<S: Store> Store for Trapped<S> {
+    async fn prepare(&self) -> Result<Vec<String>, StoreError> {
+        self.inner.prepare().await
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        let outcome = self.inner.claim(claim).await;
+        if matches!(outcome, Ok(ClaimOutcome::Won { .. })) {
+            self.trap.reach(claim.attempt.key.as_str(), Point::Claimed);
+        }
+        outcome
+    }
+
+    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
+        self.inner.renew(renewals).await
+    }
+
+    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
+        self.inner.complete(attempt, response).await
+    }
+
+    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        self.inner.release(attempt).await
+    }
+
+    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        self.inner.hold(attempt).await
+    }
+
+    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
+        self.inner.get(consumer, key).await
+    }
+
+    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
+        self.inner.list(filter, limit).await
+    }
+
+    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
+        self.inner.evict(consumer, key).await
+    }
+
+    async fn resolve(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        resolution: Resolution,
+    ) -> Result<ResolveOutcome, StoreError> {
+        self.inner.resolve(consumer, key, resolution).await
+    }
+
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        options: &TransactionOptions,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        let inner = self.inner.transaction(attempt, options, extensions)?;
+        Some(Arc::new(Trapped::new((inner, attempt.key.clone()), self.trap.clone())))
+    }
+
+    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
+        self.inner.purge(limit).await
+    }
+}
+
+#[async_trait::async_trait]
+impl StoreTransaction for Trapped<(Arc<dyn StoreTransaction>, IdempotencyKey)> {
+    fn usage(&self) -> TransactionUsage {
+        self.inner.0.usage()
+    }
+
+    async fn overdue(&self) {
+        self.inner.0.overdue().await;
+    }
+
+    async fn commit(&self, response: Bytes) -> Result<(), TransactionError> {
+        let (transaction, key) = &self.inner;
+        self.trap.reach(key.as_str(), Point::Returned);
+        if self.trap.is_set(key.as_str(), Point::Completed) {
+            self.trap.at_commit.store(true, Ordering::SeqCst);
+        }
+        transaction.commit(response).await?;
+        self.trap.reach(key.as_str(), Point::Committed);
+        Ok(())
+    }
+
+    async fn roll_back(&self) -> Result<(), TransactionError> {
+        self.inner.0.roll_back().await
+    }
+}
