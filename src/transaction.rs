@@ -69,7 +69,8 @@ impl TransactionOptions {
     }
 
     /// Sets for how long a transaction may be open on a store with one writer (SQLite), which nobody else can write to
-    /// meanwhile. After that the handler is cancelled and its transaction rolled back. Default: a third of the lease.
+    /// meanwhile. After that the handler is cancelled and its transaction rolled back. Default: a third of the lease. With
+    /// a limit over the lease, duplicates at other processes may get 503 `store-unavailable` instead of 409.
     #[must_use]
     pub fn with_time_limit(mut self, limit: Duration) -> Self {
         self.time_limit = Some(limit);

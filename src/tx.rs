@@ -261,6 +261,40 @@ pub(crate) struct Slot<DB: Database> {
     changed: Notify,
 }
 
+/// If the task that begins a transaction panics or its runtime goes down, those who wait are told.
+struct Unfinished<DB: Database>(Arc<Slot<DB>>);
+
+impl<DB: Database> Unfinished<DB> {
+    async fn begin(self) {
+        let Self(slot) = &self;
+        slot.put(match slot.driver.begin().await {
+            Ok(transaction) => {
+                Place::Here { transaction, until: slot.time_limit.map(|limit| Instant::now() + limit) }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, error = &error as &dyn std::error::Error,
+                    "a transaction could not begin"
+                );
+                Place::Failed(Arc::new(error))
+            }
+        });
+    }
+}
+
+impl<DB: Database> Drop for Unfinished<DB> {
+    fn drop(&mut self) {
+        let mut place = self.0.place();
+        if matches!(*place, Place::Beginning) {
+            let message = "the task that began the transaction ended early";
+            let error = TransactionError::new(TransactionErrorKind::Unavailable, message);
+            *place = Place::Failed(Arc::new(error));
+        }
+        drop(place);
+        self.0.changed.notify_waiters();
+    }
+}
+
 enum Place<DB: Database> {
     Unused,
     Beginning,
@@ -330,7 +364,7 @@ impl<DB: Database> Slot<DB> {
         let mut place = self.place();
         match mem::replace(&mut *place, Place::Beginning) {
             Place::Unused => {
-                tokio::spawn(Arc::clone(self).begin());
+                tokio::spawn(Unfinished(Arc::clone(self)).begin());
                 None
             }
             Place::Beginning => None,
@@ -352,27 +386,6 @@ impl<DB: Database> Slot<DB> {
                 Some(Err(Arc::new(TransactionError::new(TransactionErrorKind::Lent, message))))
             }
         }
-    }
-
-    async fn begin(self: Arc<Self>) {
-        let slot = Arc::clone(&self);
-        // In a task of its own: if it panics, nobody must wait for ever.
-        let begun = tokio::spawn(async move { slot.driver.begin().await }).await.unwrap_or_else(|error| {
-            let message = "the task that began the transaction ended early";
-            Err(TransactionError::new(TransactionErrorKind::Unavailable, message).with_source(error))
-        });
-        self.put(match begun {
-            Ok(transaction) => {
-                Place::Here { transaction, until: self.time_limit.map(|limit| Instant::now() + limit) }
-            }
-            Err(error) => {
-                tracing::warn!(
-                    target: TRACING_TARGET, error = &error as &dyn std::error::Error,
-                    "a transaction could not begin"
-                );
-                Place::Failed(Arc::new(error))
-            }
-        });
     }
 
     fn give_back(&self, transaction: Transaction<'static, DB>) {
