@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use axum::http::StatusCode;
+use axum::{Router, http::StatusCode, routing::post};
 use sqlx::{PgPool, Postgres, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
-use tower_idempotency::{IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx};
+use tower_idempotency::{
+    IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx, TxError,
+};
 
 use crate::{
     bank::{Bank, Db, End, Gate, LONG, Node, charge, unique},
@@ -216,3 +218,41 @@ async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the
 }
 
 const PATIENT: Duration = Duration::from_secs(5);
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_request_that_collided_is_performed_again_as_often_as_that_is_set() {
+    for (reruns, collisions) in [(0, 0), (0, 1), (1, 1), (2, 3), (3, 2)] {
+        let bank = Bank::<Postgres>::open().await;
+        let options = TransactionOptions::default().with_reruns(reruns);
+        let node = colliding(bank.layer().with_transactions(options), collisions);
+        let answer = node.send("k").await;
+        let performed = collisions.min(reruns as usize) + 1;
+        assert_eq!(node.runs.get(), performed, "{answer:?}");
+        if collisions < performed {
+            assert_eq!((answer.status, bank.charges().await), (StatusCode::CREATED, 1));
+            assert!(node.send("k").await.is_replay());
+        } else {
+            answer.assert_refused(RejectionCode::TransactionConflict);
+            assert_eq!(answer.headers["retry-after"], "1");
+            assert_eq!((bank.charges().await, node.end("k").await), (0, Some(End::Released)));
+        }
+    }
+}
+
+/// A node whose first runs fail as if another transaction had been faster.
+fn colliding(layer: IdempotencyLayer, collisions: usize) -> Node {
+    let runs = Count::default();
+    let counter = runs.clone();
+    let handler = move |mut tx: Tx<Postgres>| {
+        let collides = counter.add() <= collisions;
+        async move {
+            charge(&mut tx).await;
+            if collides {
+                Postgres::run(&mut tx, "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '40001'; END $$").await?;
+            }
+            Ok::<_, TxError>(unique(StatusCode::CREATED))
+        }
+    };
+    Node::new(layer, Router::new().route("/charges", post(handler)), runs)
+}
