@@ -1,6 +1,6 @@
 //! How an attempt ends: its record is completed, released or held, and its transaction committed or rolled back.
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -10,71 +10,88 @@ use tokio::{
 };
 
 use crate::{
-    Rejection, RejectionCode, StoreError, StoreTransaction, TRACING_TARGET, TransactionErrorKind,
-    TransactionUsage,
-    execution::{Execution, Outcome},
+    Attempt, Fingerprint, Record, Rejection, StoreError, StoreTransaction, TRACING_TARGET,
+    TransactionErrorKind, TransactionUsage,
     renewal::Lease,
     running::Entered,
-    shared::{End, Ended, flatten},
+    settings::Settings,
+    shared::{End, Ended, Shared, flatten},
 };
 
-/// What became of an attempt when it ended.
+/// An attempt whose handler has ended.
+pub(crate) struct Closing {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) attempt: Attempt,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) lease: Lease,
+    pub(crate) _entered: Entered,
+}
+
+/// What is written down of an attempt.
+pub(crate) struct Outcome {
+    pub(crate) end: End,
+    /// Whether what the handler wrote through its transaction is to stay.
+    pub(crate) keeps_writes: bool,
+}
+
+impl From<End> for Outcome {
+    fn from(end: End) -> Self {
+        Self { end, keeps_writes: false }
+    }
+}
+
+/// What the client gets, now that an attempt has ended.
 pub(crate) enum Closed {
-    /// Its end is written down.
-    Ended(Ended),
-    /// It could not end as it should: the client gets this.
+    /// What its handler came to.
+    AsJudged,
+    /// What another attempt of the same request has stored.
+    Superseded(Box<Record>),
+    /// This: it could not end as it should.
     Refused(Rejection),
-    /// Its end is still being written down.
-    Unknown,
 }
 
 type Task = JoinHandle<Result<Closed, StoreError>>;
 
-impl Execution {
+impl Closing {
     /// Ends the attempt in a task that goes on when waiting for it takes too long.
     pub(crate) async fn close(
-        self: &Arc<Self>,
+        self,
         outcome: Outcome,
         transaction: Option<Arc<dyn StoreTransaction>>,
-        lease: Lease,
-        entered: Entered,
     ) -> Closed {
         let Outcome { end, keeps_writes } = outcome;
         if matches!(end, End::Hold) {
             self.log_held();
         }
-        let closing = Closing { execution: Arc::clone(self), lease, _entered: entered };
-        let used = match transaction {
-            Some(unused) if unused.usage() == TransactionUsage::Unused => {
-                // Nothing to roll back, but from now on nobody gets it.
-                if let Err(error) = unused.roll_back().await {
-                    self.log_failure(&error, "the transaction was asked for after the handler had returned");
-                }
-                None
-            }
-            used => used,
-        };
-        match used {
-            None => self.wait_for_end(self.shared.tasks.spawn(closing.end(end)), self.max_wait()).await,
+        let this = Arc::new(self);
+        let tasks = &this.shared.tasks;
+        match this.used(transaction).await {
+            None => this.wait_for_end(tasks.spawn(Arc::clone(&this).end(end)), this.max_wait()).await,
             Some(transaction) => match end {
                 End::Complete(response) if keeps_writes => {
-                    self.wait_for_commit(self.shared.tasks.spawn(closing.commit(transaction, response))).await
+                    this.wait_for_commit(tasks.spawn(Arc::clone(&this).commit(transaction, response))).await
                 }
                 end @ (End::Complete(_) | End::Release | End::Hold) => {
-                    let patience = if matches!(end, End::Complete(_)) { Duration::MAX } else { PATIENCE };
-                    // On SQLite nothing can be written before a transaction that is kept is dropped.
-                    let kept = transaction.usage() == TransactionUsage::Lent;
-                    let limit = if kept { PATIENCE } else { self.max_wait() };
-                    let (sender, rolled_back) = oneshot::channel();
-                    let task = self.shared.tasks.spawn(closing.roll_back(transaction, end, sender));
-                    // Behind a statement that still runs a rollback may take long: the answer does not wait for it.
-                    match timeout(patience.min(self.max_wait()), rolled_back).await {
-                        Ok(_) => self.wait_for_end(task, limit).await,
-                        Err(_) => Closed::Unknown,
-                    }
+                    this.wait_for_roll_back(transaction, end).await
                 }
             },
         }
+    }
+
+    /// The transaction, if the handler has asked for it. If not, nobody gets it from now on.
+    async fn used(
+        &self,
+        transaction: Option<Arc<dyn StoreTransaction>>,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        let transaction = transaction?;
+        if transaction.usage() != TransactionUsage::Unused {
+            return Some(transaction);
+        }
+        if let Err(error) = transaction.roll_back().await {
+            self.log_failure(&error, "a transaction that was begun too late could not be rolled back");
+        }
+        None
     }
 
     fn max_wait(&self) -> Duration {
@@ -84,7 +101,7 @@ impl Execution {
     async fn wait_for_end(&self, task: Task, limit: Duration) -> Closed {
         flatten(timeout(limit, task).await, limit).unwrap_or_else(|error| {
             self.log_failure(&error, "the response is sent although it is not stored yet");
-            Closed::Unknown
+            Closed::AsJudged
         })
     }
 
@@ -92,9 +109,99 @@ impl Execution {
         let limit = self.settings.store_timeout;
         flatten(timeout(limit, task).await, limit).unwrap_or_else(|error| {
             self.log_failure(&error, "it is not known yet whether the transaction was committed");
-            let detail =
-                "The database has not confirmed the outcome yet. Send the request again with the same key.";
-            Closed::Refused(Rejection::new(RejectionCode::CommitUnconfirmed, detail))
+            Closed::Refused(TransactionErrorKind::Unconfirmed.rejection())
+        })
+    }
+
+    /// Behind a statement that still runs a rollback may take long: only a response that is to be stored waits for it.
+    async fn wait_for_roll_back(
+        self: &Arc<Self>,
+        transaction: Arc<dyn StoreTransaction>,
+        end: End,
+    ) -> Closed {
+        let patience = if matches!(end, End::Complete(_)) { self.max_wait() } else { PATIENCE };
+        // On SQLite nothing can be written before a transaction that is kept is dropped.
+        let kept = transaction.usage() == TransactionUsage::InUse;
+        let limit = if kept { PATIENCE } else { self.max_wait() };
+        let (sender, rolled_back) = oneshot::channel();
+        let task = self.shared.tasks.spawn(Arc::clone(self).roll_back(transaction, end, sender));
+        match timeout(patience, rolled_back).await {
+            Ok(_) => self.wait_for_end(task, limit).await,
+            Err(_) => Closed::AsJudged,
+        }
+    }
+
+    async fn end(self: Arc<Self>, end: End) -> Result<Closed, StoreError> {
+        let ended = self.write_down(&end).await?;
+        if matches!(ended, Ended::Absent | Ended::Lost(_)) {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %self.attempt.consumer,
+                key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
+                "the record was gone or another attempt's when its attempt ended"
+            );
+        }
+        Ok(match ended {
+            // Another request's response must not be given for this one, and does not contradict it either.
+            Ended::Lost(record) if record.fingerprint == self.fingerprint => Closed::Superseded(record),
+            Ended::Lost(_) | Ended::Absent | Ended::Done => Closed::AsJudged,
+        })
+    }
+
+    async fn write_down(&self, end: &End) -> Result<Ended, StoreError> {
+        // Also a short execution is worth some tries.
+        let give_up = Instant::now() + self.settings.timing.max_execution.max(MAX_WAIT);
+        self.shared.end(&self.attempt, Some(&self.lease), end, give_up).await
+    }
+
+    async fn roll_back(
+        self: Arc<Self>,
+        transaction: Arc<dyn StoreTransaction>,
+        end: End,
+        rolled_back: oneshot::Sender<()>,
+    ) -> Result<Closed, StoreError> {
+        let error = transaction.roll_back().await.err();
+        let _ = rolled_back.send(());
+        match error {
+            Some(error) if error.kind() == TransactionErrorKind::Ended => {
+                self.log_failure(&error, ENDED_BY_HANDLER);
+                self.hold().await
+            }
+            Some(error) => {
+                self.log_failure(&error, "the transaction was lost");
+                self.end(end).await
+            }
+            None => self.end(end).await,
+        }
+    }
+
+    /// The handler has ended its transaction itself, so that nobody knows what was committed.
+    async fn hold(&self) -> Result<Closed, StoreError> {
+        self.log_held();
+        self.write_down(&End::Hold).await?;
+        Ok(Closed::Refused(TransactionErrorKind::Ended.rejection()))
+    }
+
+    async fn commit(
+        self: Arc<Self>,
+        transaction: Arc<dyn StoreTransaction>,
+        response: Bytes,
+    ) -> Result<Closed, StoreError> {
+        let Err(error) = transaction.commit(response).await else { return Ok(Closed::AsJudged) };
+        if error.kind() == TransactionErrorKind::Ended {
+            self.log_failure(&error, ENDED_BY_HANDLER);
+            return self.hold().await;
+        }
+        self.log_failure(&error, "the transaction was not committed");
+        // Releasing waits until the transaction has come to its end, and then tells which: a record that was completed
+        // after all cannot be released.
+        Ok(match self.write_down(&End::Release).await? {
+            Ended::Lost(record) if record.attempt.as_ref() == Some(&self.attempt.id) => Closed::AsJudged,
+            Ended::Lost(record) if record.fingerprint == self.fingerprint => Closed::Superseded(record),
+            // Whatever was not known before: it was not committed.
+            _ if error.kind() == TransactionErrorKind::Unconfirmed => {
+                Closed::Refused(TransactionErrorKind::Lost.rejection())
+            }
+            Ended::Lost(_) | Ended::Done | Ended::Absent => Closed::Refused(error.kind().rejection()),
         })
     }
 
@@ -105,106 +212,9 @@ impl Execution {
             "the key is held: the outcome is unknown and an operator must resolve it"
         );
     }
-}
 
-/// An attempt whose handler has ended.
-struct Closing {
-    execution: Arc<Execution>,
-    lease: Lease,
-    _entered: Entered,
-}
-
-impl Closing {
-    async fn end(self, end: End) -> Result<Closed, StoreError> {
-        let ended = self.write_down(&end).await?;
-        if matches!(ended, Ended::Absent | Ended::Lost(_)) {
-            let execution = &self.execution;
-            tracing::warn!(
-                target: TRACING_TARGET, consumer = %execution.attempt.consumer,
-                key = %execution.settings.shown(&execution.attempt.key), attempt = %execution.attempt.id,
-                "the record was gone or another attempt's when its attempt ended"
-            );
-        }
-        Ok(Closed::Ended(ended))
-    }
-
-    async fn write_down(&self, end: &End) -> Result<Ended, StoreError> {
-        let Execution { shared, settings, attempt, .. } = &*self.execution;
-        let give_up = Instant::now() + settings.timing.max_execution.max(MAX_WAIT);
-        shared.end(attempt, Some(&self.lease), end, give_up).await
-    }
-
-    async fn roll_back(
-        self,
-        transaction: Arc<dyn StoreTransaction>,
-        end: End,
-        rolled_back: oneshot::Sender<()>,
-    ) -> Result<Closed, StoreError> {
-        let error = transaction.roll_back().await.err();
-        let _ = rolled_back.send(());
-        match error {
-            Some(error) if error.kind() == TransactionErrorKind::Ended => {
-                self.execution.log_failure(&error, ENDED_BY_HANDLER);
-                self.hold().await
-            }
-            Some(error) => {
-                self.execution.log_failure(&error, "the transaction was lost");
-                self.end(end).await
-            }
-            None => self.end(end).await,
-        }
-    }
-
-    /// The handler has ended its transaction itself, so that nobody knows what was committed.
-    async fn hold(self) -> Result<Closed, StoreError> {
-        self.execution.log_held();
-        self.write_down(&End::Hold).await?;
-        let detail = "The handler ended its transaction itself. The request is not performed again.";
-        Ok(Closed::Refused(Rejection::new(RejectionCode::TransactionEnded, detail)))
-    }
-
-    async fn commit(
-        self,
-        transaction: Arc<dyn StoreTransaction>,
-        response: Bytes,
-    ) -> Result<Closed, StoreError> {
-        let Err(error) = transaction.commit(response).await else { return Ok(Closed::Ended(Ended::Done)) };
-        let (code, detail) = match error.kind() {
-            TransactionErrorKind::Ended => {
-                self.execution.log_failure(&error, ENDED_BY_HANDLER);
-                return self.hold().await;
-            }
-            TransactionErrorKind::Lent => {
-                (RejectionCode::TransactionKept, "The handler kept its transaction, which was rolled back.")
-            }
-            TransactionErrorKind::Conflict => (
-                RejectionCode::TransactionConflict,
-                "The request collided with another one and nothing was done.",
-            ),
-            TransactionErrorKind::Failed => (
-                RejectionCode::TransactionFailed,
-                "The database did not accept the changes; nothing was done.",
-            ),
-            TransactionErrorKind::Lost
-            | TransactionErrorKind::Gone
-            | TransactionErrorKind::Unavailable
-            | TransactionErrorKind::Unconfirmed => {
-                (RejectionCode::TransactionLost, "The transaction was lost and nothing was done.")
-            }
-        };
-        self.execution.log_failure(&error, "the transaction was not committed");
-        // Releasing waits until the transaction has come to its end, and then tells which: a record that was completed
-        // after all cannot be released.
-        let ended = self.write_down(&End::Release).await?;
-        Ok(match ended {
-            Ended::Lost(record) if record.attempt.as_ref() == Some(&self.execution.attempt.id) => {
-                Closed::Ended(Ended::Done)
-            }
-            Ended::Lost(record) if record.fingerprint == self.execution.fingerprint => {
-                Closed::Ended(Ended::Lost(record))
-            }
-            Ended::Lost(_) | Ended::Done | Ended::Absent => Closed::Refused(Rejection::new(code, detail)),
-        })
+    fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
+        self.settings.log_failure(&self.attempt, error, what);
     }
 }
 

@@ -25,17 +25,17 @@ use tracing::Instrument;
 use crate::{
     Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
     Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
-    TransactionUsage,
+    TransactionErrorKind, TransactionUsage,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
-    closing::Closed,
+    closing::{Closed, Closing, Outcome},
     error::BoxError,
     future::Answer,
     renewal::Lease,
     representation::rendered,
     running::Entered,
     settings::Settings,
-    shared::{End, Ended, Shared},
+    shared::{End, Shared},
 };
 
 /// An attempt that owns its record and is about to run.
@@ -65,10 +65,14 @@ enum Verdict<B, E> {
 }
 
 /// How the handler's task ended.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is made and taken apart once, and the large variant is the rule"
+)]
 enum HandlerEnd<B, E> {
     Performed(Performed<B, E>),
     Panicked,
-    Cancelled(Rejection),
+    Cancelled(Cause),
 }
 
 impl Execution {
@@ -94,12 +98,12 @@ impl Execution {
         let this = Arc::new(self);
         let Some(ended) = this.wait(&mut handler, &cancelled, transaction.as_deref()).await else {
             let held = matches!(this.end_without_result(), End::Hold);
-            let refusal = refused(&this.settings, too_long().final_if(held));
+            let refusal = refused(&this.settings, Cause::TooLong.rejection().final_if(held));
             this.leave_behind(handler, transaction, lease, entered);
             return Ok(refusal);
         };
         let judged = this.judge(ended, transaction.as_deref());
-        let closed = this.close(judged.outcome, transaction, lease, entered).await;
+        let closed = this.closing(lease, entered).close(judged.outcome, transaction).await;
         this.answer(closed, judged.answer).await
     }
 
@@ -107,22 +111,23 @@ impl Execution {
     async fn answer<B, E>(&self, closed: Closed, answer: Verdict<B, E>) -> Answer<B, E> {
         match closed {
             Closed::Refused(rejection) => Ok(refused(&self.settings, rejection)),
-            // Another request's response must not be given for this one, and does not contradict it either.
-            Closed::Ended(Ended::Lost(record)) if record.fingerprint == self.fingerprint => {
-                Ok(match answer_from(&self.settings, &record).await {
-                    Ok(stored) => replay(&self.settings, stored),
-                    Err(rejection) => refused(&self.settings, rejection),
-                })
-            }
-            Closed::Ended(_) | Closed::Unknown => match answer {
+            Closed::Superseded(record) => Ok(match answer_from(&self.settings, &record).await {
+                Ok(stored) => replay(&self.settings, stored),
+                Err(rejection) => refused(&self.settings, rejection),
+            }),
+            Closed::AsJudged => match answer {
                 Verdict::Passed(answer) => answer,
-                Verdict::Stored(response, extensions) => Ok(self.first(response, extensions).await),
+                Verdict::Stored(response, extensions) => Ok(self.first_response(response, extensions).await),
                 Verdict::Refused(rejection) => Ok(refused(&self.settings, rejection)),
             },
         }
     }
 
-    async fn first<B>(&self, response: StoredResponse, extensions: Extensions) -> Response<ResponseBody<B>> {
+    async fn first_response<B>(
+        &self,
+        response: StoredResponse,
+        extensions: Extensions,
+    ) -> Response<ResponseBody<B>> {
         match rendered(&self.settings, &self.attempt.consumer, &self.attempt.key, response).await {
             Ok(response) => {
                 let mut response = response.into_response();
@@ -135,8 +140,19 @@ impl Execution {
 
     fn offer_transaction(&self, extensions: &mut Extensions) -> Option<Arc<dyn StoreTransaction>> {
         let Settings { transactions, timing, store_timeout, .. } = &*self.settings;
-        let options = transactions.for_layer(timing.lease, *store_timeout);
-        self.shared.store.transaction(&self.attempt, &options, extensions)
+        let limits = transactions.limits(timing.lease, *store_timeout);
+        self.shared.store.transaction(&self.attempt, &limits, extensions)
+    }
+
+    fn closing(&self, lease: Lease, entered: Entered) -> Closing {
+        Closing {
+            shared: Arc::clone(&self.shared),
+            settings: Arc::clone(&self.settings),
+            attempt: self.attempt.clone(),
+            fingerprint: self.fingerprint.clone(),
+            lease,
+            _entered: entered,
+        }
     }
 
     fn keep_lease(&self, lost: &CancellationToken) -> Lease {
@@ -192,15 +208,15 @@ impl Execution {
                 return Poll::Ready(Ok(ended));
             }
             if overdue.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(transaction_overdue as fn() -> Rejection));
+                return Poll::Ready(Err(Cause::TransactionOverdue));
             }
-            max_execution.as_mut().poll(cx).map(|()| Err(too_long as fn() -> Rejection))
+            max_execution.as_mut().poll(cx).map(|()| Err(Cause::TooLong))
         });
         let cause = match first.await {
-            Ok(ended) => return Some(self.handler_end(ended, too_long)),
+            Ok(ended) => return Some(self.handler_end(ended, Cause::TooLong)),
             Err(cause) => cause,
         };
-        self.log_failure(&NotEnded(cause().code()), "the handler is cancelled");
+        self.log_failure(&cause, "the handler is cancelled");
         handler.abort();
         let ended = timeout(CANCEL_GRACE, &mut *handler).await;
         ended.ok().map(|ended| self.handler_end(ended, cause))
@@ -209,7 +225,7 @@ impl Execution {
     fn handler_end<B, E>(
         &self,
         ended: Result<Performed<B, E>, JoinError>,
-        cancelled: fn() -> Rejection,
+        cancelled: Cause,
     ) -> HandlerEnd<B, E> {
         match ended {
             Ok(performed) => HandlerEnd::Performed(performed),
@@ -217,7 +233,7 @@ impl Execution {
                 self.log_failure(&error, "the handler panicked");
                 HandlerEnd::Panicked
             }
-            Err(_) => HandlerEnd::Cancelled(cancelled()),
+            Err(_) => HandlerEnd::Cancelled(cancelled),
         }
     }
 
@@ -234,10 +250,10 @@ impl Execution {
     {
         let tasks = self.shared.tasks.clone();
         tasks.spawn(async move {
-            let ended = self.handler_end(handler.await, too_long);
+            let ended = self.handler_end(handler.await, Cause::TooLong);
             let Judged { outcome, answer } = self.judge(ended, transaction.as_deref());
             drop(answer);
-            self.close(outcome, transaction, lease, entered).await
+            self.closing(lease, entered).close(outcome, transaction).await
         });
     }
 
@@ -247,9 +263,9 @@ impl Execution {
         ended: HandlerEnd<B, E>,
         transaction: Option<&dyn StoreTransaction>,
     ) -> Judged<B, E> {
-        let lent = || transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::Lent);
+        let in_use = || transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::InUse);
         let judge = || {
-            if matches!(ended, HandlerEnd::Performed(Ok(_))) && lent() {
+            if matches!(ended, HandlerEnd::Performed(Ok(_))) && in_use() {
                 // If the body of the response has it, it is given back now.
                 drop(ended);
                 return self.transaction_kept();
@@ -270,7 +286,7 @@ impl Execution {
             HandlerEnd::Panicked => {
                 self.without_result(Rejection::new(RejectionCode::HandlerPanicked, "The handler failed."))
             }
-            HandlerEnd::Cancelled(rejection) => self.without_result(rejection),
+            HandlerEnd::Cancelled(cause) => self.without_result(cause.rejection()),
         }
     }
 
@@ -317,8 +333,7 @@ impl Execution {
             target: TRACING_TARGET, consumer = %self.attempt.consumer, attempt = %self.attempt.id,
             "the handler returned without giving its transaction back: it is in a task, a static or the response's body"
         );
-        let detail = "The handler kept its transaction, which was rolled back.";
-        let rejection = Rejection::new(RejectionCode::TransactionKept, detail);
+        let rejection = TransactionErrorKind::InUse.rejection();
         Judged { outcome: End::Release.into(), answer: Verdict::Refused(rejection) }
     }
 
@@ -343,7 +358,7 @@ impl Execution {
         let status = response.status;
         let keeps_writes = status.is_success()
             || status.is_redirection()
-            || status.is_client_error() && self.settings.transactions.keeps_writes_of_client_errors;
+            || status.is_client_error() && self.settings.transactions.keep_writes_of_client_errors;
         response.remove_headers(&self.settings.headers_not_kept);
         Outcome { end: End::Complete(response.encode()), keeps_writes }
     }
@@ -361,25 +376,8 @@ impl Execution {
         }
     }
 
-    pub(crate) fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
-        let attempt = &self.attempt;
-        tracing::error!(
-            target: TRACING_TARGET, consumer = %attempt.consumer, key = %self.settings.shown(&attempt.key),
-            attempt = %attempt.id, error, "{what}"
-        );
-    }
-}
-
-/// What is written down of an attempt.
-pub(crate) struct Outcome {
-    pub(crate) end: End,
-    /// Whether what the handler wrote through its transaction is to stay.
-    pub(crate) keeps_writes: bool,
-}
-
-impl From<End> for Outcome {
-    fn from(end: End) -> Self {
-        Self { end, keeps_writes: false }
+    fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
+        self.settings.log_failure(&self.attempt, error, what);
     }
 }
 
@@ -389,18 +387,27 @@ struct Judged<B, E> {
 }
 
 /// Why a handler is cancelled.
-#[derive(Debug, thiserror::Error)]
-#[error("it runs too long ({0})")]
-struct NotEnded(RejectionCode);
-
-fn transaction_overdue() -> Rejection {
-    let detail = "The handler's transaction was open for too long and was rolled back.";
-    Rejection::new(RejectionCode::TransactionLost, detail)
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+enum Cause {
+    #[error("it runs longer than max_execution")]
+    TooLong,
+    #[error("its transaction is open for longer than TransactionOptions::with_time_limit")]
+    TransactionOverdue,
 }
 
-fn too_long() -> Rejection {
-    let detail = "The handler took too long and was cancelled.";
-    Rejection::new(RejectionCode::MaxExecutionExceeded, detail)
+impl Cause {
+    fn rejection(self) -> Rejection {
+        match self {
+            Self::TooLong => Rejection::new(
+                RejectionCode::MaxExecutionExceeded,
+                "The handler took too long and was cancelled.",
+            ),
+            Self::TransactionOverdue => Rejection::new(
+                RejectionCode::TransactionLost,
+                "The handler's transaction was open for too long and was rolled back.",
+            ),
+        }
+    }
 }
 
 /// Calls the handler and collects its response.

@@ -32,6 +32,10 @@ pub(crate) struct Guarded {
     key: KeySource,
 }
 
+/// In the extensions of a request with a key that runs without protection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unprotected;
+
 /// What a guarded request comes to, unless it is refused.
 enum Decision {
     Run(Execution),
@@ -98,11 +102,12 @@ impl Guarded {
         ResBody::Error: Into<BoxError>,
     {
         let decision = self.decide(&parts, &body.data).await;
-        let request = Request::from_parts(parts, RequestBody::buffered(body.data, body.trailers));
+        let mut request = Request::from_parts(parts, RequestBody::buffered(body.data, body.trailers));
         match decision {
             Ok(Decision::Run(execution)) => execution.run(inner, request).await,
             Ok(Decision::Replay(stored)) => Ok(replay(&self.settings, stored)),
             Ok(Decision::RunUnprotected) => {
+                request.extensions_mut().insert(Unprotected);
                 inner.call(request).await.map(|response| response.map(ResponseBody::passed))
             }
             Err(rejection) => Ok(refused(&self.settings, rejection)),

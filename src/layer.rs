@@ -177,7 +177,7 @@ impl IdempotencyLayer {
     /// [`Representation`]: crate::Representation
     #[must_use]
     pub fn with_representation(self, renderer: impl RenderRepresentation + 'static) -> Self {
-        self.set(|settings| settings.representation = Some(Arc::new(renderer)))
+        self.set(|settings| settings.representation_renderer = Some(Arc::new(renderer)))
     }
 
     /// Sets the header that marks a replay, with the value `true`. Default: `Idempotent-Replayed`.

@@ -64,8 +64,8 @@ pub use store::PostgresStore;
 pub use store::SqliteStore;
 pub use store::{IntoStore, Store};
 pub use transaction::{
-    IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionOptions,
-    TransactionUsage,
+    IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
+    TransactionOptions, TransactionUsage,
 };
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use tx::{Tx, TxError};

@@ -150,7 +150,8 @@ rejection_codes! {
     KeyReused => "key-reused", UNPROCESSABLE_ENTITY, false, "Idempotency-Key is already used";
     /// The first request with this key is still being processed.
     InProgress => "in-progress", CONFLICT, true, "A request is outstanding for this Idempotency-Key";
-    /// An earlier request with this key ended without a known outcome, and must not run again.
+    /// An earlier request with this key ended without a known outcome, and must not run again. The same code with 503 is
+    /// [`CommitUnconfirmed`](Self::CommitUnconfirmed), which passes.
     OutcomeUnknown => "outcome-unknown", CONFLICT, false, "The outcome of the request is unknown";
     /// The request was performed; its response was too large or endless and cannot be replayed.
     ResponseNotKept => "response-not-kept", CONFLICT, false, "The response was not kept";
@@ -176,10 +177,11 @@ rejection_codes! {
     /// rolled back.
     TransactionFailed => "transaction-failed", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The handler did not give its transaction back when it returned, or asked for it while it had it. It was rolled back.
-    TransactionKept => "transaction-kept", INTERNAL_SERVER_ERROR, true, "The request failed";
+    TransactionInUse => "transaction-in-use", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The handler ended its transaction itself. What it wrote may be committed; the key is held.
     TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false, "The outcome of the request is unknown";
-    /// The transaction was told to commit and the database has not confirmed it in time. The request with the same key gets
+    /// The transaction was told to commit and the database has not confirmed it in time; the status tells it from
+    /// [`OutcomeUnknown`](Self::OutcomeUnknown). The request with the same key gets
     /// the response if it was committed, and is performed if it was not.
     CommitUnconfirmed => "outcome-unknown", SERVICE_UNAVAILABLE, true, "The outcome of the request is not known yet";
     /// The layer itself failed, or the runtime is going down.

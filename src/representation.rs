@@ -126,7 +126,7 @@ pub(crate) async fn rendered(
 
 /// Runs the renderer in a task of its own, so that a panic ends nothing else.
 async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Response<Bytes>, Unrenderable> {
-    let renderer = Arc::clone(settings.representation.as_ref().ok_or(Unrenderable::NoRenderer)?);
+    let renderer = Arc::clone(settings.representation_renderer.as_ref().ok_or(Unrenderable::NoRenderer)?);
     let task = tokio::spawn(async move { renderer.render(stored).await }.in_current_span());
     let limit = settings.store_timeout;
     match timeout(limit, AbortOnDropHandle::new(task)).await {

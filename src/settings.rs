@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, Method, Response};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
+    Attempt, ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
     RenderRejection, RenderRepresentation, ResultPolicy, TRACING_TARGET, TransactionOptions,
     buffer::RequestLimits,
     rejection::{ProblemJson, respond},
@@ -22,7 +22,8 @@ pub enum StoreOutage {
     /// The handler runs **without protection**: retries may be performed twice. Requests are then only as safe as they
     /// were without this layer. A missing table or right is refused all the same.
     ///
-    /// There is no [`Idempotency`](crate::Idempotency) in such a request: take `Option<Idempotency>` in the handler.
+    /// There is no [`Idempotency`](crate::Idempotency) in such a request: take `Option<Idempotency>` in the handler. One
+    /// that takes `Tx` answers 503 `store-unavailable`: without the store there is no transaction.
     /// `with_max_in_flight` does not count it.
     RunUnprotected,
 }
@@ -59,7 +60,7 @@ pub(crate) struct Settings {
     pub(crate) response_body_limit: usize,
     pub(crate) response_body_timeout: Duration,
     pub(crate) headers_not_kept: Vec<HeaderName>,
-    pub(crate) representation: Option<Arc<dyn RenderRepresentation>>,
+    pub(crate) representation_renderer: Option<Arc<dyn RenderRepresentation>>,
     pub(crate) policy: ResultPolicy,
     pub(crate) replay_marker: HeaderName,
     pub(crate) renderer: Arc<dyn RenderRejection>,
@@ -125,7 +126,7 @@ impl Default for Settings {
             response_body_limit: 1024 * 1024,
             response_body_timeout: Duration::from_secs(10),
             headers_not_kept: Vec::new(),
-            representation: None,
+            representation_renderer: None,
             policy: ResultPolicy::default(),
             replay_marker: HeaderName::from_static("idempotent-replayed"),
             renderer: Arc::new(ProblemJson),
@@ -189,6 +190,19 @@ impl Settings {
     pub(crate) fn refuse(&self, rejection: Rejection) -> Response<Bytes> {
         tracing::debug!(target: TRACING_TARGET, code = %rejection.code(), "refused");
         respond(rejection, &*self.renderer)
+    }
+
+    /// Logs what went wrong with an attempt.
+    pub(crate) fn log_failure(
+        &self,
+        attempt: &Attempt,
+        error: &(dyn std::error::Error + 'static),
+        what: &str,
+    ) {
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %attempt.consumer, key = %self.shown(&attempt.key),
+            attempt = %attempt.id, error, "{what}"
+        );
     }
 
     /// A key as it may stand in logs.

@@ -5,27 +5,34 @@ use std::{error::Error as StdError, fmt, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::error::BoxError;
+use crate::{Rejection, RejectionCode, StoreError, error::BoxError};
 
 /// How transactions of handlers are begun and ended. Set on the layer:
 /// [`with_transactions`](crate::IdempotencyLayer::with_transactions).
 #[derive(Clone, Debug, Default)]
-#[non_exhaustive]
 pub struct TransactionOptions {
-    /// See [`with_isolation`](Self::with_isolation).
+    isolation: Option<IsolationLevel>,
+    idle_timeout: Option<Duration>,
+    statement_timeout: Option<Duration>,
+    time_limit: Option<Duration>,
+    pub(crate) keep_writes_of_client_errors: bool,
+    pub(crate) reruns: u32,
+}
+
+/// What a store keeps to in a transaction: [`TransactionOptions`] with the defaults of the layer filled in.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct TransactionLimits {
+    /// The isolation level; `None`: the database's default.
     pub isolation: Option<IsolationLevel>,
-    /// See [`with_idle_timeout`](Self::with_idle_timeout).
-    pub idle_timeout: Option<Duration>,
-    /// See [`with_statement_timeout`](Self::with_statement_timeout).
-    pub statement_timeout: Option<Duration>,
-    /// See [`with_time_limit`](Self::with_time_limit).
-    pub time_limit: Option<Duration>,
-    /// See [`keep_writes_of_client_errors`](Self::keep_writes_of_client_errors).
-    pub keeps_writes_of_client_errors: bool,
-    /// See [`with_reruns`](Self::with_reruns).
-    pub reruns: u32,
-    /// How long a handler waits for its transaction to begin. The layer fills in its store time-out.
-    pub begin_timeout: Option<Duration>,
+    /// For how long the transaction may be open without a statement running.
+    pub idle_timeout: Duration,
+    /// How long one statement of the handler may take.
+    pub statement_timeout: Duration,
+    /// For how long the transaction may be open, on a store with one writer.
+    pub time_limit: Duration,
+    /// How long the handler waits for its transaction to begin.
+    pub begin_timeout: Duration,
 }
 
 /// How far a transaction is isolated from those beside it.
@@ -61,7 +68,7 @@ impl TransactionOptions {
     }
 
     /// Sets for how long one statement of the handler may take, as PostgreSQL's `statement_timeout`. Default: the lease.
-    /// A shorter setting of the server stays.
+    /// A shorter setting of the server stays. No effect on SQLite.
     #[must_use]
     pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
         self.statement_timeout = Some(limit);
@@ -70,7 +77,8 @@ impl TransactionOptions {
 
     /// Sets for how long a transaction may be open on a store with one writer (SQLite), which nobody else can write to
     /// meanwhile. After that the handler is cancelled and its transaction rolled back. Default: a third of the lease. With
-    /// a limit over the lease, duplicates at other processes may get 503 `store-unavailable` instead of 409.
+    /// a limit over the lease, duplicates at other processes may get 503 `store-unavailable` instead of 409. No effect on
+    /// PostgreSQL, where the other two limits and `with_max_execution` hold.
     #[must_use]
     pub fn with_time_limit(mut self, limit: Duration) -> Self {
         self.time_limit = Some(limit);
@@ -80,12 +88,15 @@ impl TransactionOptions {
     /// Keeps what a handler has written when its response is a 4xx that is stored. Default: it is rolled back.
     #[must_use]
     pub fn keep_writes_of_client_errors(mut self) -> Self {
-        self.keeps_writes_of_client_errors = true;
+        self.keep_writes_of_client_errors = true;
         self
     }
 
-    /// Performs a request again when its transaction collided with another one (`transaction-conflict`), at most this many
-    /// times. Default: 0, the client is asked to send it again. For handlers whose only effects are in the transaction.
+    /// Performs a request again, at once, when its transaction collided with another one, at most this many times.
+    /// Default: 0, the client is asked to send it again. For handlers whose only effects are in the transaction.
+    ///
+    /// A collision is known at COMMIT, and by a `TxError` that the handler returns: an answer of its own
+    /// is not performed again. On SQLite transactions do not collide.
     #[must_use]
     pub fn with_reruns(mut self, reruns: u32) -> Self {
         self.reruns = reruns;
@@ -93,13 +104,13 @@ impl TransactionOptions {
     }
 
     /// Fills in what depends on the settings of the layer.
-    pub(crate) fn for_layer(&self, lease: Duration, store_timeout: Duration) -> Self {
-        Self {
-            idle_timeout: self.idle_timeout.or(Some(lease)),
-            statement_timeout: self.statement_timeout.or(Some(lease)),
-            time_limit: self.time_limit.or(Some(lease / 3)),
-            begin_timeout: self.begin_timeout.or(Some(store_timeout)),
-            ..self.clone()
+    pub(crate) fn limits(&self, lease: Duration, store_timeout: Duration) -> TransactionLimits {
+        TransactionLimits {
+            isolation: self.isolation,
+            idle_timeout: self.idle_timeout.unwrap_or(lease),
+            statement_timeout: self.statement_timeout.unwrap_or(lease),
+            time_limit: self.time_limit.unwrap_or(lease / 3),
+            begin_timeout: store_timeout,
         }
     }
 }
@@ -137,8 +148,8 @@ pub trait StoreTransaction: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`Ended`](TransactionErrorKind::Ended) if the handler has ended it, so that its writes may be committed;
-    /// [`Gone`](TransactionErrorKind::Gone) if its connection was lost, which rolls it back too.
+    /// [`Ended`](TransactionErrorKind::Ended) if the handler has ended it, so that its writes may be committed. After any
+    /// other error it is rolled back too, for example because its connection was lost.
     async fn roll_back(&self) -> Result<(), TransactionError>;
 }
 
@@ -148,10 +159,10 @@ pub trait StoreTransaction: fmt::Debug + Send + Sync + 'static {
 pub enum TransactionUsage {
     /// The handler has not asked for it: nothing was begun.
     Unused,
-    /// It was begun, and the handler does not have it now.
+    /// The handler has asked for it, and does not have it now.
     Open,
     /// The handler has it.
-    Lent,
+    InUse,
 }
 
 /// A transaction could not be begun, committed or rolled back.
@@ -170,20 +181,53 @@ pub struct TransactionError {
 pub enum TransactionErrorKind {
     /// It could not be begun: the database is away or busy. Trying again makes sense.
     Unavailable,
-    /// The record is no longer this attempt's. Rolled back.
+    /// It was lost before it was committed: another attempt has the record, the connection broke, or the server ended it.
+    /// Rolled back.
     Lost,
     /// It collided with another one: a serialization failure or a deadlock. Rolled back; running again may succeed.
     Conflict,
     /// The database would not commit it: a statement had failed before, or a constraint is violated. Rolled back.
     Failed,
-    /// Its connection was lost before it was committed, or the server ended it. Rolled back.
-    Gone,
+    /// The handler has it, or had not given it back when it returned. Rolled back.
+    InUse,
     /// The handler has ended it itself. What it wrote may be committed.
     Ended,
-    /// The handler has it, or had not given it back when it returned.
-    Lent,
     /// It was told to commit and the answer did not come. It may be committed.
     Unconfirmed,
+}
+
+impl TransactionErrorKind {
+    /// What the client is told.
+    pub(crate) fn rejection(self) -> Rejection {
+        let (code, detail) = match self {
+            Self::Unavailable => (
+                RejectionCode::StoreUnavailable,
+                "The transaction could not begin; send the request again with the same key.",
+            ),
+            Self::Lost => (RejectionCode::TransactionLost, "The transaction was lost and nothing was done."),
+            Self::Conflict => (
+                RejectionCode::TransactionConflict,
+                "The request collided with another one and nothing was done.",
+            ),
+            Self::Failed => (
+                RejectionCode::TransactionFailed,
+                "A statement failed, or the database did not accept the changes; nothing was done.",
+            ),
+            Self::InUse => (
+                RejectionCode::TransactionInUse,
+                "The handler kept its transaction, or asked for it twice at once; nothing of it is committed.",
+            ),
+            Self::Ended => (
+                RejectionCode::TransactionEnded,
+                "The handler ended its transaction itself. The request is not performed again.",
+            ),
+            Self::Unconfirmed => (
+                RejectionCode::CommitUnconfirmed,
+                "The database has not confirmed the outcome yet. Send the request again with the same key.",
+            ),
+        };
+        Rejection::new(code, detail)
+    }
 }
 
 impl TransactionError {
@@ -203,6 +247,12 @@ impl TransactionError {
     #[must_use]
     pub fn kind(&self) -> TransactionErrorKind {
         self.kind
+    }
+}
+
+impl From<StoreError> for TransactionError {
+    fn from(error: StoreError) -> Self {
+        Self::new(TransactionErrorKind::Unavailable, "the store does not answer").with_source(error)
     }
 }
 

@@ -22,7 +22,7 @@ use self::entry::{Decision, Entry, State, decide};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
     RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind,
-    StoreTransaction, TransactionOptions,
+    StoreTransaction, TransactionLimits,
 };
 
 /// Keeps records in this process: for tests and for tools that run as a single process.
@@ -233,7 +233,7 @@ impl Store for MemoryStore {
     fn transaction(
         &self,
         _: &Attempt,
-        _: &TransactionOptions,
+        _: &TransactionLimits,
         _: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
         None

@@ -7,7 +7,7 @@ mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
-mod sql;
+pub(crate) mod sql;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 
@@ -28,7 +28,7 @@ pub use sqlite::SqliteStore;
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionOptions,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionLimits,
 };
 
 /// Keeps records. This is the contract that every store fulfils and that the conformance suite
@@ -163,11 +163,11 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Offers the handler of an attempt a transaction that its record can be completed in: puts something into the
     /// request's extensions that the handler gets it from. Nothing is begun before the handler asks. `None` if the store
-    /// has no transactions.
+    /// has no transactions: those of this crate, which `Tx` takes, are for its own stores.
     fn transaction(
         &self,
         attempt: &Attempt,
-        options: &TransactionOptions,
+        limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>>;
 

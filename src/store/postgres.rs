@@ -20,7 +20,7 @@ use self::{
     call::{Call, Value},
     connection::{Connections, Settings},
     statements::Statements,
-    transaction::{Session, Transactions},
+    transaction::{AttemptTransaction, Session},
 };
 use super::{
     IntoStore, Store,
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionOptions,
+    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionLimits,
     tx::Slot,
 };
 
@@ -159,9 +159,8 @@ impl PostgresStore {
     /// Options for a pool that serves transactions of handlers ([`Tx`](crate::Tx)): a connection that is given back inside
     /// of a transaction is closed instead of being lent again.
     ///
-    /// That happens when a handler's own `pool.begin()` is cancelled, by a time-out for example: sqlx 0.9 leaves the
-    /// transaction open on the connection ([launchbadge/sqlx#4385](https://github.com/launchbadge/sqlx/issues/4385)), and
-    /// what the next borrower writes is lost. A transaction of the layer notices such a connection and takes another one;
+    /// That happens when a handler's own `pool.begin()` is cancelled, by a time-out for example: sqlx leaves the transaction
+    /// open on the connection, and what the next borrower writes is lost. A transaction of the layer notices such a connection and takes another one;
     /// statements of the application do not. Costs a round trip whenever a connection is given back.
     ///
     /// It takes the place of a hook that was set with `after_release`.
@@ -327,11 +326,11 @@ impl Store for PostgresStore {
     fn transaction(
         &self,
         attempt: &Attempt,
-        options: &TransactionOptions,
+        limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        let driver = Transactions::new(self.clone(), attempt.clone(), options.clone());
-        Some(Slot::lay_out(driver, options.begin_timeout, None, extensions))
+        let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.clone());
+        Some(Slot::lay_out(driver, limits.begin_timeout, None, extensions))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -1,6 +1,7 @@
 //! What the SQL stores share: names, migrations, the rules of the contract as SQL, and the reading of rows and errors.
 
 use std::{
+    borrow::Cow,
     fmt,
     sync::OnceLock,
     time::{Duration, SystemTime},
@@ -14,7 +15,7 @@ use uuid::Uuid;
 use crate::{
     Attempt, AttemptId, ClaimOutcome, CompleteOutcome, Consumer, Fingerprint, IdempotencyKey, Record,
     RecordFilter, RecordId, RecordState, ResolveOutcome, StoreError, StoreErrorKind, TRACING_TARGET,
-    error::BoxError,
+    TransactionErrorKind, error::BoxError,
 };
 
 /// How often a claim asks the database before it answers
@@ -273,10 +274,33 @@ fn instant(micros: i64) -> SystemTime {
 /// What an error code of a database means, and what to tell an operator.
 pub(super) type Meaning = (StoreErrorKind, &'static str);
 
+/// The code that the database gave an error.
+pub(crate) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error().and_then(|error| error.code())
+}
+
+/// What an error of a statement means for its transaction, by the codes of PostgreSQL; those of SQLite mean that the
+/// statement failed.
+pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
+    use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
+    match (error, code(error).as_deref()) {
+        (_, Some("25P01" | "3B001")) => TransactionErrorKind::Ended,
+        (_, Some("40001" | "40P01" | "55P03")) => TransactionErrorKind::Conflict,
+        (_, Some("57014" | "25P03" | "25P04")) => TransactionErrorKind::Lost,
+        (_, Some(code)) if code.starts_with("57P") || code.starts_with("08") => TransactionErrorKind::Lost,
+        (Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut, _) => TransactionErrorKind::Lost,
+        _ => TransactionErrorKind::Failed,
+    }
+}
+
+/// The savepoint that marks the transaction of an attempt.
+pub(super) fn savepoint(attempt: &Attempt) -> String {
+    format!("tower_idempotency_{}", attempt.id.as_uuid().simple())
+}
+
 /// An error from taking a connection out of a pool: nothing was sent.
 pub(super) fn connect_error(source: sqlx::Error, refusal: fn(&str) -> Option<&'static str>) -> StoreError {
-    let code = source.as_database_error().and_then(|error| error.code());
-    let error = match (&source, code.as_deref().and_then(refusal)) {
+    let error = match (&source, code(&source).as_deref().and_then(refusal)) {
         (_, Some(refused)) => misconfigured(refused),
         (sqlx::Error::Configuration(_), None) => {
             misconfigured("the settings of the connection are not usable")

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use self::{
     connection::{Connections, Rank},
     statements::Statements,
-    transaction::Transactions,
+    transaction::AttemptTransaction,
 };
 use super::{
     IntoStore, Store,
@@ -29,7 +29,7 @@ use super::{
 use crate::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record,
     RecordFilter, RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction,
-    TransactionOptions, tx::Slot,
+    TransactionLimits, tx::Slot,
 };
 
 /// Keeps records in a SQLite database file.
@@ -280,11 +280,11 @@ impl Store for SqliteStore {
     fn transaction(
         &self,
         attempt: &Attempt,
-        options: &TransactionOptions,
+        limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        let driver = Transactions::new(self.clone(), attempt.clone());
-        Some(Slot::lay_out(driver, options.begin_timeout, options.time_limit, extensions))
+        let driver = AttemptTransaction::new(self.clone(), attempt.clone());
+        Some(Slot::lay_out(driver, limits.begin_timeout, Some(limits.time_limit), extensions))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

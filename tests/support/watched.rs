@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
     RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind, StoreTransaction,
-    TransactionOptions,
+    TransactionLimits,
 };
 
 /// A store behind which another one works. Clones share everything.
@@ -161,10 +161,10 @@ impl<S: Store + Clone> Store for Watched<S> {
     fn transaction(
         &self,
         attempt: &Attempt,
-        options: &TransactionOptions,
+        limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        self.store.transaction(attempt, options, extensions)
+        self.store.transaction(attempt, limits, extensions)
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -74,10 +74,12 @@ impl Settings {
         };
         settings.lease = millis("LEASE_MS").unwrap_or(settings.lease);
         settings.store_timeout = millis("STORE_TIMEOUT_MS").unwrap_or(settings.store_timeout);
-        settings.transactions.idle_timeout = millis("IDLE_TIMEOUT_MS");
-        settings.transactions.statement_timeout = millis("STATEMENT_TIMEOUT_MS");
-        settings.transactions.time_limit = millis("TIME_LIMIT_MS");
-        settings.transactions.isolation = std::env::var("ISOLATION").ok().map(|name| isolation(&name));
+        if let Some(limit) = millis("IDLE_TIMEOUT_MS") {
+            settings.transactions = settings.transactions.with_idle_timeout(limit);
+        }
+        if let Ok(name) = std::env::var("ISOLATION") {
+            settings.transactions = settings.transactions.with_isolation(isolation(&name));
+        }
         settings
     }
 

@@ -14,7 +14,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
     RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreTransaction, TransactionError,
-    TransactionOptions, TransactionUsage,
+    TransactionLimits, TransactionUsage,
 };
 
 /// A point of an attempt.
@@ -172,10 +172,10 @@ impl<S: Store> Store for Trapped<S> {
     fn transaction(
         &self,
         attempt: &Attempt,
-        options: &TransactionOptions,
+        limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        let inner = self.inner.transaction(attempt, options, extensions)?;
+        let inner = self.inner.transaction(attempt, limits, extensions)?;
         Some(Arc::new(Trapped::new((inner, attempt.key.clone()), self.trap.clone())))
     }
 

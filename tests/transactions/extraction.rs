@@ -74,12 +74,12 @@ async fn a_transaction_is_not_given_twice<DB: Db>(bank: Bank<DB>) {
         StatusCode::CREATED
     };
     let node = bank.node(bank.layer(), handler);
-    bank.check(&node, RejectionCode::TransactionKept, 0, End::Released).await;
+    bank.check(&node, RejectionCode::TransactionInUse, 0, End::Released).await;
     let handler = |request: Request| async move {
         let mut tx = Tx::<DB>::begin(request.extensions()).await.unwrap();
         charge(&mut tx).await;
         let error = Tx::<DB>::begin(request.extensions()).await.unwrap_err();
-        assert_eq!(error.code(), RejectionCode::TransactionKept);
+        assert_eq!(error.code(), RejectionCode::TransactionInUse);
         unique(StatusCode::CREATED)
     };
     bank.check(&bank.node(bank.layer(), handler), 201, 1, End::Stored).await;
@@ -92,7 +92,7 @@ async fn a_plain_service_gets_its_transaction_from_the_extensions<DB: Db>(bank: 
             match begun.await {
                 Ok(mut tx) => charge(&mut tx).await,
                 Err(error) => {
-                    return Ok::<_, std::convert::Infallible>(error.into_response().map(Body::from));
+                    return Ok::<_, std::convert::Infallible>(error.into_http_response().map(Body::from));
                 }
             }
             Ok(Response::new(Body::from("fine")))

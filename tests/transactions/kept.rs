@@ -37,7 +37,7 @@ async fn a_transaction_in_a_task_is_rolled_back<DB: Db>(bank: Bank<DB>) {
     };
     let node = bank.node(bank.layer(), handler);
     let answer = at_once(node.send("k")).await;
-    answer.assert_refused(RejectionCode::TransactionKept);
+    answer.assert_refused(RejectionCode::TransactionInUse);
     assert_eq!(answer.problem()["retryable"], true);
     gate.open();
     ended.await.unwrap();
@@ -55,7 +55,7 @@ async fn a_response_may_write_until_its_end<DB: Db>(bank: Bank<DB>) {
 async fn a_response_that_is_too_large_may_not_have_the_transaction<DB: Db>(bank: Bank<DB>) {
     let layer = bank.layer().with_response_body_limit(20);
     let node = bank.node(layer, |tx: Tx<DB>| async move { writing(tx, 30) });
-    bank.check(&node, RejectionCode::TransactionKept, 0, End::Released).await;
+    bank.check(&node, RejectionCode::TransactionInUse, 0, End::Released).await;
 }
 
 /// A body that makes a charge with each of its pieces.
@@ -88,7 +88,7 @@ async fn a_transaction_in_a_static_does_not_keep_its_locks_postgres() {
     let place = Static::default();
     let kept = Arc::clone(&place);
     let node = bank.node(bank.layer(), move |tx: Tx<Postgres>| keep(tx, kept));
-    at_once(node.send("k")).await.assert_refused(RejectionCode::TransactionKept);
+    at_once(node.send("k")).await.assert_refused(RejectionCode::TransactionInUse);
     at_once(bank.run("UPDATE accounts SET balance = balance - 1 WHERE id = 1")).await;
     assert_eq!(node.send_until_ended("k").await.status, StatusCode::CREATED);
     assert_eq!((bank.charges().await, node.runs.get()), (1, 2));
@@ -105,7 +105,7 @@ async fn a_transaction_in_a_static_stops_writers_until_it_is_dropped_sqlite() {
     let kept = Arc::clone(&place);
     let layer = bank.layer().with_store_timeout(Duration::from_millis(300));
     let node = bank.node(layer, move |tx: Tx<Sqlite>| keep(tx, kept));
-    at_once(node.send("k")).await.assert_refused(RejectionCode::TransactionKept);
+    at_once(node.send("k")).await.assert_refused(RejectionCode::TransactionInUse);
     at_once(node.send("k")).await.assert_refused(RejectionCode::InProgress);
     at_once(node.send("other")).await.assert_refused(RejectionCode::StoreUnavailable);
     drop(place.lock().unwrap().take());

@@ -81,7 +81,7 @@ impl Connections {
 
 /// A server that is read-only may have been replaced by another, which new connections find.
 fn is_read_only(error: &sqlx::Error) -> bool {
-    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(READ_ONLY))
+    sql::code(error).as_deref() == Some(READ_ONLY)
 }
 
 /// A connection that goes back to its pool only when it is known to be in order, and else is closed.

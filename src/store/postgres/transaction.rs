@@ -1,4 +1,4 @@
-//! Transactions of handlers.
+//! AttemptTransaction of handlers.
 //!
 //! A transaction begins by locking the record's row, if it is the attempt's. The lock stands in for the lease: claims and
 //! renewals skip a locked row, so nobody takes the record over, and nothing changes the row under a transaction that
@@ -18,14 +18,15 @@ use tokio::time::timeout;
 use super::{PostgresStore, call::Value, connection, of_attempt};
 use crate::{
     Attempt, IsolationLevel, StoreError, TRACING_TARGET, TransactionError, TransactionErrorKind,
-    TransactionOptions, error::BoxError, store::sql, tx::Driver,
+    TransactionLimits, error::BoxError, store::sql, tx::Driver,
 };
 
+/// The transaction of one attempt.
 #[derive(Clone, Debug)]
-pub(super) struct Transactions {
+pub(super) struct AttemptTransaction {
     store: PostgresStore,
     attempt: Attempt,
-    options: TransactionOptions,
+    limits: TransactionLimits,
 }
 
 /// How the connections of the given pool are set.
@@ -40,7 +41,7 @@ impl Session {
     async fn learn(pool: &PgPool) -> Result<Self, StoreError> {
         let learned = async {
             let row = match sqlx::raw_sql(SESSION).fetch_one(pool).await {
-                Err(error) if code(&error).as_deref() == Some(ABORTED) => {
+                Err(error) if sql::code(&error).as_deref() == Some(ABORTED) => {
                     sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK; {SESSION}"))).fetch_one(pool).await?
                 }
                 learned => learned?,
@@ -56,13 +57,9 @@ impl Session {
     }
 }
 
-impl Transactions {
-    pub(super) fn new(store: PostgresStore, attempt: Attempt, options: TransactionOptions) -> Self {
-        Self { store, attempt, options }
-    }
-
-    fn savepoint(&self) -> String {
-        format!("tower_idempotency_{}", self.attempt.id.as_uuid().simple())
+impl AttemptTransaction {
+    pub(super) fn new(store: PostgresStore, attempt: Attempt, limits: TransactionLimits) -> Self {
+        Self { store, attempt, limits }
     }
 
     /// What begins the transaction, in one message. The record is to be locked by its key: a walk over a small table
@@ -70,15 +67,15 @@ impl Transactions {
     fn begin_text(&self, session: &Session, after_failure: bool) -> String {
         // A connection that was left in a failed transaction refuses whatever does not begin with a rollback.
         let first = if after_failure { "ROLLBACK; " } else { "" };
-        let isolation = match self.options.isolation {
+        let isolation = match self.limits.isolation {
             None => "",
             Some(IsolationLevel::ReadCommitted) => " ISOLATION LEVEL READ COMMITTED",
             Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
             Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
         };
-        let (savepoint, attempt) = (self.savepoint(), self.attempt.id);
-        let statement = shorter(session.statement_timeout, self.options.statement_timeout);
-        let idle = shorter(session.idle_timeout, self.options.idle_timeout);
+        let (savepoint, attempt) = (sql::savepoint(&self.attempt), self.attempt.id);
+        let statement = shorter(session.statement_timeout, self.limits.statement_timeout);
+        let idle = shorter(session.idle_timeout, self.limits.idle_timeout);
         format!(
             "{first}BEGIN{isolation}; SAVEPOINT {savepoint}; SET LOCAL tower_idempotency.attempt = '{attempt}'; \
              SET LOCAL statement_timeout = {statement}; SET LOCAL idle_in_transaction_session_timeout = {idle}; \
@@ -86,32 +83,35 @@ impl Transactions {
         )
     }
 
-    async fn try_begin(
-        self,
-        after_failure: bool,
-    ) -> Result<Transaction<'static, Postgres>, TransactionError> {
-        let statements = self.store.sql().await.map_err(unavailable)?;
+    /// Begins the transaction and locks the record. In a task that is not cancelled: a connection whose BEGIN was not
+    /// awaited goes back to its pool inside of the transaction.
+    async fn try_begin(self, after_failure: bool) -> Result<Transaction<'static, Postgres>, NotBegun> {
+        let statements = self.store.sql().await.map_err(not_begun)?;
         let session = self.store.state.session.get_or_make(async || Session::learn(&self.store.pool).await);
-        let session = session.await.map_err(unavailable)?;
+        let session = session.await.map_err(not_begun)?;
         let text = self.begin_text(session, after_failure);
         let begun = self.store.pool.begin_with(AssertSqlSafe(text)).await;
-        let mut transaction = begun.map_err(|source| match code(&source).as_deref() {
-            Some(code) if code.starts_with("25") => left_open().with_source(source),
+        let mut transaction = begun.map_err(|source| match sql::code(&source) {
+            Some(code) if code.starts_with("25") => NotBegun::Again(left_open().with_source(source)),
             _ => not_begun(source),
         })?;
         let lock = of_attempt(&statements.lock, &self.attempt).with(Value::Text(&session.enable_seqscan));
         let rows = lock.fetch_all_inside(&mut transaction, self.store.settings.mode).await;
-        let unlocked = |source| before_commit("the record could not be locked", source);
-        let rows = rows.map_err(unlocked)?;
-        let Some(row) = rows.first() else {
-            self.abandon(transaction).await;
-            return Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's"));
-        };
-        if row.try_get("fresh").map_err(unlocked)? {
-            return Ok(transaction);
+        let fresh = rows.and_then(|rows| rows.first().map(|row| row.try_get("fresh")).transpose());
+        match fresh {
+            Ok(Some(true)) => Ok(transaction),
+            Ok(Some(false)) => {
+                self.abandon(transaction).await;
+                Err(NotBegun::Again(left_open()))
+            }
+            Ok(None) => {
+                self.abandon(transaction).await;
+                let message = "another attempt has taken the record over";
+                Err(NotBegun::Final(TransactionError::new(TransactionErrorKind::Lost, message)))
+            }
+            // A renewal of the lease came between, or the connection was broken.
+            Err(source) => Err(NotBegun::Again(failed("the record could not be locked", source))),
         }
-        self.abandon(transaction).await;
-        Err(left_open())
     }
 
     /// Whether the record was completed: not if the handler has ended the transaction, or forgotten every setting.
@@ -120,11 +120,11 @@ impl Transactions {
         connection: &mut PgConnection,
         response: &[u8],
     ) -> Result<bool, TransactionError> {
-        let statements = self.store.sql().await.map_err(unavailable)?;
+        let statements = self.store.sql().await?;
         let call = of_attempt(&statements.complete_locked, &self.attempt).with(Value::Bytes(response));
         let rows = call.fetch_all_inside(connection, self.store.settings.mode).await;
         let completed = rows.and_then(|rows| rows.first().map_or(Ok(false), |row| row.try_get("completed")));
-        completed.map_err(|source| before_commit("the record could not be completed", source))
+        completed.map_err(|source| failed("the record could not be completed", source))
     }
 
     async fn in_time<T>(
@@ -163,26 +163,20 @@ impl Transactions {
 }
 
 #[async_trait]
-impl Driver<Postgres> for Transactions {
+impl Driver<Postgres> for AttemptTransaction {
     async fn begin(&self) -> Result<Transaction<'static, Postgres>, TransactionError> {
         let limit = self.store.settings.statement_timeout;
         let mut tries = 1;
-        let mut left_open = false;
         loop {
-            // In a task that is not cancelled: a connection whose BEGIN was not awaited goes back to its pool inside of
-            // the transaction.
-            let begun = match timeout(limit, tokio::spawn(self.clone().try_begin(left_open))).await {
+            let begun = match timeout(limit, tokio::spawn(self.clone().try_begin(tries > 1))).await {
                 Ok(Ok(begun)) => begun,
                 Ok(Err(error)) => Err(not_begun(error)),
                 Err(elapsed) => Err(not_begun(elapsed)),
             };
-            left_open = begun.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::Gone);
-            match begun.as_ref().map_err(TransactionError::kind) {
-                // A renewal of the lease came between, or the connection was broken.
-                Err(TransactionErrorKind::Conflict | TransactionErrorKind::Gone) if tries < TRIES => {
-                    tries += 1
-                }
-                _ => return begun,
+            match begun {
+                Ok(transaction) => return Ok(transaction),
+                Err(NotBegun::Again(_)) if tries < TRIES => tries += 1,
+                Err(NotBegun::Again(error) | NotBegun::Final(error)) => return Err(error),
             }
         }
     }
@@ -192,22 +186,18 @@ impl Driver<Postgres> for Transactions {
         mut transaction: Transaction<'static, Postgres>,
         response: Bytes,
     ) -> Result<(), TransactionError> {
-        let completed = self.in_time(TransactionErrorKind::Gone, self.complete(&mut transaction, &response));
-        match completed.await {
-            Ok(true) => {}
+        let completed = self.in_time(TransactionErrorKind::Lost, self.complete(&mut transaction, &response));
+        let not_completed = match completed.await {
+            Ok(true) => None,
             Ok(false) => {
-                self.roll_back(transaction).await?;
                 let message = "the handler has reset the settings of its transaction";
-                return Err(TransactionError::new(TransactionErrorKind::Failed, message));
+                Some(TransactionError::new(TransactionErrorKind::Failed, message))
             }
-            Err(error) if error.kind() == TransactionErrorKind::Failed => {
-                self.roll_back(transaction).await?;
-                return Err(error);
-            }
-            Err(error) => {
-                self.abandon(transaction).await;
-                return Err(error);
-            }
+            Err(error) => Some(error),
+        };
+        if let Some(error) = not_completed {
+            self.roll_back(transaction).await?;
+            return Err(error);
         }
         let commit = async { transaction.commit().await.map_err(at_commit) };
         let committed = self.in_time(TransactionErrorKind::Unconfirmed, commit).await;
@@ -222,13 +212,13 @@ impl Driver<Postgres> for Transactions {
         &self,
         mut transaction: Transaction<'static, Postgres>,
     ) -> Result<(), TransactionError> {
-        let to_savepoint = AssertSqlSafe(format!("ROLLBACK TO SAVEPOINT {}", self.savepoint()));
+        let to_savepoint = AssertSqlSafe(format!("ROLLBACK TO SAVEPOINT {}", sql::savepoint(&self.attempt)));
         match timeout(PATIENCE, sqlx::raw_sql(to_savepoint).execute(&mut *transaction)).await {
             Ok(Ok(_)) => {
                 self.abandon(transaction).await;
                 Ok(())
             }
-            Ok(Err(source)) => Err(before_commit("the transaction is not in order", source)),
+            Ok(Err(source)) => Err(failed("the transaction is not in order", source)),
             Err(_) => {
                 self.terminate(ANY).await;
                 Ok(())
@@ -242,54 +232,39 @@ impl Driver<Postgres> for Transactions {
 }
 
 /// A time-out in milliseconds: that of the session, in which zero means none, unless ours is shorter.
-fn shorter(session: Duration, ours: Option<Duration>) -> u128 {
-    let session = Some(session).filter(|limit| !limit.is_zero());
-    let limit = [session, ours].into_iter().flatten().min();
-    limit.map_or(0, |limit| limit.as_millis().clamp(1, i32::MAX.unsigned_abs().into()))
+fn shorter(session: Duration, ours: Duration) -> u128 {
+    let limit = if session.is_zero() { ours } else { session.min(ours) };
+    limit.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
 }
 
-fn not_begun(source: impl Into<BoxError>) -> TransactionError {
-    TransactionError::new(TransactionErrorKind::Unavailable, "the transaction could not begin")
-        .with_source(source)
+/// Why a transaction did not begin.
+enum NotBegun {
+    /// Another connection, or another moment, may do.
+    Again(TransactionError),
+    Final(TransactionError),
+}
+
+fn not_begun(source: impl Into<BoxError>) -> NotBegun {
+    let message = "the transaction could not begin";
+    NotBegun::Final(TransactionError::new(TransactionErrorKind::Unavailable, message).with_source(source))
 }
 
 fn left_open() -> TransactionError {
     let message = "a connection of the pool was in a transaction that somebody had left open: see PostgresStore::guard_pool";
-    TransactionError::new(TransactionErrorKind::Gone, message)
+    TransactionError::new(TransactionErrorKind::Unavailable, message)
 }
 
-fn unavailable(source: StoreError) -> TransactionError {
-    TransactionError::new(TransactionErrorKind::Unavailable, "the store does not answer").with_source(source)
+fn failed(message: &str, source: sqlx::Error) -> TransactionError {
+    TransactionError::new(sql::transaction_error_kind(&source), message).with_source(source)
 }
 
-fn code(error: &sqlx::Error) -> Option<String> {
-    error.as_database_error().and_then(|error| error.code()).map(Into::into)
-}
-
-fn before_commit(message: &str, source: sqlx::Error) -> TransactionError {
-    let kind = match code(&source).as_deref() {
-        Some("25P01" | "3B001") => TransactionErrorKind::Ended,
-        Some("40001" | "40P01" | "55P03") => TransactionErrorKind::Conflict,
-        Some(code) if !ends_connection(code) && code != "57014" => TransactionErrorKind::Failed,
-        _ => TransactionErrorKind::Gone,
-    };
-    TransactionError::new(kind, message).with_source(source)
-}
-
+/// A server that ends the connection at COMMIT does not say whether it has committed.
 fn at_commit(source: sqlx::Error) -> TransactionError {
-    let kind = match code(&source).as_deref() {
-        Some("40001" | "40P01") => TransactionErrorKind::Conflict,
-        Some(code) if !ends_connection(code) && code != "40003" => TransactionErrorKind::Failed,
-        _ => TransactionErrorKind::Unconfirmed,
-    };
+    let mut kind = sql::transaction_error_kind(&source);
+    if kind == TransactionErrorKind::Lost || sql::code(&source).as_deref() == Some("40003") {
+        kind = TransactionErrorKind::Unconfirmed;
+    }
     TransactionError::new(kind, "COMMIT failed").with_source(source)
-}
-
-/// Errors with which the server closes the connection: shutdowns, time-outs, protocol errors.
-fn ends_connection(code: &str) -> bool {
-    code.starts_with("57P")
-        || code.starts_with("08")
-        || code.starts_with("25P0") && code != "25P01" && code != "25P02"
 }
 
 const SESSION: &str = "

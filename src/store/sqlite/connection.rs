@@ -74,8 +74,12 @@ impl Connections {
     }
 
     pub(super) async fn writer(&self, base: &SqlitePool) -> Result<PoolConnection<Sqlite>, StoreError> {
-        let pool = self.writer.get_or_init(|| own_pool(base, 1));
+        let pool = self.writer_pool(base);
         patiently(|| pool.acquire()).await.map_err(connect_error)
+    }
+
+    fn writer_pool(&self, base: &SqlitePool) -> &SqlitePool {
+        self.writer.get_or_init(|| own_pool(base, 1))
     }
 
     /// Begins a transaction on the connection that writes.
@@ -84,7 +88,7 @@ impl Connections {
         base: &SqlitePool,
         statements: String,
     ) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        let pool = self.writer.get_or_init(|| own_pool(base, 1));
+        let pool = self.writer_pool(base);
         let begun = patiently(|| pool.begin_with(AssertSqlSafe(statements.clone()))).await;
         begun.map_err(|source| error("begin", source))
     }
@@ -105,8 +109,7 @@ where
 }
 
 fn is_busy(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|error| error.code());
-    code.is_some_and(|code| primary(&code) == BUSY)
+    sql::code(error).is_some_and(|code| primary(&code) == BUSY)
 }
 
 fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {

@@ -1,4 +1,4 @@
-//! Transactions of handlers.
+//! AttemptTransaction of handlers.
 //!
 //! A transaction runs on the connection that writes, so while it is open nobody else writes, and nobody can take the
 //! record over. A savepoint set at its begin proves at the end that it is still the transaction that was begun.
@@ -14,23 +14,20 @@ use sqlx::{
 use tokio::sync::OwnedMutexGuard;
 
 use super::{SqliteStore, connection::primary, of_attempt};
-use crate::{Attempt, StoreError, TRACING_TARGET, TransactionError, TransactionErrorKind, tx::Driver};
+use crate::{Attempt, TRACING_TARGET, TransactionError, TransactionErrorKind, store::sql, tx::Driver};
 
+/// The transaction of one attempt.
 #[derive(Debug)]
-pub(super) struct Transactions {
+pub(super) struct AttemptTransaction {
     store: SqliteStore,
     attempt: Attempt,
     /// The place at the head of the queue of writers, while the transaction is open.
     turn: Mutex<Option<OwnedMutexGuard<()>>>,
 }
 
-impl Transactions {
+impl AttemptTransaction {
     pub(super) fn new(store: SqliteStore, attempt: Attempt) -> Self {
         Self { store, attempt, turn: Mutex::default() }
-    }
-
-    fn savepoint(&self) -> String {
-        format!("tower_idempotency_{}", self.attempt.id.as_uuid().simple())
     }
 
     fn set_turn(&self, turn: Option<OwnedMutexGuard<()>>) {
@@ -38,14 +35,14 @@ impl Transactions {
     }
 
     async fn lock(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
-        let statements = self.store.sql().await.map_err(unavailable)?;
+        let statements = self.store.sql().await?;
         let connections = &self.store.state.connections;
-        self.set_turn(Some(connections.turn().await.map_err(unavailable)?));
-        let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", self.savepoint());
-        let mut transaction = connections.begin(&self.store.pool, begin).await.map_err(unavailable)?;
+        self.set_turn(Some(connections.turn().await?));
+        let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", sql::savepoint(&self.attempt));
+        let mut transaction = connections.begin(&self.store.pool, begin).await?;
         let mine = of_attempt(&statements.mine, &self.attempt).fetch_optional(&mut *transaction).await;
         match mine
-            .map_err(|source| failed(TransactionErrorKind::Gone, "the record could not be read", source))?
+            .map_err(|source| failed(TransactionErrorKind::Lost, "the record could not be read", source))?
         {
             Some(_) => Ok(transaction),
             None => {
@@ -62,12 +59,12 @@ impl Transactions {
         connection: &mut SqliteConnection,
         verb: &str,
     ) -> Result<(), TransactionError> {
-        let statement = AssertSqlSafe(format!("{verb} {}", self.savepoint()));
+        let statement = AssertSqlSafe(format!("{verb} {}", sql::savepoint(&self.attempt)));
         let done = sqlx::raw_sql(statement).execute(connection).await;
         let message = "the transaction is not the one that was begun";
         done.map(drop).map_err(|source| match code(&source) {
             Some(ERROR) => failed(TransactionErrorKind::Ended, message, source),
-            _ => failed(TransactionErrorKind::Gone, message, source),
+            _ => failed(TransactionErrorKind::Lost, message, source),
         })
     }
 
@@ -77,7 +74,7 @@ impl Transactions {
         response: &[u8],
     ) -> Result<(), TransactionError> {
         self.at_savepoint(connection, "RELEASE").await?;
-        let statements = self.store.sql().await.map_err(unavailable)?;
+        let statements = self.store.sql().await?;
         let completed = of_attempt(&statements.complete, &self.attempt).bind(response);
         let rows = completed.fetch_all(&mut *connection).await.map_err(|source| {
             failed(TransactionErrorKind::Failed, "the record could not be completed", source)
@@ -99,7 +96,7 @@ impl Transactions {
 }
 
 #[async_trait]
-impl Driver<Sqlite> for Transactions {
+impl Driver<Sqlite> for AttemptTransaction {
     async fn begin(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
         let locked = self.lock().await;
         if locked.is_err() {
@@ -135,16 +132,12 @@ impl Driver<Sqlite> for Transactions {
     async fn revoke(&self) {}
 }
 
-fn unavailable(source: StoreError) -> TransactionError {
-    TransactionError::new(TransactionErrorKind::Unavailable, "the store does not answer").with_source(source)
-}
-
 fn failed(kind: TransactionErrorKind, message: &str, source: sqlx::Error) -> TransactionError {
     TransactionError::new(kind, message).with_source(source)
 }
 
 fn code(error: &sqlx::Error) -> Option<u32> {
-    error.as_database_error().and_then(|error| error.code()).map(|code| primary(&code))
+    sql::code(error).map(|code| primary(&code))
 }
 
 /// `SQLITE_ERROR`: what is said of a savepoint that does not exist.

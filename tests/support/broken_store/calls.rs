@@ -10,7 +10,7 @@ use http::Extensions;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
     RecordFilter, RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError,
-    StoreErrorKind, StoreTransaction, TransactionOptions,
+    StoreErrorKind, StoreTransaction, TransactionLimits,
 };
 
 use super::{
@@ -237,7 +237,7 @@ impl Store for BrokenStore {
     fn transaction(
         &self,
         _: &Attempt,
-        _: &TransactionOptions,
+        _: &TransactionLimits,
         _: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
         None

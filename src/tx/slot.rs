@@ -1,0 +1,279 @@
+//! Where the transaction of an attempt lies.
+
+use std::{
+    fmt,
+    future::pending,
+    mem,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::Extensions;
+use sqlx::{Database, Transaction};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{Tx, TxError};
+use crate::{StoreTransaction, TRACING_TARGET, TransactionError, TransactionErrorKind, TransactionUsage};
+
+/// What a database does for transactions of handlers. No call is cancelled.
+#[async_trait]
+pub(crate) trait Driver<DB: Database>: fmt::Debug + Send + Sync + 'static {
+    /// A fresh transaction in which the record is the attempt's and stays so.
+    async fn begin(&self) -> Result<Transaction<'static, DB>, TransactionError>;
+
+    /// Completes the record as the last statement of the transaction and commits.
+    async fn commit(
+        &self,
+        transaction: Transaction<'static, DB>,
+        response: Bytes,
+    ) -> Result<(), TransactionError>;
+
+    /// Rolls back, whatever state the transaction is in.
+    async fn roll_back(&self, transaction: Transaction<'static, DB>) -> Result<(), TransactionError>;
+
+    /// Ends a transaction that somebody keeps, if the database can.
+    async fn revoke(&self);
+}
+
+/// Where the transaction of an attempt is: between the request's extensions, the handler and the layer.
+#[derive(Debug)]
+pub(crate) struct Slot<DB: Database> {
+    driver: Box<dyn Driver<DB>>,
+    begin_timeout: Duration,
+    time_limit: Option<Duration>,
+    place: Mutex<Place<DB>>,
+    changed: Notify,
+}
+
+/// If the task that begins a transaction panics or its runtime goes down, those who wait are told.
+struct Unfinished<DB: Database>(Arc<Slot<DB>>);
+
+impl<DB: Database> Unfinished<DB> {
+    async fn begin(self) {
+        let Self(slot) = &self;
+        slot.put(match slot.driver.begin().await {
+            Ok(transaction) => {
+                Place::Here { transaction, until: slot.time_limit.map(|limit| Instant::now() + limit) }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, error = &error as &dyn std::error::Error,
+                    "a transaction could not begin"
+                );
+                Place::Failed(Arc::new(error))
+            }
+        });
+    }
+}
+
+impl<DB: Database> Drop for Unfinished<DB> {
+    fn drop(&mut self) {
+        let mut place = self.0.place();
+        if matches!(*place, Place::Beginning) {
+            let message = "the task that began the transaction ended early";
+            let error = TransactionError::new(TransactionErrorKind::Unavailable, message);
+            *place = Place::Failed(Arc::new(error));
+        }
+        drop(place);
+        self.0.changed.notify_waiters();
+    }
+}
+
+enum Place<DB: Database> {
+    Unused,
+    Beginning,
+    Here {
+        transaction: Transaction<'static, DB>,
+        until: Option<Instant>,
+    },
+    Lent {
+        until: Option<Instant>,
+    },
+    /// It could not be begun.
+    Failed(Arc<TransactionError>),
+    /// The layer has taken it.
+    Taken,
+}
+
+impl<DB: Database> Slot<DB> {
+    /// Puts a transaction that is not begun yet into the extensions of a request.
+    pub(crate) fn lay_out(
+        driver: impl Driver<DB>,
+        begin_timeout: Duration,
+        time_limit: Option<Duration>,
+        extensions: &mut Extensions,
+    ) -> Arc<dyn StoreTransaction> {
+        let slot = Arc::new(Self {
+            driver: Box::new(driver),
+            begin_timeout,
+            time_limit,
+            place: Mutex::new(Place::Unused),
+            changed: Notify::new(),
+        });
+        extensions.insert(Arc::clone(&slot));
+        slot
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place<DB>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, place: Place<DB>) {
+        *self.place() = place;
+        self.changed.notify_waiters();
+    }
+
+    /// What `look` finds, as soon as it finds something.
+    async fn wait_for<T>(&self, mut look: impl FnMut() -> Option<T>) -> T {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(found) = look() {
+                return found;
+            }
+            changed.await;
+        }
+    }
+
+    /// Begins the transaction the first time, in a task that goes on when nobody waits for it any more.
+    pub(super) async fn lend(self: Arc<Self>) -> Result<Tx<DB>, TxError> {
+        let lent = timeout(self.begin_timeout, self.wait_for(|| self.try_lend())).await;
+        let lent = lent.unwrap_or_else(|elapsed| {
+            let message = format!("the transaction did not begin within {:?}", self.begin_timeout);
+            let error = TransactionError::new(TransactionErrorKind::Unavailable, message);
+            Err(Arc::new(error.with_source(elapsed)))
+        });
+        lent.map_err(TxError::from)
+    }
+
+    /// `None` while it is being begun.
+    fn try_lend(self: &Arc<Self>) -> Option<Result<Tx<DB>, Arc<TransactionError>>> {
+        let mut place = self.place();
+        match mem::replace(&mut *place, Place::Beginning) {
+            Place::Unused => {
+                tokio::spawn(Unfinished(Arc::clone(self)).begin());
+                None
+            }
+            Place::Beginning => None,
+            Place::Here { transaction, until } => {
+                *place = Place::Lent { until };
+                Some(Ok(Tx::new(transaction, Arc::clone(self))))
+            }
+            Place::Failed(error) => {
+                *place = Place::Failed(Arc::clone(&error));
+                Some(Err(error))
+            }
+            kept @ (Place::Lent { .. } | Place::Taken) => {
+                *place = kept;
+                tracing::error!(
+                    target: TRACING_TARGET,
+                    "a handler asks for its transaction while it has it, or after it has returned"
+                );
+                let message = "the transaction is in use, or its handler has returned";
+                Some(Err(Arc::new(TransactionError::new(TransactionErrorKind::InUse, message))))
+            }
+        }
+    }
+
+    pub(super) fn give_back(&self, transaction: Transaction<'static, DB>) {
+        let mut place = self.place();
+        match *place {
+            Place::Lent { until } => *place = Place::Here { transaction, until },
+            // Nobody waits for it any more: dropping it rolls it back.
+            Place::Unused | Place::Beginning | Place::Here { .. } | Place::Failed(_) | Place::Taken => {
+                drop(transaction);
+            }
+        }
+        drop(place);
+        self.changed.notify_waiters();
+    }
+
+    /// The transaction, which nobody gets any more. Waits while it is being begun. One that the handler keeps is ended
+    /// by the database, if it can.
+    async fn take(&self) -> Result<Transaction<'static, DB>, TransactionError> {
+        let taken = self.wait_for(|| self.try_take()).await;
+        if taken.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::InUse) {
+            self.driver.revoke().await;
+        }
+        taken
+    }
+
+    fn try_take(&self) -> Option<Result<Transaction<'static, DB>, TransactionError>> {
+        let mut place = self.place();
+        let error = match mem::replace(&mut *place, Place::Taken) {
+            Place::Beginning => {
+                *place = Place::Beginning;
+                return None;
+            }
+            Place::Here { transaction, .. } => return Some(Ok(transaction)),
+            Place::Lent { .. } => TransactionError::new(
+                TransactionErrorKind::InUse,
+                "the handler had not given its transaction back when it returned",
+            ),
+            Place::Failed(error) => {
+                TransactionError::new(TransactionErrorKind::Lost, "the transaction was not begun")
+                    .with_source(error)
+            }
+            Place::Unused | Place::Taken => {
+                TransactionError::new(TransactionErrorKind::Lost, "there is no transaction")
+            }
+        };
+        Some(Err(error))
+    }
+
+    fn until(&self) -> Option<Instant> {
+        match *self.place() {
+            Place::Here { until, .. } | Place::Lent { until } => until,
+            Place::Unused | Place::Beginning | Place::Failed(_) | Place::Taken => None,
+        }
+    }
+}
+
+#[async_trait]
+impl<DB: Database> StoreTransaction for Slot<DB> {
+    fn usage(&self) -> TransactionUsage {
+        match *self.place() {
+            Place::Unused => TransactionUsage::Unused,
+            Place::Lent { .. } => TransactionUsage::InUse,
+            Place::Beginning | Place::Here { .. } | Place::Failed(_) | Place::Taken => TransactionUsage::Open,
+        }
+    }
+
+    async fn overdue(&self) {
+        if self.time_limit.is_none() {
+            return pending().await;
+        }
+        let until = self.wait_for(|| self.until()).await;
+        sleep_until(until).await;
+    }
+
+    async fn commit(&self, response: Bytes) -> Result<(), TransactionError> {
+        let transaction = self.take().await?;
+        self.driver.commit(transaction, response).await
+    }
+
+    async fn roll_back(&self) -> Result<(), TransactionError> {
+        match self.take().await {
+            Ok(transaction) => self.driver.roll_back(transaction).await,
+            // There is nothing to roll back, or the database was told to.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+impl<DB: Database> fmt::Debug for Place<DB> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unused => "Unused",
+            Self::Beginning => "Beginning",
+            Self::Here { .. } => "Here",
+            Self::Lent { .. } => "Lent",
+            Self::Failed(_) => "Failed",
+            Self::Taken => "Taken",
+        })
+    }
+}
