@@ -186,6 +186,7 @@ impl Closing {
         transaction: Arc<dyn StoreTransaction>,
         response: Bytes,
     ) -> Result<Closed, StoreError> {
+        self.lease.leave();
         let Err(error) = transaction.commit(response).await else { return Ok(Closed::AsJudged) };
         if error.kind() == TransactionErrorKind::Ended {
             self.log_failure(&error, ENDED_BY_HANDLER);

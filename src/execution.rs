@@ -96,11 +96,14 @@ impl Execution {
         let transaction = self.offer_transaction(request.extensions_mut());
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let this = Arc::new(self);
-        let Some(ended) = this.wait(&mut handler, &cancelled, transaction.as_deref()).await else {
-            let held = matches!(this.end_without_result(), End::Hold);
-            let refusal = refused(&this.settings, Cause::TooLong.rejection().final_if(held));
-            this.leave_behind(handler, transaction, lease, entered);
-            return Ok(refusal);
+        let ended = match this.wait(&mut handler, &cancelled, transaction.as_deref()).await {
+            Ok(ended) => ended,
+            Err(cause) => {
+                let held = matches!(this.end_without_result(), End::Hold);
+                let refusal = refused(&this.settings, cause.rejection().final_if(held));
+                this.leave_behind(handler, transaction, lease, entered);
+                return Ok(refusal);
+            }
         };
         let judged = this.judge(ended, transaction.as_deref());
         let closed = this.closing(lease, entered).close(judged.outcome, transaction).await;
@@ -184,13 +187,13 @@ impl Execution {
     }
 
     /// Waits for the handler, at most `max_execution`, of which it is told shortly before, and at most as long as its
-    /// transaction may be open. `None` if it runs on although it was cancelled, because it does not yield.
+    /// transaction may be open. An error if it runs on although it was cancelled, because it does not yield.
     async fn wait<B, E>(
         &self,
         handler: &mut JoinHandle<Performed<B, E>>,
         cancelled: &CancellationToken,
         transaction: Option<&dyn StoreTransaction>,
-    ) -> Option<HandlerEnd<B, E>> {
+    ) -> Result<HandlerEnd<B, E>, Cause> {
         let limit = self.settings.timing.max_execution;
         let mut max_execution = pin!(async {
             sleep(limit * 9 / 10).await;
@@ -213,13 +216,13 @@ impl Execution {
             max_execution.as_mut().poll(cx).map(|()| Err(Cause::TooLong))
         });
         let cause = match first.await {
-            Ok(ended) => return Some(self.handler_end(ended, Cause::TooLong)),
+            Ok(ended) => return Ok(self.handler_end(ended, Cause::TooLong)),
             Err(cause) => cause,
         };
         self.log_failure(&cause, "the handler is cancelled");
         handler.abort();
         let ended = timeout(CANCEL_GRACE, &mut *handler).await;
-        ended.ok().map(|ended| self.handler_end(ended, cause))
+        ended.map(|ended| self.handler_end(ended, cause)).map_err(|_| cause)
     }
 
     fn handler_end<B, E>(

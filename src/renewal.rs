@@ -121,7 +121,9 @@ impl Renewer {
         let mut state = self.state();
         for (renewal, outcome) in batch.iter().zip(outcomes) {
             let Some(entry) = state.leases.get_mut(&renewal.attempt.id) else { continue };
-            entry.due = started + entry.interval;
+            // A row that is locked, by a transaction of its handler for example, may be unlocked with an old lease.
+            let wait = if *outcome == RenewOutcome::Skipped { entry.interval / 4 } else { entry.interval };
+            entry.due = started + wait;
             if *outcome == RenewOutcome::Lost {
                 entry.lost.cancel();
                 state.leases.remove(&renewal.attempt.id);

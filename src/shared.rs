@@ -205,7 +205,16 @@ impl Shared {
                 CompleteOutcome::Absent => Ended::Absent,
             }),
             End::Release => self.after(attempt, self.store.release(attempt).await?).await,
-            End::Hold => self.after(attempt, self.store.hold(attempt).await?).await,
+            End::Hold => {
+                let held = self.store.hold(attempt).await?;
+                if held == Fenced::Lost {
+                    tracing::error!(
+                        target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                        "the key could not be held: the record was completed or another attempt has taken it"
+                    );
+                }
+                self.after(attempt, held).await
+            }
         }
     }
 

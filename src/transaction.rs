@@ -23,6 +23,8 @@ pub struct TransactionOptions {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TransactionLimits {
+    /// The lease of the attempt.
+    pub lease: Duration,
     /// The isolation level; `None`: the database's default.
     pub isolation: Option<IsolationLevel>,
     /// For how long the transaction may be open without a statement running.
@@ -106,6 +108,7 @@ impl TransactionOptions {
     /// Fills in what depends on the settings of the layer.
     pub(crate) fn limits(&self, lease: Duration, store_timeout: Duration) -> TransactionLimits {
         TransactionLimits {
+            lease,
             isolation: self.isolation,
             idle_timeout: self.idle_timeout.unwrap_or(lease),
             statement_timeout: self.statement_timeout.unwrap_or(lease),

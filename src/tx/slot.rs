@@ -13,6 +13,7 @@ use bytes::Bytes;
 use http::Extensions;
 use sqlx::{Database, Transaction};
 use tokio::{
+    runtime::Handle,
     sync::Notify,
     time::{Instant, sleep_until, timeout},
 };
@@ -58,7 +59,8 @@ impl<DB: Database> Unfinished<DB> {
         let Self(slot) = &self;
         slot.put(match slot.driver.begin().await {
             Ok(transaction) => {
-                Place::Here { transaction, until: slot.time_limit.map(|limit| Instant::now() + limit) }
+                let until = slot.time_limit.and_then(|limit| Instant::now().checked_add(limit));
+                Place::Here { transaction, until }
             }
             Err(error) => {
                 tracing::warn!(
@@ -155,6 +157,7 @@ impl<DB: Database> Slot<DB> {
         let mut place = self.place();
         match mem::replace(&mut *place, Place::Beginning) {
             Place::Unused => {
+                drop(place);
                 tokio::spawn(Unfinished(Arc::clone(self)).begin());
                 None
             }
@@ -179,14 +182,14 @@ impl<DB: Database> Slot<DB> {
         }
     }
 
-    pub(super) fn give_back(&self, transaction: Transaction<'static, DB>) {
+    pub(super) fn give_back(self: &Arc<Self>, transaction: Transaction<'static, DB>) {
         let mut place = self.place();
-        match *place {
-            Place::Lent { until } => *place = Place::Here { transaction, until },
-            // Nobody waits for it any more: dropping it rolls it back.
-            Place::Unused | Place::Beginning | Place::Here { .. } | Place::Failed(_) | Place::Taken => {
-                drop(transaction);
-            }
+        if let Place::Lent { until } = *place {
+            *place = Place::Here { transaction, until };
+        } else if let Ok(runtime) = Handle::try_current() {
+            // The layer has given it up, and others may wait for its end.
+            let slot = Arc::clone(self);
+            runtime.spawn(async move { slot.driver.roll_back(transaction).await });
         }
         drop(place);
         self.changed.notify_waiters();

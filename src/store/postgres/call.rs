@@ -79,7 +79,8 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn text(&self) -> String {
+    /// The statement with its values in it.
+    pub(super) fn text(&self) -> String {
         let mut parts = self.sql.split('$');
         let mut text = parts.next().unwrap_or_default().to_owned();
         for part in parts {

@@ -24,6 +24,7 @@ pub(super) struct Statements {
     pub(super) purge: Arc<str>,
     pub(super) list: Arc<str>,
     pub(super) lock: Arc<str>,
+    pub(super) renew_locked: Arc<str>,
     pub(super) complete_locked: Arc<str>,
     pub(super) terminate: Arc<str>,
 }
@@ -59,6 +60,7 @@ impl Statements {
             purge: render(PURGE),
             list: render(LIST),
             lock: render(LOCK),
+            renew_locked: render(RENEW_LOCKED),
             complete_locked: render(COMPLETE_LOCKED),
             terminate: render(TERMINATE),
         }
@@ -184,6 +186,11 @@ DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} I
 const LOCK: &str = "
 SELECT txid_current_if_assigned() IS NULL AS fresh, set_config('enable_seqscan', $4, true)
 FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} FOR NO KEY UPDATE OF r";
+
+/// Gives the attempt its lease anew, in the transaction that has the row locked.
+const RENEW_LOCKED: &str = "
+UPDATE {table} AS r SET lease_until = {now} + $4::bigint * interval '1 microsecond'
+WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND r.state = 'in_progress'";
 
 /// The completion inside of the transaction that has the row locked. Written as the insert that it never becomes, it finds
 /// the row by the index, whatever the planner thinks of the table; a walk through it would take long in a large one, and

@@ -6,13 +6,14 @@
 //!
 //! Two marks are left at the begin. A setting that ends with the transaction is part of the fence of the completion. A
 //! savepoint, to which even a failed transaction can be rolled back, proves in every other case that the transaction is
-//! still the one that was begun.
+//! still the one that was begun. It is set after the row was locked: a rollback to it keeps the lock until the lease is
+//! renewed.
 
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::{AssertSqlSafe, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
+use sqlx::{AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
 use tokio::time::timeout;
 
 use super::{PostgresStore, call::Value, connection, of_attempt};
@@ -73,11 +74,11 @@ impl AttemptTransaction {
             Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
             Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
         };
-        let (savepoint, attempt) = (sql::savepoint(&self.attempt), self.attempt.id);
+        let attempt = self.attempt.id;
         let statement = shorter(session.statement_timeout, self.limits.statement_timeout);
         let idle = shorter(session.idle_timeout, self.limits.idle_timeout);
         format!(
-            "{first}BEGIN{isolation}; SAVEPOINT {savepoint}; SET LOCAL tower_idempotency.attempt = '{attempt}'; \
+            "{first}BEGIN{isolation}; SET LOCAL tower_idempotency.attempt = '{attempt}'; \
              SET LOCAL statement_timeout = {statement}; SET LOCAL idle_in_transaction_session_timeout = {idle}; \
              SET LOCAL enable_seqscan = off"
         )
@@ -96,7 +97,8 @@ impl AttemptTransaction {
             _ => not_begun(source),
         })?;
         let lock = of_attempt(&statements.lock, &self.attempt).with(Value::Text(&session.enable_seqscan));
-        let rows = lock.fetch_all_inside(&mut transaction, self.store.settings.mode).await;
+        let lock = format!("{}; SAVEPOINT {}", lock.text(), sql::savepoint(&self.attempt));
+        let rows = sqlx::raw_sql(AssertSqlSafe(lock)).fetch_all(&mut *transaction).await;
         let fresh = rows.and_then(|rows| rows.first().map(|row| row.try_get("fresh")).transpose());
         match fresh {
             Ok(Some(true)) => Ok(transaction),
@@ -142,22 +144,39 @@ impl AttemptTransaction {
     /// Rolls back without asking whose transaction it is.
     async fn abandon(&self, transaction: Transaction<'static, Postgres>) {
         // Dropped, it is rolled back when the connection can be used again.
-        if timeout(PATIENCE, transaction.rollback()).await.is_err() {
-            self.terminate(ANY).await;
-        }
+        let _ = timeout(PATIENCE, transaction.rollback()).await;
     }
 
-    /// Ends the backend that holds the lock on the record, whatever it does or only if it waits for a statement.
-    async fn terminate(&self, state: &str) {
+    /// Undoes what the handler has written, and fails if the transaction is not the one that was begun. The lease counts
+    /// anew before the row is unlocked: whatever is written down next, nobody takes the record over in between.
+    async fn undo(&self, mut transaction: Transaction<'static, Postgres>) -> Result<(), TransactionError> {
+        // What a statement that nobody waited for has failed with says nothing about those that follow.
+        while let Err(sqlx::Error::Database(_)) = transaction.ping().await {}
+        let renew = of_attempt(&self.store.sql().await?.renew_locked, &self.attempt)
+            .with(Value::Int(sql::micros(self.limits.lease)))
+            .text();
+        let undo = format!("ROLLBACK TO SAVEPOINT {}; {renew}", sql::savepoint(&self.attempt));
+        let undone = sqlx::raw_sql(AssertSqlSafe(undo)).execute(&mut *transaction).await;
+        undone.map_err(|source| failed("the transaction is not in order", source))?;
+        transaction.commit().await.map_err(|source| failed("the lease could not be renewed", source))
+    }
+
+    /// Ends the backend that holds the lock on the record, whatever it does or only if it waits for a statement. Returns
+    /// whether there was one; `None` if the server did not say.
+    async fn terminate(&self, state: &str) -> Option<bool> {
         let terminated = async {
             let call = of_attempt(&self.store.sql().await?.terminate, &self.attempt).with(Value::Text(state));
             self.store.rows("terminate", call).await
         };
-        if let Err(error) = terminated.await {
-            tracing::warn!(
-                target: TRACING_TARGET, attempt = %self.attempt.id, error = &error as &dyn std::error::Error,
-                "the server could not be told to end a transaction; its idle time-out will"
-            );
+        match terminated.await {
+            Ok(backends) => Some(!backends.is_empty()),
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, attempt = %self.attempt.id, error = &error as &dyn std::error::Error,
+                    "the server could not be told to end a transaction; its idle time-out will"
+                );
+                None
+            }
         }
     }
 }
@@ -197,7 +216,10 @@ impl Driver<Postgres> for AttemptTransaction {
         };
         if let Some(error) = not_completed {
             self.roll_back(transaction).await?;
-            return Err(error);
+            // It was the transaction that was begun, whatever the statement failed with.
+            let ended = error.kind() == TransactionErrorKind::Ended;
+            let kind = if ended { TransactionErrorKind::Failed } else { error.kind() };
+            return Err(TransactionError::new(kind, "the record was not completed").with_source(error));
         }
         let commit = async { transaction.commit().await.map_err(at_commit) };
         let committed = self.in_time(TransactionErrorKind::Unconfirmed, commit).await;
@@ -208,21 +230,17 @@ impl Driver<Postgres> for AttemptTransaction {
         committed
     }
 
-    async fn roll_back(
-        &self,
-        mut transaction: Transaction<'static, Postgres>,
-    ) -> Result<(), TransactionError> {
-        let to_savepoint = AssertSqlSafe(format!("ROLLBACK TO SAVEPOINT {}", sql::savepoint(&self.attempt)));
-        match timeout(PATIENCE, sqlx::raw_sql(to_savepoint).execute(&mut *transaction)).await {
-            Ok(Ok(_)) => {
-                self.abandon(transaction).await;
-                Ok(())
-            }
-            Ok(Err(source)) => Err(failed("the transaction is not in order", source)),
-            Err(_) => {
-                self.terminate(ANY).await;
-                Ok(())
-            }
+    async fn roll_back(&self, transaction: Transaction<'static, Postgres>) -> Result<(), TransactionError> {
+        match timeout(PATIENCE, self.undo(transaction)).await {
+            Ok(undone) => undone,
+            // Behind a statement that still runs. Where no backend has the row locked, the transaction was over before.
+            Err(elapsed) => match self.terminate(ANY).await {
+                Some(false) => {
+                    let message = "the transaction is not the one that was begun";
+                    Err(TransactionError::new(TransactionErrorKind::Ended, message).with_source(elapsed))
+                }
+                Some(true) | None => Ok(()),
+            },
         }
     }
 
