@@ -117,14 +117,9 @@ pub(crate) struct Bank<DB: Db> {
 
 impl<DB: Db> Bank<DB> {
     pub(crate) async fn open() -> Self {
-        Self::open_with(8).await
-    }
-
-    /// Opens a bank whose application has so many connections.
-    pub(crate) async fn open_with(connections: u32) -> Self {
         let home = DB::home().await;
         let watcher = DB::pool(&home, 2);
-        let pool = DB::pool(&home, connections);
+        let pool = DB::pool(&home, 8);
         let bank = Self { store: DB::store(&pool), home, pool, watcher };
         bank.run(
             "CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL);
@@ -134,6 +129,13 @@ impl<DB: Db> Bank<DB> {
         )
         .await;
         bank
+    }
+
+    /// The same bank, whose application has so many connections.
+    pub(crate) fn with_connections(mut self, connections: u32) -> Self {
+        self.pool = DB::pool(&self.home, connections);
+        self.store = DB::store(&self.pool);
+        self
     }
 
     /// A layer whose lease is not over before the test is: what is free before that was released.
