@@ -45,7 +45,7 @@ fn end_with_parent() {
     std::process::exit(1);
 }
 
-/// What a server can be told, by the environment or in place.
+/// What a server can be told, in place or, as far as a part needs it, by the environment.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub lease: Duration,
@@ -73,10 +73,7 @@ impl Settings {
             Some(Duration::from_millis(value.parse().expect("a number of milliseconds")))
         };
         settings.lease = millis("LEASE_MS").unwrap_or(settings.lease);
-        settings.store_timeout = millis("STORE_TIMEOUT_MS").unwrap_or(settings.store_timeout);
         settings.transactions.idle_timeout = millis("IDLE_TIMEOUT_MS");
-        settings.transactions.statement_timeout = millis("STATEMENT_TIMEOUT_MS");
-        settings.transactions.time_limit = millis("TIME_LIMIT_MS");
         settings.transactions.isolation = std::env::var("ISOLATION").ok().map(|name| isolation(&name));
         settings
     }
