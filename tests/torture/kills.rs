@@ -78,10 +78,7 @@ async fn kill_all(run: &Run, database: &'static str, url: &str) {
     poller.stop().await;
     let audit = site.ledger.audit(&books).await;
     for (point, check) in &site.checks {
-        let prefix = format!("{}-", point.name());
-        for (key, fault) in audit.keys.iter().filter(|(key, _)| key.starts_with(&prefix)) {
-            check.that(fault.is_none(), key, fault.as_deref().unwrap_or_default());
-        }
+        audit.check(point.name(), check);
         check.print();
     }
     polls.print();

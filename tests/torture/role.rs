@@ -125,7 +125,7 @@ fn sqlite_pool(url: &str, trap: &Trap) -> sqlx::SqlitePool {
     options.connect_lazy_with(url.parse::<SqliteConnectOptions>().expect("DATABASE_URL is one of SQLite"))
 }
 
-fn router<DB: Ledger>(layer: IdempotencyLayer, trap: Trap) -> Router {
+fn router<DB: Charges>(layer: IdempotencyLayer, trap: Trap) -> Router {
     Router::new()
         .route("/charges", post(charge::<DB>))
         .layer(layer)
@@ -179,7 +179,7 @@ impl Directions {
     }
 }
 
-async fn charge<DB: Ledger>(directions: Directions, mut tx: Tx<DB>) -> Response {
+async fn charge<DB: Charges>(directions: Directions, mut tx: Tx<DB>) -> Response {
     directions.reach(Point::Begun);
     let id = Uuid::new_v4().to_string();
     if let Err(error) = DB::write(&mut tx, &directions, &id).await {
@@ -191,7 +191,7 @@ async fn charge<DB: Ledger>(directions: Directions, mut tx: Tx<DB>) -> Response 
 }
 
 /// A database that charges are written to.
-trait Ledger: Database {
+trait Charges: Database {
     fn write(
         connection: &mut Self::Connection,
         directions: &Directions,
@@ -199,9 +199,9 @@ trait Ledger: Database {
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 }
 
-macro_rules! ledger {
+macro_rules! charges {
     ($database:ty, $connection:ty) => {
-        impl Ledger for $database {
+        impl Charges for $database {
             async fn write(
                 connection: &mut $connection,
                 directions: &Directions,
@@ -219,8 +219,8 @@ macro_rules! ledger {
     };
 }
 
-ledger!(Postgres, PgConnection);
-ledger!(Sqlite, SqliteConnection);
+charges!(Postgres, PgConnection);
+charges!(Sqlite, SqliteConnection);
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
