@@ -15,7 +15,7 @@ use tower_idempotency::{
 use uuid::Uuid;
 
 use crate::{
-    bank::{Bank, CHARGE, Db, End, LONG, Node, assert_same, charge, charge_once, unique},
+    bank::{Bank, CHARGE, Db, End, LONG, Node, charge, charge_once, unique},
     support::{direct::Answer, required_env},
 };
 
@@ -119,7 +119,7 @@ async fn outlive_the_lease(level: Option<IsolationLevel>) {
     }
     let first = first.await.unwrap();
     assert_eq!((first.status, first.rejection), (StatusCode::CREATED, None), "{level:?}");
-    assert_same(&first, &neighbour.send("k").await);
+    first.assert_same_replay(&neighbour.send("k").await);
     assert_eq!((bank.charges().await, node.runs.get(), neighbour.runs.get()), (1, 1, 0));
     assert_eq!(bank.number("SELECT balance FROM accounts WHERE id = 1").await, 80);
 }
@@ -320,7 +320,7 @@ async fn behind_a_transaction_pooler_no_prepared_statement_is_left_behind() {
             assert_eq!((answer.status.as_u16(), answer.rejection), (status, None), "{:?}", answer.body);
             match status {
                 500 => assert_eq!(node.end(&key).await, Some(End::Released)),
-                _ => assert_same(&answer, &node.send(&key).await),
+                _ => answer.assert_same_replay(&node.send(&key).await),
             }
         }
     }
