@@ -16,6 +16,7 @@ mod client;
 mod commits;
 mod freezes;
 mod kills;
+mod lanes;
 mod mutant;
 mod report;
 mod role;
