@@ -14,8 +14,8 @@ use tower_idempotency::{
     Consumer, IdempotencyKey, RecordState, Resolution, ResolveOutcome, StoredBody, StoredResponse,
 };
 
-/// Writes its charge at once. Long enough to be killed in, whatever else the machine does, and shorter than the lease,
-/// after which PostgreSQL ends a transaction that does nothing.
+/// Writes its charge at once. Long enough for its server to be killed in it, and shorter than the lease, after which
+/// PostgreSQL ends a transaction that does nothing.
 const SLOW: &str = "/charges?delay_ms=2000";
 const LEASE: (&str, &str) = ("LEASE_MS", "3000");
 /// For SQLite, where a transaction may otherwise be open for a third of the lease.

@@ -200,7 +200,7 @@ fn serve_until_input_ends() {
     std::process::exit(0);
 }
 
-/// For slow machines.
+/// Far longer than what is waited for takes.
 const PATIENCE: Duration = Duration::from_secs(120);
 const SERVE: &str = "TOWER_IDEMPOTENCY_TEST_SERVES";
 const LISTENING: &str = "listening on ";

@@ -10,7 +10,7 @@ use std::{
 
 use axum::{
     Router,
-    http::{StatusCode, header},
+    http::{Response, StatusCode, header},
     routing::post,
 };
 use bytes::Bytes;
@@ -173,6 +173,22 @@ impl From<direct::Answer> for Answer {
             retry_after: retry_after.map(|value| value.to_str().unwrap().to_owned()),
             code: answer.rejection.map(|code| code.as_str().to_owned()),
             body: answer.body,
+        }
+    }
+}
+
+impl From<&Response<Bytes>> for Answer {
+    fn from(response: &Response<Bytes>) -> Self {
+        let text = |name| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+        let is_problem = text(header::CONTENT_TYPE).as_deref() == Some("application/problem+json");
+        let problem =
+            is_problem.then(|| serde_json::from_slice::<serde_json::Value>(response.body()).unwrap());
+        Self {
+            status: response.status().as_u16(),
+            replayed: response.headers().contains_key("idempotent-replayed"),
+            retry_after: text(header::RETRY_AFTER),
+            code: problem.and_then(|problem| problem["code"].as_str().map(str::to_owned)),
+            body: response.body().clone(),
         }
     }
 }

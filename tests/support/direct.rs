@@ -70,6 +70,15 @@ impl Answer {
         self.headers.get("idempotent-replayed").is_some_and(|value| value == "true")
     }
 
+    /// Checks that this is no replay, and that the other answer is one and differs in nothing else.
+    #[track_caller]
+    pub fn assert_same_replay(&self, replay: &Self) {
+        assert!(replay.is_replay() && !self.is_replay(), "{self:?} {replay:?}");
+        let mut headers = replay.headers.clone();
+        headers.remove("idempotent-replayed");
+        assert_eq!((self.status, &self.headers, &self.body), (replay.status, &headers, &replay.body));
+    }
+
     /// The body of a refusal.
     #[track_caller]
     pub fn problem(&self) -> serde_json::Value {

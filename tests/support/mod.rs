@@ -5,6 +5,7 @@
 pub mod app;
 pub mod database;
 pub mod direct;
+pub mod forward;
 pub mod http;
 pub mod postgres;
 pub mod process;

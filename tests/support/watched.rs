@@ -12,10 +12,11 @@ use bytes::Bytes;
 use http::Extensions;
 use tokio::sync::watch;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind, StoreTransaction,
-    TransactionLimits,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, RenewOutcome, Renewal, Store, StoreError, StoreErrorKind,
+    StoreTransaction, TransactionLimits,
 };
+
+use super::forward::forward_store;
 
 /// A store behind which another one works. Clones share everything.
 #[derive(Clone, Debug)]
@@ -89,9 +90,7 @@ impl<S: Store + Clone> Watched<S> {
 
 #[async_trait::async_trait]
 impl<S: Store + Clone> Store for Watched<S> {
-    async fn prepare(&self) -> Result<Vec<String>, StoreError> {
-        self.store.prepare().await
-    }
+    forward_store!(store);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         if self.state.late_claims.load(Ordering::SeqCst) {
@@ -127,35 +126,6 @@ impl<S: Store + Clone> Store for Watched<S> {
         }
         let _ = self.state.completions_hang.subscribe().wait_for(|hang| !hang).await;
         self.store.complete(attempt, response).await
-    }
-
-    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.store.release(attempt).await
-    }
-
-    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.store.hold(attempt).await
-    }
-
-    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
-        self.store.get(consumer, key).await
-    }
-
-    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        self.store.list(filter, limit).await
-    }
-
-    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
-        self.store.evict(consumer, key).await
-    }
-
-    async fn resolve(
-        &self,
-        consumer: &Consumer,
-        key: &IdempotencyKey,
-        resolution: Resolution,
-    ) -> Result<ResolveOutcome, StoreError> {
-        self.store.resolve(consumer, key, resolution).await
     }
 
     fn transaction(

@@ -151,8 +151,9 @@ impl Ledger {
 }
 
 impl Audit {
-    pub fn check(&self, check: &Check) {
-        for (key, fault) in &self.keys {
+    /// Checks the keys that begin with this.
+    pub fn check(&self, prefix: &str, check: &Check) {
+        for (key, fault) in self.keys.iter().filter(|(key, _)| key.starts_with(prefix)) {
             check.that(fault.is_none(), key, fault.as_deref().unwrap_or_default());
         }
     }

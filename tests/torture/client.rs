@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, header};
+use http::{Request, Response, header};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
@@ -72,7 +72,7 @@ impl Client {
             let response = self.http.request(request).await.map_err(|error| error.to_string())?;
             let (parts, body) = response.into_parts();
             let body = body.collect().await.map_err(|error| error.to_string())?.to_bytes();
-            Ok(reply(&parts, &body))
+            Ok(reply(Response::from_parts(parts, body)))
         };
         timeout(self.patience, reply).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
     }
@@ -137,20 +137,11 @@ fn backoff_ms(tries: usize) -> u64 {
     (tries.min(10) * 10) as u64
 }
 
-fn reply(parts: &http::response::Parts, body: &Bytes) -> Reply {
-    let text = |name: &str| parts.headers.get(name).map(|value| value.to_str().unwrap().to_owned());
-    let is_problem = text("content-type").as_deref() == Some("application/problem+json");
-    let problem = is_problem.then(|| serde_json::from_slice::<serde_json::Value>(body).unwrap());
-    let answer = Answer {
-        status: parts.status.as_u16(),
-        replayed: parts.headers.contains_key("idempotent-replayed"),
-        retry_after: text("retry-after"),
-        code: problem.and_then(|problem| problem["code"].as_str().map(str::to_owned)),
-        body: body.clone(),
-    };
-    let mut headers = parts.headers.clone();
+fn reply(response: Response<Bytes>) -> Reply {
+    let answer = Answer::from(&response);
+    let (mut parts, body) = response.into_parts();
     for name in ["date", "idempotent-replayed"] {
-        headers.remove(name);
+        parts.headers.remove(name);
     }
-    Reply { answer, shown: format!("{} {headers:?} {body:?}", parts.status) }
+    Reply { answer, shown: format!("{} {:?} {body:?}", parts.status, parts.headers) }
 }

@@ -1,17 +1,17 @@
 //! COMMITs whose request or reply is lost or late.
 
 use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use tokio::{task::JoinSet, time::sleep};
+use tokio::time::sleep;
 
 use crate::{
     Run,
     books::{Books, Ledger},
     client::{Client, Order},
+    lanes::{self, Todo},
     report::Check,
     role::{self, Settings},
     support::{
@@ -53,22 +53,18 @@ impl Cut {
 pub async fn run(run: &Run) {
     let schema = Schema::create().await;
     let books = Books::open(&schema.url()).await;
-    let todo = Cut::ALL.into_iter().flat_map(|cut| (0..run.count(100)).map(move |number| (cut, number)));
     let site = Arc::new(Site {
         url: schema.url(),
         books: books.clone(),
         client: Client::new(PATIENCE),
         ledger: Ledger::default(),
-        todo: todo.collect::<VecDeque<_>>().into(),
+        todo: Todo::new(Cut::ALL, run.count(100)),
     });
-    let lanes: JoinSet<_> = (0..LANES).map(|_| lane(Arc::clone(&site))).collect();
-    lanes.join_all().await;
+    lanes::run(LANES, || lane(Arc::clone(&site))).await;
     let audit = site.ledger.audit(&books).await;
     for cut in Cut::ALL {
         let check = Check::new(format!("commits: {}, the last answer agrees with the table", cut.name()));
-        for (key, fault) in audit.keys.iter().filter(|(key, _)| key.starts_with(cut.name())) {
-            check.that(fault.is_none(), key, fault.as_deref().unwrap_or_default());
-        }
+        audit.check(cut.name(), &check);
         check.print();
     }
     println!("commits: clients were told {}", site.client.refusals());
@@ -79,7 +75,7 @@ struct Site {
     books: Books,
     client: Client,
     ledger: Ledger,
-    todo: Mutex<VecDeque<(Cut, usize)>>,
+    todo: Todo<Cut>,
 }
 
 /// An application with a network of its own, to which one cut after the other happens.
@@ -92,9 +88,7 @@ async fn lane(site: Arc<Site>) {
     };
     let addresses = [serve(role::app(&url, &settings)).await];
     let insist = |key: String| site.client.insist(&addresses, Order::new(key), Instant::now() + PATIENCE);
-    loop {
-        let next = site.todo.lock().unwrap().pop_front();
-        let Some((cut, number)) = next else { return };
+    while let Some((cut, number)) = site.todo.take() {
         let key = format!("{}-{number}", cut.name());
         // The store is prepared, and its connections are open again.
         insist(format!("warm-{key}")).await.expect("an application that is not cut answers");

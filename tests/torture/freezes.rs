@@ -38,7 +38,7 @@ pub async fn run(run: &Run) {
 
 /// Two servers, of which the first is to be frozen.
 struct Pair {
-    frozen: Server,
+    victim: Server,
     other: Server,
     books: Books,
     ledger: Arc<Ledger>,
@@ -46,13 +46,13 @@ struct Pair {
 }
 
 impl Pair {
-    async fn start(url: &str, url_of_frozen: &str, variables: &[(&str, &str)]) -> Self {
+    async fn start(url: &str, url_of_victim: &str, variables: &[(&str, &str)]) -> Self {
         let books = Books::open(url).await;
         let start = |url| block_in_place(|| Server::start_program(server(), Some(url), variables));
-        let (frozen, other) = (start(url_of_frozen), start(url));
+        let (victim, other) = (start(url_of_victim), start(url));
         let client = Client::new(PATIENCE);
-        let pair = Self { frozen, other, books, ledger: Arc::default(), client };
-        for address in [pair.frozen.address(), pair.other.address()] {
+        let pair = Self { victim, other, books, ledger: Arc::default(), client };
+        for address in [pair.victim.address(), pair.other.address()] {
             // At once, so that there are connections for all that comes.
             let orders = (0..8).map(|number| Order::new(format!("warm-{address}-{number}")));
             orders.map(|order| pair.request(address, order)).collect::<JoinSet<_>>().join_all().await;
@@ -76,14 +76,14 @@ impl Pair {
     }
 
     async fn until_frozen(&self) {
-        while !self.frozen.is_stopped() {
+        while !self.victim.is_stopped() {
             sleep(Duration::from_millis(5)).await;
         }
     }
 
     async fn audit(&self, what: &str) {
         let check = Check::new(format!("{what}: one effect and one answer for each key"));
-        self.ledger.audit(&self.books).await.check(&check);
+        self.ledger.audit(&self.books).await.check("", &check);
         check.print();
         println!("{what}: clients were told {}", self.client.refusals());
     }
@@ -99,7 +99,7 @@ async fn with_row_locks(run: &Run) {
     for round in 0..run.count(20) {
         let key = format!("row-{round}");
         let order = Order::new(&key).with(TOUCH_SHARED_ROW, 1).with(FREEZE_AT, Point::Written.name());
-        let owner = tokio::spawn(pair.request(pair.frozen.address(), order));
+        let owner = tokio::spawn(pair.request(pair.victim.address(), order));
         pair.until_frozen().await;
         let through = |key: String| {
             let (check, pair, slowest) = (&check, &pair, &slowest);
@@ -113,7 +113,7 @@ async fn with_row_locks(run: &Run) {
             }
         };
         tokio::join!(through(key), through(format!("other-{round}")));
-        pair.frozen.cont();
+        pair.victim.cont();
         owner.await.expect("a client does not fail");
     }
     check.print();
@@ -132,9 +132,9 @@ async fn before_commit(run: &Run) {
     for round in 0..run.count(10) {
         let key = format!("commit-{round}");
         proxy.set(Fault::HoldRequestsFrom(b"COMMIT"));
-        let owner = tokio::spawn(pair.request(pair.frozen.address(), Order::new(&key)));
+        let owner = tokio::spawn(pair.request(pair.victim.address(), Order::new(&key)));
         proxy.until(|counts| counts.withheld > 0).await;
-        pair.frozen.stop();
+        pair.victim.stop();
         for number in 0..100 {
             if number == 50 {
                 // The record is still locked when its lease has run out.
@@ -148,7 +148,7 @@ async fn before_commit(run: &Run) {
             }
         }
         proxy.set(Fault::None);
-        pair.frozen.cont();
+        pair.victim.cont();
         owner.await.expect("a client does not fail");
     }
     check.print();
@@ -179,7 +179,7 @@ async fn with_the_write_lock(run: &Run) {
     for round in 0..run.count(10) {
         let key = format!("lock-{round}");
         let order = Order::new(&key).with(FREEZE_AT, Point::Written.name());
-        let owner = tokio::spawn(pair.request(pair.frozen.address(), order));
+        let owner = tokio::spawn(pair.request(pair.victim.address(), order));
         pair.until_frozen().await;
         let others: Vec<_> = (0..4).map(|number| format!("lock-{round}-{number}")).collect();
         let [first, second, third, fourth] = &others[..] else { unreachable!() };
@@ -194,7 +194,7 @@ async fn with_the_write_lock(run: &Run) {
         let (reply, took) = duplicate;
         let in_progress = reply.as_ref().is_ok_and(|reply| reply.answer.is_refused("in-progress"));
         check.that(in_progress && took < QUICK, &key, format!("{took:?}: {reply:?}"));
-        pair.frozen.cont();
+        pair.victim.cont();
         owner.await.expect("a client does not fail");
         for other in others {
             pair.request(pair.other.address(), Order::new(other)).await;
@@ -215,7 +215,7 @@ async fn slow_handlers(run: &Run, isolation: &str) {
         let before = if number % 2 == 0 { 0 } else { 1500 };
         let order = Order::new(format!("slow-{number}"));
         let order = order.with(SLEEP_BEFORE_MS, before).with(SLEEP_INSIDE_MS, 3000 - before);
-        let mut addresses = [pair.frozen.address(), pair.other.address()];
+        let mut addresses = [pair.victim.address(), pair.other.address()];
         addresses.rotate_left(duplicate % 2);
         let (client, ledger) = (client.clone(), Arc::clone(&pair.ledger));
         clients.spawn(async move {

@@ -1,23 +1,20 @@
 //! Servers that die at named points of an attempt.
 
 use std::{
-    collections::VecDeque,
     net::SocketAddr,
     os::unix::process::ExitStatusExt,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use rustix::process::Signal;
-use tokio::{
-    task::{JoinSet, block_in_place},
-    time::sleep,
-};
+use tokio::{task::block_in_place, time::sleep};
 
 use crate::{
     Run,
     books::{Books, Ledger, Poller},
     client::{Client, Order},
+    lanes::{self, Todo},
     report::Check,
     role::KILL_AT,
     server,
@@ -46,7 +43,7 @@ struct Site {
     /// A server that nobody kills.
     survivor: SocketAddr,
     ledger: Ledger,
-    todo: Mutex<VecDeque<(Point, usize)>>,
+    todo: Todo<Point>,
     /// For each point, that processes have died there and not elsewhere.
     checks: Vec<(Point, Check)>,
 }
@@ -66,22 +63,14 @@ async fn kill_all(run: &Run, database: &'static str, url: &str) {
         client: Client::new(PATIENCE),
         survivor: survivor.address(),
         ledger: Ledger::default(),
-        todo: POINTS
-            .into_iter()
-            .flat_map(|point| (0..run.count(50)).map(move |number| (point, number)))
-            .collect::<VecDeque<_>>()
-            .into(),
+        todo: Todo::new(POINTS, run.count(50)),
         checks: POINTS.map(|point| (point, of(point))).into(),
     });
-    let lanes: JoinSet<_> = (0..LANES).map(|_| lane(Arc::clone(&site))).collect();
-    lanes.join_all().await;
+    lanes::run(LANES, || lane(Arc::clone(&site))).await;
     poller.stop().await;
     let audit = site.ledger.audit(&books).await;
     for (point, check) in &site.checks {
-        let prefix = format!("{}-", point.name());
-        for (key, fault) in audit.keys.iter().filter(|(key, _)| key.starts_with(&prefix)) {
-            check.that(fault.is_none(), key, fault.as_deref().unwrap_or_default());
-        }
+        audit.check(point.name(), check);
         check.print();
     }
     polls.print();
@@ -91,9 +80,7 @@ async fn kill_all(run: &Run, database: &'static str, url: &str) {
 /// Kills one server after the other.
 async fn lane(site: Arc<Site>) {
     let mut victim: Option<Victim> = None;
-    loop {
-        let next = site.todo.lock().unwrap().pop_front();
-        let Some((point, number)) = next else { return };
+    while let Some((point, number)) = site.todo.take() {
         let victim = victim.get_or_insert_with(|| Victim::start(&site.url));
         let key = format!("{}-{number}", point.name());
         victim.warm(&site, &key).await;

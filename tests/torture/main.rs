@@ -2,6 +2,9 @@
 //! database, at named points and at random, and what they have done is compared with what clients were told.
 //!
 //! `scripts/torture` runs everything. With `--include-ignored`, as `scripts/test` calls it, a tenth is run.
+//!
+//! To `cargo test` this is one ignored test, named `torture`: words select it as they select tests elsewhere, and
+//! options that are not its own are ignored.
 
 #![expect(unreachable_pub, reason = "everything here is of one program, as in the modules it shares")]
 
@@ -13,6 +16,7 @@ mod client;
 mod commits;
 mod freezes;
 mod kills;
+mod lanes;
 mod mutant;
 mod report;
 mod role;
@@ -30,11 +34,18 @@ async fn main() -> ExitCode {
         role::serve().await;
         return ExitCode::SUCCESS;
     }
-    let Some(run) = Run::parse(&arguments) else {
-        println!(
-            "torture: needs PostgreSQL: run scripts/torture, or a tenth of it with scripts/test --test torture"
-        );
-        return ExitCode::SUCCESS;
+    let run = match Run::parse(&arguments) {
+        Ok(Some(run)) => run,
+        Ok(None) => {
+            println!(
+                "torture: ignored: run scripts/torture, or a tenth of it with scripts/test --test torture"
+            );
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("torture: {error}");
+            return ExitCode::from(2);
+        }
     };
     required_env("TEST_POSTGRES_URL");
     println!("torture: seed {}, {}", run.seed, if run.full { "full size" } else { "a tenth" });
@@ -58,39 +69,41 @@ struct Run {
     seed: u64,
     full: bool,
     /// All if empty.
-    parts: Vec<String>,
+    parts: Vec<&'static str>,
 }
 
 impl Run {
-    /// `None` if servers are not to be expected. Words select parts by their names, as they select tests elsewhere.
-    fn parse(arguments: &[String]) -> Option<Self> {
+    /// `None` if nothing is to be done.
+    fn parse(arguments: &[String]) -> Result<Option<Self>, String> {
         let mut run = Self { seed: u64::from(std::process::id()), full: false, parts: Vec::new() };
-        let (mut wanted, mut arguments) = (false, arguments.iter());
+        let (mut included, mut words, mut arguments) = (false, Vec::new(), arguments.iter());
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
-                "--include-ignored" | "--ignored" => wanted = true,
+                "--include-ignored" | "--ignored" => included = true,
                 "--full" => run.full = true,
                 "--seed" => {
                     let seed = arguments.next().and_then(|seed| seed.parse().ok());
-                    run.seed = seed.expect("--seed takes a number");
+                    run.seed = seed.ok_or("--seed takes a number")?;
                 }
                 "--part" => {
-                    let part = arguments.next().filter(|part| PARTS.contains(&part.as_str()));
-                    run.parts.push(part.unwrap_or_else(|| panic!("--part takes one of {PARTS:?}")).clone());
+                    let name = arguments.next();
+                    let part = PARTS.into_iter().find(|part| name.is_some_and(|name| name == part));
+                    run.parts.push(part.ok_or_else(|| format!("--part takes one of {}", PARTS.join(", ")))?);
                 }
-                "--list" => return None,
+                "--list" => return Ok(None),
                 "--test-threads" | "--skip" | "--format" | "--color" => {
                     arguments.next();
                 }
                 option if option.starts_with('-') => {}
-                word => run.parts.push(word.to_owned()),
+                word => words.push(word),
             }
         }
-        wanted.then_some(run)
+        let selected = words.is_empty() || words.iter().any(|word| "torture".contains(word));
+        Ok((included && selected).then_some(run))
     }
 
     fn wants(&self, part: &str) -> bool {
-        self.parts.is_empty() || self.parts.iter().any(|wanted| part.contains(wanted.as_str()))
+        self.parts.is_empty() || self.parts.contains(&part)
     }
 
     /// How many of what there are `full` at full size.
@@ -122,5 +135,5 @@ impl Random {
     }
 }
 
-const SERVE: &str = "serve";
+const SERVE: &str = "--serve";
 const PARTS: [&str; 5] = ["kills", "storm", "mutant", "commits", "freezes"];

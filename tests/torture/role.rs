@@ -45,7 +45,7 @@ fn end_with_parent() {
     std::process::exit(1);
 }
 
-/// What a server can be told, by the environment or in place.
+/// What a server can be told, in place or, as far as a part needs it, by the environment.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub lease: Duration,
@@ -73,7 +73,6 @@ impl Settings {
             Some(Duration::from_millis(value.parse().expect("a number of milliseconds")))
         };
         settings.lease = millis("LEASE_MS").unwrap_or(settings.lease);
-        settings.store_timeout = millis("STORE_TIMEOUT_MS").unwrap_or(settings.store_timeout);
         if let Some(limit) = millis("IDLE_TIMEOUT_MS") {
             settings.transactions = settings.transactions.with_idle_timeout(limit);
         }
@@ -130,7 +129,7 @@ fn sqlite_pool(url: &str, trap: &Trap) -> sqlx::SqlitePool {
     options.connect_lazy_with(url.parse::<SqliteConnectOptions>().expect("DATABASE_URL is one of SQLite"))
 }
 
-fn router<DB: Ledger>(layer: IdempotencyLayer, trap: Trap) -> Router {
+fn router<DB: Charges>(layer: IdempotencyLayer, trap: Trap) -> Router {
     Router::new()
         .route("/charges", post(charge::<DB>))
         .layer(layer)
@@ -184,7 +183,7 @@ impl Directions {
     }
 }
 
-async fn charge<DB: Ledger>(directions: Directions, mut tx: Tx<DB>) -> Response {
+async fn charge<DB: Charges>(directions: Directions, mut tx: Tx<DB>) -> Response {
     directions.reach(Point::Begun);
     let id = Uuid::new_v4().to_string();
     if let Err(error) = DB::write(&mut tx, &directions, &id).await {
@@ -196,7 +195,7 @@ async fn charge<DB: Ledger>(directions: Directions, mut tx: Tx<DB>) -> Response 
 }
 
 /// A database that charges are written to.
-trait Ledger: Database {
+trait Charges: Database {
     fn write(
         connection: &mut Self::Connection,
         directions: &Directions,
@@ -204,9 +203,9 @@ trait Ledger: Database {
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 }
 
-macro_rules! ledger {
+macro_rules! charges {
     ($database:ty, $connection:ty) => {
-        impl Ledger for $database {
+        impl Charges for $database {
             async fn write(
                 connection: &mut $connection,
                 directions: &Directions,
@@ -224,8 +223,8 @@ macro_rules! ledger {
     };
 }
 
-ledger!(Postgres, PgConnection);
-ledger!(Sqlite, SqliteConnection);
+charges!(Postgres, PgConnection);
+charges!(Sqlite, SqliteConnection);
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()

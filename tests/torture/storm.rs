@@ -61,7 +61,7 @@ pub async fn run(run: &Run) {
         storm.crashes
     ));
     let polls = Check::new("storm: charges and records agree in every snapshot");
-    storm.rage(server(), run.random("storm"), Some(&polls)).await.check(&keys);
+    storm.rage(server(), run.random("storm"), Some(&polls)).await.check("", &keys);
     keys.print();
     polls.print();
 }
@@ -88,16 +88,37 @@ impl Storm {
             }
         }
         let thaw = tokio::spawn(Arc::clone(&site).thaw());
+        let clients = self.clients(&site, began, &client, &ledger, &mut random);
+        events.join_all().await;
+        clients.join_all().await;
+        thaw.abort();
+        if let Some(poller) = poller {
+            poller.stop().await;
+        }
+        let audit = ledger.audit(&books).await;
+        println!("storm: {} keys were taken over, clients were told {}", audit.taken_over, client.refusals());
+        audit
+    }
+
+    /// Starts the clients, each of which sends its request at a moment of its own.
+    fn clients(
+        &self,
+        site: &Site,
+        began: Instant,
+        client: &Client,
+        ledger: &Arc<Ledger>,
+        random: &mut Random,
+    ) -> JoinSet<()> {
         let mut clients = JoinSet::new();
         for number in 0..self.keys {
-            let at = began + self.moment(&mut random);
+            let at = began + self.moment(random);
             for duplicate in 0..self.clients_per_key {
-                let order = self.order(number, duplicate, &mut random);
+                let order = self.order(number, duplicate, random);
                 // The one that is to freeze its handler must be the first.
                 let late = if duplicate > 0 && self.freezes_before_begin(number) { 50 } else { 0 };
                 let at = at + Duration::from_millis(late + random.below(50));
                 let addresses = site.addresses(random.below(2) == 0);
-                let (client, ledger) = (client.clone(), Arc::clone(&ledger));
+                let (client, ledger) = (client.clone(), Arc::clone(ledger));
                 let until = began + self.span + PATIENCE;
                 clients.spawn(async move {
                     sleep_until(at.into()).await;
@@ -108,15 +129,7 @@ impl Storm {
                 });
             }
         }
-        events.join_all().await;
-        clients.join_all().await;
-        thaw.abort();
-        if let Some(poller) = poller {
-            poller.stop().await;
-        }
-        let audit = ledger.audit(&books).await;
-        println!("storm: {} keys were taken over, clients were told {}", audit.taken_over, client.refusals());
-        audit
+        clients
     }
 
     fn moment(&self, random: &mut Random) -> Duration {

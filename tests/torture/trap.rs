@@ -12,10 +12,11 @@ use bytes::Bytes;
 use http::Extensions;
 use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreTransaction, TransactionError,
-    TransactionLimits, TransactionUsage,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, IdempotencyKey, RenewOutcome, Renewal, Store, StoreError,
+    StoreTransaction, TransactionError, TransactionLimits, TransactionUsage,
 };
+
+use crate::support::forward::forward_store;
 
 /// A point of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,9 +121,7 @@ impl<T> Trapped<T> {
 
 #[async_trait::async_trait]
 impl<S: Store> Store for Trapped<S> {
-    async fn prepare(&self) -> Result<Vec<String>, StoreError> {
-        self.inner.prepare().await
-    }
+    forward_store!(inner);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         let outcome = self.inner.claim(claim).await;
@@ -138,35 +137,6 @@ impl<S: Store> Store for Trapped<S> {
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         self.inner.complete(attempt, response).await
-    }
-
-    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.inner.release(attempt).await
-    }
-
-    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.inner.hold(attempt).await
-    }
-
-    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
-        self.inner.get(consumer, key).await
-    }
-
-    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
-        self.inner.list(filter, limit).await
-    }
-
-    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
-        self.inner.evict(consumer, key).await
-    }
-
-    async fn resolve(
-        &self,
-        consumer: &Consumer,
-        key: &IdempotencyKey,
-        resolution: Resolution,
-    ) -> Result<ResolveOutcome, StoreError> {
-        self.inner.resolve(consumer, key, resolution).await
     }
 
     fn transaction(

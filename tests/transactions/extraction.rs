@@ -24,7 +24,6 @@ on_both_stores!(
     a_transaction_that_was_dropped_is_extracted_again,
     a_transaction_is_not_given_twice,
     a_plain_service_gets_its_transaction_from_the_extensions,
-    handlers_without_a_transaction_use_no_connection_of_the_application,
 );
 
 async fn an_optional_transaction_is_there_if_there_is_a_key<DB: Db>(bank: Bank<DB>) {
@@ -106,7 +105,11 @@ async fn a_plain_service_gets_its_transaction_from_the_extensions<DB: Db>(bank: 
     assert_eq!((refused.status(), bank.charges().await), (StatusCode::BAD_REQUEST, 1));
 }
 
-async fn handlers_without_a_transaction_use_no_connection_of_the_application<DB: Db>(bank: Bank<DB>) {
+/// SQLite's transactions use none either.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn handlers_without_a_transaction_use_no_connection_of_the_application() {
+    let bank = Bank::<sqlx::Postgres>::open().await;
     let node = bank.node(bank.layer(), || async { unique(StatusCode::CREATED) });
     bank.check(&node, 201, 0, End::Stored).await;
     assert_eq!(bank.pool.size(), 0);

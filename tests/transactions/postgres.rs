@@ -15,7 +15,7 @@ use tower_idempotency::{
 use uuid::Uuid;
 
 use crate::{
-    bank::{Bank, CHARGE, Db, End, LONG, Node, assert_same, charge, charge_once, unique},
+    bank::{Bank, CHARGE, Db, End, LONG, Node, charge, charge_once, unique},
     support::{direct::Answer, required_env},
 };
 
@@ -73,7 +73,7 @@ async fn a_handler_that_gives_up_its_role_or_all_settings_is_rolled_back() {
 /// next user.
 async fn bank_after(setting: &str) -> (Bank<Postgres>, Node) {
     println!("{setting}");
-    let bank = Bank::<Postgres>::open_with(1).await;
+    let bank = Bank::<Postgres>::open().await.with_connections(1);
     let setting = setting.to_owned();
     let handler = move |mut tx: Tx<Postgres>| async move {
         charge(&mut tx).await;
@@ -119,7 +119,7 @@ async fn outlive_the_lease(level: Option<IsolationLevel>) {
     }
     let first = first.await.unwrap();
     assert_eq!((first.status, first.rejection), (StatusCode::CREATED, None), "{level:?}");
-    assert_same(&first, &neighbour.send("k").await);
+    first.assert_same_replay(&neighbour.send("k").await);
     assert_eq!((bank.charges().await, node.runs.get(), neighbour.runs.get()), (1, 1, 0));
     assert_eq!(bank.number("SELECT balance FROM accounts WHERE id = 1").await, 80);
 }
@@ -193,7 +193,7 @@ async fn one_fails_and_tries_again(nodes: [Node; 2], answers: [tokio::task::Join
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn serializable_handlers_of_different_keys_rarely_collide() {
-    let bank = Bank::<Postgres>::open_with(32).await;
+    let bank = Bank::<Postgres>::open().await.with_connections(32);
     let earlier = bank.node(bank.layer(), charge_once::<Postgres>);
     for number in 1000..1020 {
         earlier.send(&number.to_string()).await;
@@ -234,7 +234,7 @@ fn answer_to(written: Result<(), sqlx::Error>) -> Response {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn a_pool_of_one_connection_serves_many_handlers() {
-    let bank = Bank::<Postgres>::open_with(1).await;
+    let bank = Bank::<Postgres>::open().await.with_connections(1);
     let node = bank.node(bank.layer(), charge_once::<Postgres>);
     let answers: Vec<_> = (0..10).map(|number| node.start(number.to_string())).collect();
     for answer in answers {
@@ -247,7 +247,7 @@ async fn a_pool_of_one_connection_serves_many_handlers() {
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn what_somebody_left_in_a_connection_of_the_pool_is_not_committed() {
     for left in [STALE, "BEGIN; SELECT count(*) FROM charges", "BEGIN; SELECT 1 FROM accounts FOR UPDATE"] {
-        let bank = Bank::<Postgres>::open_with(1).await;
+        let bank = Bank::<Postgres>::open().await.with_connections(1);
         leave_open(&bank.pool, left).await;
         bank.check(&bank.node(bank.layer(), charge_once::<Postgres>), 201, 1, End::Stored).await;
         leave_open(&bank.pool, left).await;
@@ -259,7 +259,7 @@ async fn what_somebody_left_in_a_connection_of_the_pool_is_not_committed() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn a_connection_that_somebody_left_in_a_failed_transaction_is_used_again() {
-    let bank = Bank::<Postgres>::open_with(1).await;
+    let bank = Bank::<Postgres>::open().await.with_connections(1);
     let mut connection = bank.pool.acquire().await.unwrap();
     Postgres::run(&mut connection, "BEGIN; SELECT 1 / 0").await.unwrap_err();
     drop(connection);
@@ -320,7 +320,7 @@ async fn behind_a_transaction_pooler_no_prepared_statement_is_left_behind() {
             assert_eq!((answer.status.as_u16(), answer.rejection), (status, None), "{:?}", answer.body);
             match status {
                 500 => assert_eq!(node.end(&key).await, Some(End::Released)),
-                _ => assert_same(&answer, &node.send(&key).await),
+                _ => answer.assert_same_replay(&node.send(&key).await),
             }
         }
     }

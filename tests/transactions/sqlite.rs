@@ -8,7 +8,7 @@ use tokio::time::sleep;
 use tower_idempotency::{IdempotencyKey, RecordState, RejectionCode, TransactionOptions, Tx};
 
 use crate::{
-    bank::{Bank, Db, End, Gate, assert_same, charge, charge_once, unique},
+    bank::{Bank, Db, End, Gate, charge, charge_once, unique},
     support::app::consumer,
 };
 
@@ -111,7 +111,7 @@ async fn renewals_come_before_transactions_that_queue() {
     }
     gate.open();
     let answer = answer.await.unwrap();
-    assert_same(&answer, &long.send("long").await);
+    answer.assert_same_replay(&long.send("long").await);
     assert_eq!((long.runs.get(), bank.charges().await), (1, 8));
 }
 

@@ -15,8 +15,8 @@ on_both_stores!(
     a_statement_that_is_cancelled_by_the_handler_itself_does_not_break_the_transaction,
 );
 
-async fn a_time_out_while_the_transaction_begins_leaves_nothing<DB: Db>(_: Bank<DB>) {
-    let bank = Bank::<DB>::open_with(1).await;
+async fn a_time_out_while_the_transaction_begins_leaves_nothing<DB: Db>(bank: Bank<DB>) {
+    let bank = bank.with_connections(1);
     let [claimed, holding] = [Gate::new(), Gate::new()];
     let passed = claimed.clone();
     let handler = move |request: Request| async move {

@@ -1,0 +1,39 @@
+//! Stores behind which another one works.
+
+use std::pin::Pin;
+
+use tower_idempotency::StoreError;
+
+/// What `async_trait` makes of the result of a call.
+pub type Call<'f, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'f>>;
+
+/// In an `impl Store` of `async_trait`: the calls that only pass on to the store in this field.
+macro_rules! forward_store {
+    ($field:ident) => {
+        $crate::support::forward::forward_store! { $field:
+            prepare<>() -> Vec<String>;
+            release<'a>(attempt: &'a tower_idempotency::Attempt) -> tower_idempotency::Fenced;
+            hold<'a>(attempt: &'a tower_idempotency::Attempt) -> tower_idempotency::Fenced;
+            get<'a, 'b>(consumer: &'a tower_idempotency::Consumer, key: &'b tower_idempotency::IdempotencyKey)
+                -> Option<tower_idempotency::Record>;
+            list<>(filter: tower_idempotency::RecordFilter, limit: u32) -> Vec<tower_idempotency::Record>;
+            evict<'a, 'b>(consumer: &'a tower_idempotency::Consumer, key: &'b tower_idempotency::IdempotencyKey)
+                -> bool;
+            resolve<'a, 'b>(
+                consumer: &'a tower_idempotency::Consumer,
+                key: &'b tower_idempotency::IdempotencyKey,
+                resolution: tower_idempotency::Resolution
+            ) -> tower_idempotency::ResolveOutcome;
+        }
+    };
+    ($field:ident: $($call:ident<$($life:lifetime),*>($($name:ident: $type:ty),*) -> $output:ty;)*) => {$(
+        fn $call<'s, $($life,)* 'f>(&'s self, $($name: $type),*) -> $crate::support::forward::Call<'f, $output>
+        where
+            's: 'f,
+            $($life: 'f,)*
+        {
+            self.$field.$call($($name),*)
+        }
+    )*};
+}
+pub(crate) use forward_store;
