@@ -8,6 +8,7 @@ mod duplicates;
 mod ended;
 mod extraction;
 mod kept;
+mod late;
 mod postgres;
 mod postgres_faults;
 mod results;
