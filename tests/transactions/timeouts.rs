@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use axum::{extract::Request, http::StatusCode, response::IntoResponse};
-use tokio::time::timeout;
+use sqlx::Postgres;
+use tokio::time::{sleep, timeout};
 use tower_http::timeout::TimeoutLayer;
 use tower_idempotency::{RejectionCode, Tx};
 
@@ -74,6 +75,34 @@ async fn a_statement_that_is_cancelled_by_the_handler_itself_does_not_break_the_
         unique(StatusCode::CREATED)
     };
     bank.check(&bank.node(bank.layer(), handler), 201, 2, End::Stored).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_time_out_inside_the_layer_does_not_reach_a_slow_commit() {
+    let bank = Bank::<Postgres>::open().await;
+    bank.run(
+        "CREATE FUNCTION dawdle() RETURNS trigger AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$ LANGUAGE plpgsql;
+        CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON charges DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION dawdle()",
+    )
+    .await;
+    let time_out = TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, TIMEOUT);
+    let node = bank.node_with(bank.layer(), charge_once::<Postgres>, |router| router.layer(time_out));
+    let started = Instant::now();
+    let answer = node.send("k").await;
+    assert!(started.elapsed() >= Duration::from_secs(1), "COMMIT is slow");
+    assert_eq!((answer.status, bank.charges().await), (StatusCode::CREATED, 1));
+    answer.assert_same_replay(&node.send("k").await);
+
+    // Nor does a client that leaves.
+    let client = node.start("left");
+    while bank.number("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").await == 0 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    client.abort();
+    node.until("left", End::Stored).await;
+    assert_eq!(bank.charges().await, 2);
 }
 
 const TIMEOUT: Duration = Duration::from_millis(300);
