@@ -34,8 +34,8 @@ pub enum StoreOutage {
 pub enum KeyLogging {
     /// Keys are logged as the clients sent them; derived ones as `[redacted]`. The default.
     Plain,
-    /// Keys are logged as `[redacted]`. sqlx has a log of its own, the target `sqlx`: the statement that begins a
-    /// transaction of a handler on PostgreSQL holds consumer and key in hexadecimal.
+    /// Keys are logged as `[redacted]`. sqlx has a log of its own, the target `sqlx`: the statement that rolls a
+    /// transaction of a handler back on PostgreSQL holds consumer and key in hexadecimal.
     Redacted,
 }
 

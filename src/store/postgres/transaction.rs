@@ -97,11 +97,15 @@ impl AttemptTransaction {
             _ => not_begun(source),
         })?;
         let lock = of_attempt(&statements.lock, &self.attempt).with(Value::Text(&session.enable_seqscan));
-        let lock = format!("{}; SAVEPOINT {}", lock.text(), sql::savepoint(&self.attempt));
-        let rows = sqlx::raw_sql(AssertSqlSafe(lock)).fetch_all(&mut *transaction).await;
+        let rows = lock.fetch_all_inside(&mut transaction, self.store.settings.mode).await;
         let fresh = rows.and_then(|rows| rows.first().map(|row| row.try_get("fresh")).transpose());
+        let unlocked = |source| NotBegun::Again(failed("the record could not be locked", source));
         match fresh {
-            Ok(Some(true)) => Ok(transaction),
+            Ok(Some(true)) => {
+                let savepoint = AssertSqlSafe(format!("SAVEPOINT {}", sql::savepoint(&self.attempt)));
+                let set = sqlx::raw_sql(savepoint).execute(&mut *transaction).await;
+                set.map(|_| transaction).map_err(unlocked)
+            }
             Ok(Some(false)) => {
                 self.abandon(transaction).await;
                 Err(NotBegun::Again(left_open()))
@@ -112,7 +116,7 @@ impl AttemptTransaction {
                 Err(NotBegun::Final(TransactionError::new(TransactionErrorKind::Lost, message)))
             }
             // A renewal of the lease came between, or the connection was broken.
-            Err(source) => Err(NotBegun::Again(failed("the record could not be locked", source))),
+            Err(source) => Err(unlocked(source)),
         }
     }
 
