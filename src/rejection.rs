@@ -176,7 +176,8 @@ rejection_codes! {
     /// The database did not commit the transaction: one of its statements had failed, or a constraint is violated. It was
     /// rolled back.
     TransactionFailed => "transaction-failed", INTERNAL_SERVER_ERROR, true, "The request failed";
-    /// The handler did not give its transaction back when it returned, or asked for it while it had it. It was rolled back.
+    /// The handler did not give its transaction back when it returned, or asked for it while it had it. Nothing of it
+    /// is committed.
     TransactionInUse => "transaction-in-use", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The handler ended its transaction itself. What it wrote may be committed; the key is held.
     TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false, "The outcome of the request is unknown";

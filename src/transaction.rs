@@ -191,7 +191,7 @@ pub enum TransactionErrorKind {
     Conflict,
     /// The database would not commit it: a statement had failed before, or a constraint is violated. Rolled back.
     Failed,
-    /// The handler has it, or had not given it back when it returned. Rolled back.
+    /// The handler has it, or had not given it back when it returned. Nothing of it is committed.
     InUse,
     /// The handler has ended it itself. What it wrote may be committed.
     Ended,

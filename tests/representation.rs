@@ -24,7 +24,8 @@ use tower_idempotency::{
 
 use support::{
     direct::{
-        abandon, answering, begin, charge, claim, fingerprint_of_charge, identity, request, send, with_store,
+        abandon, answering, answering_after, begin, charge, claim, fingerprint_of_charge, identity, request,
+        send, with_store,
     },
     served::{Count, layer},
     sqlite::SqliteFile,
@@ -187,14 +188,8 @@ async fn an_outer_layer_stores_what_was_rendered() {
 #[tokio::test]
 async fn a_record_that_another_attempt_completed_is_rendered() {
     let (store, layer) = with_store();
-    let runs = Count::default();
-    let counter = runs.clone();
-    let handler = move || async move {
-        counter.add();
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        id(1)
-    };
-    let app = Router::new().route("/charges", post(handler)).layer(layer.with_representation(render));
+    let wait = Duration::from_millis(300);
+    let (app, runs) = answering_after(layer.with_representation(render), wait, |_| id(1).into_response());
     let first = begin(&app, charge("k"), &runs).await;
     let (consumer, key) = identity();
     store.evict(&consumer, &key).await.unwrap();

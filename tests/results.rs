@@ -25,7 +25,8 @@ use tower_idempotency::{
 
 use support::{
     direct::{
-        answering, begin, charge, claim, counting, fingerprint_of_charge, identity, send, waiting, with_store,
+        answering, answering_after, begin, charge, claim, counting, fingerprint_of_charge, identity, send,
+        waiting, with_store,
     },
     served::{Count, layer},
 };
@@ -209,14 +210,8 @@ async fn a_refusal_of_a_layer_inside_is_not_stored() {
 #[tokio::test]
 async fn a_lost_attempt_does_not_contradict_the_record_with_a_result_that_is_not_stored() {
     let (store, layer) = with_store();
-    let runs = Count::default();
-    let counter = runs.clone();
-    let handler = move || async move {
-        counter.add();
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        StatusCode::FORBIDDEN
-    };
-    let app = Router::new().route("/charges", post(handler)).layer(layer);
+    let wait = Duration::from_millis(300);
+    let (app, runs) = answering_after(layer, wait, |_| StatusCode::FORBIDDEN.into_response());
     let first = begin(&app, charge("k"), &runs).await;
     complete_elsewhere(&*store, fingerprint_of_charge().await).await;
     assert_eq!(first.await.unwrap().body, "the other's");

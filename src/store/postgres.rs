@@ -160,8 +160,9 @@ impl PostgresStore {
     /// of a transaction is closed instead of being lent again.
     ///
     /// That happens when a handler's own `pool.begin()` is cancelled, by a time-out for example: sqlx leaves the transaction
-    /// open on the connection, and what the next borrower writes is lost. A transaction of the layer notices such a connection and takes another one;
-    /// statements of the application do not. Costs a round trip whenever a connection is given back.
+    /// open on the connection, and what the next borrower writes is lost. A transaction of the layer notices such a
+    /// connection and takes another one; statements of the application do not. Costs a round trip whenever a connection is
+    /// given back.
     ///
     /// It takes the place of a hook that was set with `after_release`.
     ///

@@ -91,7 +91,8 @@ impl TxError {
 
 impl From<Arc<TransactionError>> for TxError {
     fn from(error: Arc<TransactionError>) -> Self {
-        Self { source: Some(Arc::clone(&error).into()), ..Self::new(error.kind().rejection()) }
+        let rejection = error.kind().rejection();
+        Self { source: Some(error.into()), ..Self::new(rejection) }
     }
 }
 

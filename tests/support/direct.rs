@@ -39,12 +39,21 @@ pub fn answering(layer: IdempotencyLayer, answer: fn(usize) -> Response) -> (Rou
 
 /// An application whose handler takes as long as it is told to.
 pub fn waiting(layer: IdempotencyLayer, wait: Duration) -> (Router, Count) {
+    answering_after(layer, wait, |run| format!("run {run}").into_response())
+}
+
+/// An application whose handler gets the number of the run, and answers after that long.
+pub fn answering_after(
+    layer: IdempotencyLayer,
+    wait: Duration,
+    answer: fn(usize) -> Response,
+) -> (Router, Count) {
     let runs = Count::default();
     let counter = runs.clone();
     let handler = move || async move {
         let run = counter.add();
         tokio::time::sleep(wait).await;
-        format!("run {run}")
+        answer(run)
     };
     (Router::new().route("/charges", any(handler)).layer(layer), runs)
 }

@@ -1,4 +1,4 @@
-//! AttemptTransaction of handlers.
+//! Transactions of handlers.
 //!
 //! A transaction begins by locking the record's row, if it is the attempt's. The lock stands in for the lease: claims and
 //! renewals skip a locked row, so nobody takes the record over, and nothing changes the row under a transaction that

@@ -1,4 +1,4 @@
-//! AttemptTransaction of handlers.
+//! Transactions of handlers.
 //!
 //! A transaction runs on the connection that writes, so while it is open nobody else writes, and nobody can take the
 //! record over. A savepoint set at its begin proves at the end that it is still the transaction that was begun.
