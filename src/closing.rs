@@ -67,7 +67,9 @@ impl Closing {
         let this = Arc::new(self);
         let tasks = &this.shared.tasks;
         match this.used(transaction).await {
-            None => this.wait_for_end(tasks.spawn(Arc::clone(&this).end(end)), this.max_wait()).await,
+            None => {
+                this.wait_for_end(tasks.spawn(Arc::clone(&this).end(end)), this.settings.settle_wait()).await
+            }
             Some(transaction) => match end {
                 End::Complete(response) if keeps_writes => {
                     this.wait_for_commit(tasks.spawn(Arc::clone(&this).commit(transaction, response))).await
@@ -94,10 +96,6 @@ impl Closing {
         None
     }
 
-    fn max_wait(&self) -> Duration {
-        MAX_WAIT.min(self.settings.timing.lease * 3 / 4)
-    }
-
     async fn wait_for_end(&self, task: Task, limit: Duration) -> Closed {
         flatten(timeout(limit, task).await, limit).unwrap_or_else(|error| {
             self.log_failure(&error, "the response is sent although it is not stored yet");
@@ -119,10 +117,10 @@ impl Closing {
         transaction: Arc<dyn StoreTransaction>,
         end: End,
     ) -> Closed {
-        let patience = if matches!(end, End::Complete(_)) { self.max_wait() } else { PATIENCE };
+        let patience = if matches!(end, End::Complete(_)) { self.settings.settle_wait() } else { PATIENCE };
         // On SQLite nothing can be written before a transaction that is kept is dropped.
         let kept = transaction.usage() == TransactionUsage::InUse;
-        let limit = if kept { PATIENCE } else { self.max_wait() };
+        let limit = if kept { PATIENCE } else { self.settings.settle_wait() };
         let (sender, rolled_back) = oneshot::channel();
         let task = self.shared.tasks.spawn(Arc::clone(self).roll_back(transaction, end, sender));
         match timeout(patience, rolled_back).await {
@@ -149,7 +147,7 @@ impl Closing {
 
     async fn write_down(&self, end: &End) -> Result<Ended, StoreError> {
         // Also a short execution is worth some tries.
-        let give_up = Instant::now() + self.settings.timing.max_execution.max(MAX_WAIT);
+        let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
         self.shared.end(&self.attempt, Some(&self.lease), end, give_up).await
     }
 
@@ -221,7 +219,7 @@ impl Closing {
 
 const ENDED_BY_HANDLER: &str = "the handler has ended its transaction itself: what it wrote may be committed";
 
-/// For how long a client waits for its response to be stored while the store does not answer.
-const MAX_WAIT: Duration = Duration::from_secs(10);
+/// For how long it is tried at least to write the end of an attempt down.
+const MIN_TRIES: Duration = Duration::from_secs(10);
 /// For how long a client whose request was not performed waits for the rollback.
 const PATIENCE: Duration = Duration::from_millis(100);

@@ -23,14 +23,15 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
-    Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
-    TransactionErrorKind, TransactionUsage,
+    Attempt, Directive, Fingerprint, Idempotency, IntentError, Record, RecordId, RecordState, Rejection,
+    RejectionCode, Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse,
+    TRACING_TARGET, TransactionErrorKind, TransactionUsage,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
     closing::{Closed, Closing, Outcome},
     error::BoxError,
     future::Answer,
+    intent::Progress,
     renewal::Lease,
     representation::rendered,
     running::Entered,
@@ -46,6 +47,7 @@ pub(crate) struct Execution {
     pub(crate) fingerprint: Fingerprint,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
+    pub(crate) progress: Arc<Progress>,
     /// When the claim was sent: the lease runs from then on at the earliest.
     pub(crate) claimed_at: Instant,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
@@ -92,8 +94,10 @@ impl Execution {
         let cancelled = CancellationToken::new();
         let entered = self.shared.running.enter(self.attempt.clone(), self.record());
         let lease = self.keep_lease(&cancelled);
-        request.extensions_mut().insert(self.idempotency(&cancelled));
+        let idempotency = self.idempotency(&cancelled);
+        request.extensions_mut().insert(idempotency.clone());
         let transaction = self.offer_transaction(request.extensions_mut());
+        idempotency.offer_transaction(transaction.clone());
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let this = Arc::new(self);
         let ended = match this.wait(&mut handler, &cancelled, transaction.as_deref()).await {
@@ -179,10 +183,12 @@ impl Execution {
     fn idempotency(&self, cancelled: &CancellationToken) -> Idempotency {
         Idempotency::new(
             &self.shared,
+            &self.settings,
             self.attempt.clone(),
             self.record_id,
             self.attempt_number,
             cancelled.clone(),
+            Arc::clone(&self.progress),
         )
     }
 
@@ -268,6 +274,11 @@ impl Execution {
     ) -> Judged<B, E> {
         let in_use = || transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::InUse);
         let judge = || {
+            if self.progress.is_contradicted() {
+                drop(ended);
+                let answer = Verdict::Refused(IntentError::OtherArguments.rejection());
+                return Judged { outcome: End::Hold.into(), answer };
+            }
             if matches!(ended, HandlerEnd::Performed(Ok(_))) && in_use() {
                 // If the body of the response has it, it is given back now.
                 drop(ended);

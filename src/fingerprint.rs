@@ -7,6 +7,7 @@ use std::{fmt, sync::Arc};
 use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
 use http::{HeaderName, header, request::Parts};
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 pub use canonical_json::InvalidPointer;
@@ -289,6 +290,13 @@ impl Input {
             Self::Keyed(mac) => mac.finalize().into_bytes().to_vec(),
         }
     }
+}
+
+/// Digest of a value, by its canonical JSON; `None` if it has none.
+pub(crate) fn canonical_digest(value: &(impl Serialize + ?Sized)) -> Option<Bytes> {
+    let json = serde_json::to_vec(value).ok()?;
+    let canonical = canonical_json::canonicalize(&json, &[])?;
+    Some(Bytes::copy_from_slice(&Sha256::digest(canonical)))
 }
 
 fn original_target(parts: &Parts) -> String {

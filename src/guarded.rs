@@ -196,6 +196,7 @@ impl Guarded {
             fingerprint: claim.fingerprint,
             record_id,
             attempt_number,
+            progress: Arc::default(),
             claimed_at,
             _permit: permit,
         }
@@ -252,20 +253,11 @@ impl Guarded {
             return Ok(Decision::RunUnprotected);
         }
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "no claim");
-        Err(match error.kind() {
-            StoreErrorKind::Misconfigured => Rejection::new(
-                RejectionCode::StoreMisconfigured,
-                "The request was not performed; the server's log says why.",
-            ),
-            StoreErrorKind::Internal => Rejection::new(
-                RejectionCode::Internal,
-                "The request was not performed; the server's log says why.",
-            ),
-            StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous => Rejection::new(
-                RejectionCode::StoreUnavailable,
-                "The request was not performed; send it again with the same key.",
-            ),
-        })
+        let detail = match down {
+            true => "The request was not performed; send it again with the same key.",
+            false => "The request was not performed; the server's log says why.",
+        };
+        Err(Rejection::new(RejectionCode::of_store(error.kind()), detail))
     }
 }
 

@@ -1,10 +1,16 @@
 //! What a handler learns about its attempt.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, shared::Shared};
+use crate::{
+    Attempt, AttemptId, Consumer, IdempotencyKey, IntentBuilder, IntentError, RecordId, StoreTransaction,
+    TransactionUsage, intent::Progress, settings::Settings, shared::Shared,
+};
 
 /// The attempt that a handler runs for: in the request's extensions, and with the feature `axum` an extractor.
 ///
@@ -29,17 +35,32 @@ struct Inner {
     record_id: RecordId,
     attempt_number: u32,
     cancelled: CancellationToken,
+    settings: Arc<Settings>,
+    progress: Arc<Progress>,
+    /// Empty if the store has none.
+    transaction: OnceLock<Arc<dyn StoreTransaction>>,
 }
 
 impl Idempotency {
     pub(crate) fn new(
         shared: &Arc<Shared>,
+        settings: &Arc<Settings>,
         attempt: Attempt,
         record_id: RecordId,
         attempt_number: u32,
         cancelled: CancellationToken,
+        progress: Arc<Progress>,
     ) -> Self {
-        Self(Arc::new(Inner { shared: Arc::clone(shared), attempt, record_id, attempt_number, cancelled }))
+        Self(Arc::new(Inner {
+            shared: Arc::clone(shared),
+            attempt,
+            record_id,
+            attempt_number,
+            cancelled,
+            settings: Arc::clone(settings),
+            progress,
+            transaction: OnceLock::new(),
+        }))
     }
 
     /// The key, decoded.
@@ -56,9 +77,9 @@ impl Idempotency {
 
     /// The record's id: the same over attempts that took over from one whose lease ran out.
     ///
-    /// **A result that is not stored (5xx, panic, [`Directive::Release`](crate::Directive::Release)) ends the record: the
-    /// retry gets a new id and attempt number 1.** To make calls to others idempotent derive their key from
-    /// [`consumer`](Self::consumer) and [`key`](Self::key), not from this.
+    /// **A result that is not stored (5xx, panic, [`Directive::Release`](crate::Directive::Release)) ends a record without
+    /// intents and finished phases: the retry gets a new id and attempt number 1.** To call others idempotently use
+    /// [`intent`](Self::intent).
     #[must_use]
     pub fn record_id(&self) -> RecordId {
         self.0.record_id
@@ -70,8 +91,8 @@ impl Idempotency {
         self.0.attempt.id
     }
 
-    /// 1 for the first attempt of a record; it counts up only when a lease ran out. It is 1 again after a 5xx, a panic or
-    /// another released result, so it does not tell whether the handler ran before.
+    /// 1 for the first attempt of a record. It is 1 again after a 5xx, a panic or another released result of a request
+    /// without intents and finished phases, so it does not tell whether the handler ran before.
     #[must_use]
     pub fn attempt_number(&self) -> u32 {
         self.0.attempt_number
@@ -87,6 +108,52 @@ impl Idempotency {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.is_cancelled()
+    }
+
+    /// A call to an upstream service, `name` by name, that is persisted before it is made and whose outcome is persisted
+    /// after it: a later attempt of the request gets the outcome, without the call.
+    ///
+    /// The name is part of the key that the call is sent with. Do not change it while requests may be retried.
+    ///
+    /// Make calls before the handler begins its transaction (`Tx`), which has the record locked: an intent is refused
+    /// after that ([`IntentError::Misused`]).
+    ///
+    /// Needs a store that keeps intents: SQLite or PostgreSQL.
+    pub fn intent(&self, name: impl Into<String>) -> IntentBuilder {
+        IntentBuilder::new(self.clone(), name.into())
+    }
+
+    pub(crate) fn offer_transaction(&self, transaction: Option<Arc<dyn StoreTransaction>>) {
+        if let Some(transaction) = transaction {
+            // It is set once, when the attempt begins.
+            let _ = self.0.transaction.set(transaction);
+        }
+    }
+
+    /// The transaction has the record locked, which an intent changes.
+    pub(crate) fn refuse_inside_transaction(&self) -> Result<(), IntentError> {
+        match self.0.transaction.get().map(|transaction| transaction.usage()) {
+            None | Some(TransactionUsage::Unused) => Ok(()),
+            Some(TransactionUsage::Open | TransactionUsage::InUse) => Err(IntentError::Misused(
+                "an intent after the handler's transaction has begun would wait for it: make calls to others before Tx::begin",
+            )),
+        }
+    }
+
+    pub(crate) fn attempt(&self) -> &Attempt {
+        &self.0.attempt
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.0.shared
+    }
+
+    pub(crate) fn progress(&self) -> &Arc<Progress> {
+        &self.0.progress
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.0.settings
     }
 
     /// Whether the attempt belongs to this store, so that an inner layer over it passes the request through.

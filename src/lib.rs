@@ -15,6 +15,8 @@ mod future;
 mod guarded;
 mod handle;
 mod idempotency;
+mod intent;
+mod kept_request;
 mod key;
 mod layer;
 mod policy;
@@ -43,6 +45,11 @@ pub use handle::{DrainTimedOut, IdempotencyHandle};
 pub use idempotency::Idempotency;
 #[cfg(feature = "axum")]
 pub use idempotency::MissingIdempotency;
+pub use intent::{
+    CallFailure, CallId, Intent, IntentBuilder, IntentError, IntentFence, IntentFilter, IntentState,
+    IntentUpdate, OpenIntent, OpenOutcome, Opened, Opening, Resource, UpstreamKey,
+};
+pub use kept_request::{KeptRequest, RequestUpdate};
 pub use key::{IdempotencyKey, InvalidKey, KeySyntax};
 pub use layer::IdempotencyLayer;
 pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
@@ -62,7 +69,7 @@ pub use store::MemoryStore;
 pub use store::PostgresStore;
 #[cfg(feature = "sqlite")]
 pub use store::SqliteStore;
-pub use store::{IntoStore, Store};
+pub use store::{IntoStore, RecoveryStore, Store};
 pub use transaction::{
     IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
     TransactionOptions, TransactionUsage,

@@ -12,8 +12,8 @@ use crate::{
 
 /// Name of a record.
 ///
-/// It stays the same over attempts that take over from each other; a release ends the record. A key that is used anew after its expiry gets a new record
-/// and so a new id.
+/// It stays the same over attempts that take over from each other. A release ends the record, unless an intent or a
+/// finished phase hangs on it; a key that is used anew after its expiry gets a new record and so a new id.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RecordId(Uuid);
 
@@ -161,6 +161,8 @@ pub struct Record {
     pub attempt_number: u32,
     /// How many attempts of this record were abandoned, that is, let their lease run out.
     pub abandoned: u16,
+    /// How many of its intents are open. A record with one that may not be called again shows as held.
+    pub unresolved: u32,
     /// When the record was made, by the clock of the store.
     pub created_at: SystemTime,
     /// When the record expires, by the clock of the store.
@@ -168,7 +170,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// A record with no attempt, number 1, nothing abandoned and both times 1970: a store sets these fields from what
+    /// A record with no attempt, number 1, nothing abandoned or unresolved and both times 1970: a store sets these fields from what
     /// it keeps.
     #[must_use]
     pub fn new(
@@ -187,6 +189,7 @@ impl Record {
             attempt: None,
             attempt_number: 1,
             abandoned: 0,
+            unresolved: 0,
             created_at: SystemTime::UNIX_EPOCH,
             expires_at: SystemTime::UNIX_EPOCH,
         }
@@ -343,6 +346,9 @@ pub enum ResolveOutcome {
     Resolved,
     /// An attempt with a live lease owns the record; nothing was changed.
     InProgress,
+    /// An intent of the record is open and may not be called again: resolve that one first, see
+    /// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent). Nothing was changed.
+    UnresolvedIntents,
     /// The record is completed already, and completed records do not change.
     AlreadyCompleted,
     /// There is no record for the key.

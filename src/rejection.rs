@@ -6,6 +6,8 @@ use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::json;
 
+use crate::StoreErrorKind;
+
 /// Why the layer did not hand a request to the handler, or did not hand on what the handler did.
 ///
 /// It travels in the extensions of the response, so that an outer layer can look at it:
@@ -185,8 +187,26 @@ rejection_codes! {
     /// [`OutcomeUnknown`](Self::OutcomeUnknown). The request with the same key gets
     /// the response if it was committed, and is performed if it was not.
     CommitUnconfirmed => "outcome-unknown", SERVICE_UNAVAILABLE, true, "The outcome of the request is not known yet";
+    /// An upstream service has refused what the request asks for. Unlike the other codes it is the handler's answer, and
+    /// stored.
+    UpstreamRefused => "upstream-refused", UNPROCESSABLE_ENTITY, false, "The upstream service refused the request";
+    /// An upstream service could not be reached; nothing was sent to it.
+    UpstreamUnavailable => "upstream-unavailable", SERVICE_UNAVAILABLE, true, "An upstream service is unavailable";
+    /// The handler has used intents or phases wrongly. The server's log says how.
+    IntentMisused => "intent-misused", INTERNAL_SERVER_ERROR, false, "The request failed";
     /// The layer itself failed, or the runtime is going down.
     Internal => "internal", INTERNAL_SERVER_ERROR, true, "Internal error";
+}
+
+impl RejectionCode {
+    /// What an error of the store is to the client.
+    pub(crate) fn of_store(kind: StoreErrorKind) -> Self {
+        match kind {
+            StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous => Self::StoreUnavailable,
+            StoreErrorKind::Misconfigured => Self::StoreMisconfigured,
+            StoreErrorKind::Internal => Self::Internal,
+        }
+    }
 }
 
 impl fmt::Display for RejectionCode {
@@ -253,7 +273,10 @@ pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> R
     if let Some(delay) = rejection.retry_after() {
         headers.entry(header::RETRY_AFTER).or_insert_with(|| delay.as_secs().into());
     }
-    response.extensions_mut().insert(rejection);
+    // That an upstream has refused is the handler's answer.
+    if rejection.code != RejectionCode::UpstreamRefused {
+        response.extensions_mut().insert(rejection);
+    }
     response
 }
 

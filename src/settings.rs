@@ -206,6 +206,16 @@ impl Settings {
         );
     }
 
+    /// How long an attempt waits for the store before it does something.
+    pub(crate) fn store_wait(&self) -> Duration {
+        self.store_timeout.min(self.timing.lease * 3 / 4)
+    }
+
+    /// How long an attempt waits for the store after it has done something.
+    pub(crate) fn settle_wait(&self) -> Duration {
+        MAX_WAIT.min(self.timing.lease * 3 / 4)
+    }
+
     /// A key as it may stand in logs.
     pub(crate) fn shown<'a>(&self, key: &'a IdempotencyKey) -> &'a str {
         match self.key_logging {
@@ -226,5 +236,7 @@ impl fmt::Debug for Settings {
     }
 }
 
+/// For how long a client waits for what was done to be stored while the store does not answer.
+const MAX_WAIT: Duration = Duration::from_secs(10);
 const BUFFER_LIMIT: usize = 64 * 1024 * 1024;
 const MIN_LEASE: Duration = Duration::from_millis(100);

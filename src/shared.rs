@@ -262,7 +262,7 @@ pub(crate) fn flatten<T>(
     }
 }
 
-fn no_answer(limit: Duration) -> StoreError {
+pub(crate) fn no_answer(limit: Duration) -> StoreError {
     StoreError::new(StoreErrorKind::Ambiguous, format!("the store did not answer within {limit:?}"))
 }
 

@@ -24,6 +24,7 @@ CREATE TABLE idempotency_intents (
     state            text COLLATE "C" NOT NULL                -- where the intent stands
         CHECK (state IN ('open', 'finalized', 'dead')),
     sent             boolean          NOT NULL,               -- false: the last call has certainly not arrived
+    sent_before      boolean          NOT NULL,               -- an earlier call may have arrived
     absent           boolean          NOT NULL,               -- dead because the upstream does not know it: may be called again
     attempt          uuid             NOT NULL,               -- the attempt that called last
     call             uuid             NOT NULL,               -- name of the last call: the fence of its outcome
@@ -50,6 +51,8 @@ CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE 
 
 CREATE TABLE idempotency_phases (
     record_id   uuid             NOT NULL,                    -- the record whose request it is a step of
+    consumer    text COLLATE "C" NOT NULL,                    -- consumer of that record
+    key         text COLLATE "C" NOT NULL,                    -- key of that record
     name        text COLLATE "C" NOT NULL,                    -- the step
     attempt     uuid             NOT NULL,                    -- the attempt that finished it
     result      bytea            NOT NULL,                    -- what it came to

@@ -21,6 +21,7 @@ CREATE TABLE idempotency_intents (
     state            TEXT COLLATE BINARY NOT NULL              -- where the intent stands
         CHECK (state IN ('open', 'finalized', 'dead')),
     sent             INTEGER             NOT NULL,             -- false: the last call has certainly not arrived
+    sent_before      INTEGER             NOT NULL,             -- an earlier call may have arrived
     absent           INTEGER             NOT NULL,             -- dead because the upstream does not know it: may be called again
     attempt          BLOB                NOT NULL,             -- the attempt that called last
     call             BLOB                NOT NULL,             -- name of the last call: the fence of its outcome
@@ -47,6 +48,8 @@ CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE 
 
 CREATE TABLE idempotency_phases (
     record_id   BLOB                NOT NULL,                  -- the record whose request it is a step of
+    consumer    TEXT COLLATE BINARY NOT NULL,                  -- consumer of that record
+    key         TEXT COLLATE BINARY NOT NULL,                  -- key of that record
     name        TEXT COLLATE BINARY NOT NULL,                  -- the step
     attempt     BLOB                NOT NULL,                  -- the attempt that finished it
     result      BLOB                NOT NULL,                  -- what it came to

@@ -21,8 +21,8 @@ use tokio::time::Instant;
 use self::entry::{Decision, Entry, State, decide};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreErrorKind,
-    StoreTransaction, TransactionLimits,
+    RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError,
+    StoreErrorKind, StoreTransaction, TransactionLimits,
 };
 
 /// Keeps records in this process: for tests and for tools that run as a single process.
@@ -239,6 +239,10 @@ impl Store for MemoryStore {
         None
     }
 
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        None
+    }
+
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
         Ok(self.shared.purge(limit))
     }
@@ -320,6 +324,7 @@ impl Shared {
             attempt: entry.attempt,
             attempt_number: entry.attempt_number,
             abandoned: entry.abandoned,
+            unresolved: 0,
             created_at: self.wall_clock(entry.created_at),
             expires_at: self.wall_clock(entry.expires_at),
         }

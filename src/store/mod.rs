@@ -6,6 +6,7 @@ pub mod conformance;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod recovery;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod sql;
 #[cfg(feature = "sqlite")]
@@ -21,6 +22,7 @@ use http::Extensions;
 pub use memory::MemoryStore;
 #[cfg(feature = "postgres")]
 pub use postgres::{ConnectionMode, PostgresStore};
+pub use recovery::RecoveryStore;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use sql::{InvalidIdentifier, TableCreation};
 #[cfg(feature = "sqlite")]
@@ -112,8 +114,8 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
 
-    /// Gives the key back: the record of the attempt, in progress or held, is claimable at once, also by another
-    /// fingerprint. (A claim whose reply came too late is released even if it has become held by then.)
+    /// Gives the key back: the record of the attempt, in progress or held, is claimable at once. It is gone, and any
+    /// fingerprint may claim it, unless something hangs on it: see [`RecoveryStore`]. (A claim whose reply came too late is released even if it has become held by then.)
     ///
     /// # Errors
     ///
@@ -171,8 +173,11 @@ pub trait Store: Debug + Send + Sync + 'static {
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>>;
 
+    /// What keeps intents, finished phases and kept requests beside these records. `None` if the store cannot.
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>>;
+
     /// Deletes at most `limit` records that count as absent, and returns how many. Held ones and those that the next
-    /// claim would find held stay. Safe on many nodes at once.
+    /// claim would find held stay, and so do those with open intents. Safe on many nodes at once.
     ///
     /// # Errors
     ///

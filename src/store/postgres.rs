@@ -2,6 +2,7 @@
 
 mod call;
 mod connection;
+mod recovery;
 mod setup;
 mod statements;
 mod transaction;
@@ -23,8 +24,10 @@ use self::{
     transaction::{AttemptTransaction, Session},
 };
 use super::{
-    IntoStore, Store,
-    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
+    IntoStore, RecoveryStore, Store,
+    sql::{
+        self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation, recovery::SqlRecovery,
+    },
 };
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
@@ -277,7 +280,11 @@ impl Store for PostgresStore {
     }
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.fenced("release", &self.sql().await?.release, attempt).await
+        let statements = self.sql().await?;
+        match self.fenced("release", &statements.release, attempt).await? {
+            Fenced::Applied => Ok(Fenced::Applied),
+            Fenced::Lost => self.fenced("release", &statements.release_kept, attempt).await,
+        }
     }
 
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
@@ -312,14 +319,19 @@ impl Store for PostgresStore {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let statements = self.sql().await?;
-        let call = match &resolution {
-            Resolution::Release => of_key(&statements.resolve_release, consumer, key),
+        let calls = match &resolution {
+            Resolution::Release => vec![
+                of_key(&statements.resolve_release, consumer, key),
+                of_key(&statements.resolve_release_kept, consumer, key),
+            ],
             Resolution::Complete(response) => {
-                of_key(&statements.resolve_complete, consumer, key).with(Value::Bytes(response))
+                vec![of_key(&statements.resolve_complete, consumer, key).with(Value::Bytes(response))]
             }
         };
-        if !self.rows("resolve", call).await?.is_empty() {
-            return Ok(ResolveOutcome::Resolved);
+        for call in calls {
+            if !self.rows("resolve", call).await?.is_empty() {
+                return Ok(ResolveOutcome::Resolved);
+            }
         }
         Ok(sql::not_resolved(self.get(consumer, key).await?))
     }
@@ -332,6 +344,10 @@ impl Store for PostgresStore {
     ) -> Option<Arc<dyn StoreTransaction>> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.clone());
         Some(Slot::lay_out(driver, limits.begin_timeout, None, extensions))
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        Some(Arc::new(SqlRecovery(self.clone())))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -1,5 +1,8 @@
 //! What the SQL stores share: names, migrations, the rules of the contract as SQL, and the reading of rows and errors.
 
+pub(super) mod call;
+pub(super) mod recovery;
+
 use std::{
     borrow::Cow,
     fmt,
@@ -216,6 +219,7 @@ where
     record.attempt = row.try_get::<Option<Uuid>, _>("attempt")?.map(AttemptId::from_uuid);
     record.attempt_number = number(row.try_get("attempt_number")?)?;
     record.abandoned = number(row.try_get("abandoned")?)?;
+    record.unresolved = number(row.try_get("unresolved")?)?;
     record.created_at = instant(row.try_get("created_at")?);
     record.expires_at = instant(row.try_get("expires_at")?);
     Ok(record)
@@ -252,10 +256,11 @@ pub(super) fn not_completed(attempt: &Attempt, found: Option<Record>) -> Complet
 
 /// The outcome of a resolution that changed nothing, by what is there instead.
 pub(super) fn not_resolved(found: Option<Record>) -> ResolveOutcome {
-    match found.map(|record| record.state) {
-        None => ResolveOutcome::Absent,
-        Some(RecordState::Completed { .. }) => ResolveOutcome::AlreadyCompleted,
-        Some(RecordState::InProgress { .. } | RecordState::Held) => ResolveOutcome::InProgress,
+    let Some(record) = found else { return ResolveOutcome::Absent };
+    match record.state {
+        RecordState::Completed { .. } => ResolveOutcome::AlreadyCompleted,
+        RecordState::Held if record.unresolved > 0 => ResolveOutcome::UnresolvedIntents,
+        RecordState::InProgress { .. } | RecordState::Held => ResolveOutcome::InProgress,
     }
 }
 
@@ -343,7 +348,7 @@ const RULES: &[(&str, &str)] = &[
         "CASE WHEN {absent} THEN 'anew'
               WHEN {r}.state <> 'in_progress' THEN 'none'
               WHEN {r}.attempt = {attempt} THEN 'again'
-              WHEN {r}.lease_until > {now} OR {r}.fingerprint <> {fingerprint} THEN 'none'
+              WHEN {r}.lease_until > {now} OR {r}.fingerprint <> {fingerprint} OR {blocked} THEN 'none'
               WHEN {due} THEN 'hold'
               ELSE 'takeover' END",
     ),
@@ -351,14 +356,18 @@ const RULES: &[(&str, &str)] = &[
         "{columns}",
         "{r}.consumer, {r}.key, {r}.id, {r}.fingerprint, CASE WHEN {held} THEN 'held' ELSE {r}.state END AS state, {r}.attempt,
          CAST({r}.attempt_number AS bigint) AS attempt_number, CAST(CASE WHEN {due} THEN {r}.abandoned + 1 ELSE {r}.abandoned END AS bigint) AS abandoned,
-         {times}, {r}.response",
+         CAST({r}.unresolved AS bigint) AS unresolved, {times}, {r}.response",
     ),
     (
         "{absent}",
-        "({r}.expires_at <= {now} AND NOT {held} AND NOT ({r}.state = 'in_progress' AND {r}.lease_until > {now}))",
+        "({r}.expires_at <= {now} AND NOT {held}
+            AND NOT ({r}.state = 'in_progress' AND ({r}.lease_until > {now} OR {r}.unresolved > 0)))",
     ),
+    ("{releasable}", "({resolvable} AND NOT {unrepeatable})"),
     ("{resolvable}", "({r}.state = 'held' OR {lapsed})"),
-    ("{held}", "({r}.state = 'held' OR {due})"),
+    ("{held}", "({r}.state = 'held' OR {due} OR {blocked})"),
+    ("{blocked}", "({lapsed} AND {unrepeatable})"),
+    ("{unrepeatable}", "COALESCE({r}.repeatable_until <= {now}, FALSE)"),
     ("{due}", "({lapsed} AND {r}.attempt IS NOT NULL AND {r}.abandoned + 1 >= {r}.max_abandoned)"),
     ("{lapsed}", "({r}.state = 'in_progress' AND {r}.lease_until <= {now})"),
     ("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))"),

@@ -1,6 +1,7 @@
 //! The SQLite store.
 
 mod connection;
+mod recovery;
 mod setup;
 mod statements;
 mod transaction;
@@ -23,8 +24,10 @@ use self::{
     transaction::AttemptTransaction,
 };
 use super::{
-    IntoStore, Store,
-    sql::{self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
+    IntoStore, RecoveryStore, Store,
+    sql::{
+        self, CLAIM_ROUNDS, Identifier, InvalidIdentifier, Lazy, Ready, TableCreation, recovery::SqlRecovery,
+    },
 };
 use crate::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record,
@@ -228,7 +231,11 @@ impl Store for SqliteStore {
     }
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.fenced("release", &self.sql().await?.release, attempt).await
+        let statements = self.sql().await?;
+        match self.fenced("release", &statements.release, attempt).await? {
+            Fenced::Applied => Ok(Fenced::Applied),
+            Fenced::Lost => self.fenced("release", &statements.release_kept, attempt).await,
+        }
     }
 
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
@@ -236,7 +243,7 @@ impl Store for SqliteStore {
     }
 
     async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
-        let query = prepared(&self.sql().await?.get).bind(consumer.as_str()).bind(key.as_str());
+        let query = of_key(&self.sql().await?.get, consumer, key);
         first_record("get", &self.read("get", query).await?)
     }
 
@@ -250,7 +257,7 @@ impl Store for SqliteStore {
     }
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
-        let query = prepared(&self.sql().await?.evict).bind(consumer.as_str()).bind(key.as_str());
+        let query = of_key(&self.sql().await?.evict, consumer, key);
         Ok(!self.write(Rank::Newcomer, "evict", query).await?.is_empty())
     }
 
@@ -261,18 +268,19 @@ impl Store for SqliteStore {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let statements = self.sql().await?;
-        let rows = match &resolution {
-            Resolution::Release => {
-                let query = prepared(&statements.resolve_release).bind(consumer.as_str()).bind(key.as_str());
-                self.write(Rank::Newcomer, "resolve", query).await?
-            }
+        let queries = match &resolution {
+            Resolution::Release => vec![
+                of_key(&statements.resolve_release, consumer, key),
+                of_key(&statements.resolve_release_kept, consumer, key),
+            ],
             Resolution::Complete(response) => {
-                let query = prepared(&statements.resolve_complete).bind(consumer.as_str()).bind(key.as_str());
-                self.write(Rank::Newcomer, "resolve", query.bind(&**response)).await?
+                vec![of_key(&statements.resolve_complete, consumer, key).bind(&**response)]
             }
         };
-        if !rows.is_empty() {
-            return Ok(ResolveOutcome::Resolved);
+        for query in queries {
+            if !self.write(Rank::Newcomer, "resolve", query).await?.is_empty() {
+                return Ok(ResolveOutcome::Resolved);
+            }
         }
         Ok(sql::not_resolved(self.get(consumer, key).await?))
     }
@@ -285,6 +293,10 @@ impl Store for SqliteStore {
     ) -> Option<Arc<dyn StoreTransaction>> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone());
         Some(Slot::lay_out(driver, limits.begin_timeout, Some(limits.time_limit), extensions))
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        Some(Arc::new(SqlRecovery(self.clone())))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
@@ -307,7 +319,11 @@ fn prepared<'q>(sql: &Arc<str>) -> Prepared<'q> {
 }
 
 fn of_attempt<'q>(sql: &Arc<str>, attempt: &'q Attempt) -> Prepared<'q> {
-    prepared(sql).bind(attempt.consumer.as_str()).bind(attempt.key.as_str()).bind(attempt.id.as_uuid())
+    of_key(sql, &attempt.consumer, &attempt.key).bind(attempt.id.as_uuid())
+}
+
+fn of_key<'q>(sql: &Arc<str>, consumer: &'q Consumer, key: &'q IdempotencyKey) -> Prepared<'q> {
+    prepared(sql).bind(consumer.as_str()).bind(key.as_str())
 }
 
 fn first_record(operation: &str, rows: &[SqliteRow]) -> Result<Option<Record>, StoreError> {

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use http::Response;
 
 use crate::{
-    ProblemJson, Rejection, RejectionCode, TRACING_TARGET, TransactionError, TransactionErrorKind,
-    error::BoxError, rejection::respond, store::sql::transaction_error_kind,
+    IntentError, ProblemJson, Rejection, RejectionCode, TRACING_TARGET, TransactionError,
+    TransactionErrorKind, error::BoxError, rejection::respond, store::sql::transaction_error_kind,
 };
 
 /// A handler could not get its transaction, or one of its statements failed. As a response it is a refusal, which is
@@ -86,6 +86,14 @@ impl TxError {
             tracing::error!(target: TRACING_TARGET, code = %self.code(), error, "the transaction of a handler failed");
         }
         respond(*self.rejection, &ProblemJson)
+    }
+}
+
+/// A handler may answer with it whatever fails, a call to an upstream service too.
+impl From<IntentError> for TxError {
+    fn from(error: IntentError) -> Self {
+        let rejection = error.rejection();
+        Self { source: Some(error.into()), ..Self::new(rejection) }
     }
 }
 

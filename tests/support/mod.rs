@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod database;
+pub mod db;
 pub mod direct;
 pub mod forward;
 pub mod http;

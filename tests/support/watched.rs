@@ -12,8 +12,8 @@ use bytes::Bytes;
 use http::Extensions;
 use tokio::sync::watch;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, RenewOutcome, Renewal, Store, StoreError, StoreErrorKind,
-    StoreTransaction, TransactionLimits,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, RecoveryStore, RenewOutcome, Renewal, Store, StoreError,
+    StoreErrorKind, StoreTransaction, TransactionLimits,
 };
 
 use super::forward::forward_store;
@@ -135,6 +135,10 @@ impl<S: Store + Clone> Store for Watched<S> {
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
         self.store.transaction(attempt, limits, extensions)
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        self.store.recovery()
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use http::Extensions;
 use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, IdempotencyKey, RenewOutcome, Renewal, Store, StoreError,
-    StoreTransaction, TransactionError, TransactionLimits, TransactionUsage,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, IdempotencyKey, RecoveryStore, RenewOutcome, Renewal,
+    Store, StoreError, StoreTransaction, TransactionError, TransactionLimits, TransactionUsage,
 };
 
 use crate::support::forward::forward_store;
@@ -147,6 +147,10 @@ impl<S: Store> Store for Trapped<S> {
     ) -> Option<Arc<dyn StoreTransaction>> {
         let inner = self.inner.transaction(attempt, limits, extensions)?;
         Some(Arc::new(Trapped::new((inner, attempt.key.clone()), self.trap.clone())))
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        self.inner.recovery()
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

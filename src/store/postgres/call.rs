@@ -1,43 +1,19 @@
-//! A statement and its values, for either way of sending it.
+//! Either way of sending a statement.
 
-use std::{fmt::Write, sync::Arc};
+use std::fmt::Write;
 
 use sqlx::{
     AssertSqlSafe, Postgres,
-    postgres::{PgArguments, PgConnection, PgRow},
+    postgres::{PgArguments, PgConnection, PgRow, types::PgInterval},
     query::Query,
 };
 use uuid::Uuid;
 
 use super::ConnectionMode;
-
-/// A statement with its values `$1`, `$2` and so on.
-pub(super) struct Call<'a> {
-    sql: Arc<str>,
-    values: Vec<Value<'a>>,
-}
-
-pub(super) enum Value<'a> {
-    Text(&'a str),
-    Bytes(&'a [u8]),
-    Uuid(Uuid),
-    Small(i16),
-    Int(i64),
-    Texts(Vec<&'a str>),
-    Uuids(Vec<Uuid>),
-    Ints(Vec<i64>),
-}
+use crate::store::sql;
+pub(super) use crate::store::sql::call::{Call, Value};
 
 impl<'a> Call<'a> {
-    pub(super) fn new(sql: impl Into<Arc<str>>) -> Self {
-        Self { sql: sql.into(), values: Vec::new() }
-    }
-
-    pub(super) fn with(mut self, value: Value<'a>) -> Self {
-        self.values.push(value);
-        self
-    }
-
     /// Runs the statement to its end.
     ///
     /// sqlx prepares and executes even an unnamed statement in two steps, between which a transaction pooler may
@@ -68,11 +44,16 @@ impl<'a> Call<'a> {
     fn prepared(self) -> Query<'a, Postgres, PgArguments> {
         let query = sqlx::query(AssertSqlSafe(self.sql));
         self.values.into_iter().fold(query, |query, value| match value {
+            Value::Null => query.bind(None::<String>),
+            Value::Flag(flag) => query.bind(flag),
             Value::Text(text) => query.bind(text),
             Value::Bytes(bytes) => query.bind(bytes),
             Value::Uuid(id) => query.bind(id),
             Value::Small(number) => query.bind(number),
             Value::Int(number) => query.bind(number),
+            Value::Span(span) => {
+                query.bind(PgInterval { months: 0, days: 0, microseconds: sql::micros(span) })
+            }
             Value::Texts(texts) => query.bind(texts),
             Value::Uuids(ids) => query.bind(ids),
             Value::Ints(numbers) => query.bind(numbers),
@@ -100,11 +81,16 @@ impl Value<'_> {
     /// the server reads as anything else.
     fn write(&self, text: &mut String) {
         match self {
+            Self::Null => text.push_str("NULL"),
+            Self::Flag(flag) => text.push_str(if *flag { "TRUE" } else { "FALSE" }),
             Self::Text(value) => write_text(text, value),
             Self::Bytes(bytes) => write_bytes(text, bytes),
             Self::Uuid(id) => write_uuid(text, id),
             Self::Small(number) => write_int(text, i64::from(*number)),
             Self::Int(number) => write_int(text, *number),
+            Self::Span(span) => {
+                let _ = write!(text, "({} * interval '1 microsecond')", sql::micros(*span));
+            }
             Self::Texts(values) => write_array(text, values, |text, value| write_text(text, value)),
             Self::Uuids(ids) => write_array(text, ids, write_uuid),
             Self::Ints(numbers) => write_array(text, numbers, |text, number| write_int(text, *number)),

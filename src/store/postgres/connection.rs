@@ -1,16 +1,19 @@
 //! The store's own connections.
 
 use std::{
+    future::poll_fn,
     ops::{Deref, DerefMut},
     sync::OnceLock,
     time::Duration,
 };
 
 use sqlx::{
-    ConnectOptions, PgPool, Postgres,
+    AssertSqlSafe, ConnectOptions, Either, PgPool, Postgres,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgConnection, PgRow},
 };
+
+use tokio::time::{error::Elapsed, timeout};
 
 use super::{ConnectionMode, call::Call};
 use crate::{
@@ -36,7 +39,7 @@ impl Connections {
         pool.acquire().await.map(|connection| Lent(Some(connection))).map_err(connect_error)
     }
 
-    /// Runs one statement. A connection whose statement did not end in time, or was not awaited, is thrown away.
+    /// Runs one statement.
     pub(super) async fn rows(
         &self,
         base: &PgPool,
@@ -45,9 +48,45 @@ impl Connections {
         call: Call<'_>,
     ) -> Result<Vec<PgRow>, StoreError> {
         let mut connection = self.lend(base, settings).await?;
-        let reply =
-            tokio::time::timeout(settings.statement_timeout, call.fetch_all(&mut connection, settings.mode))
-                .await;
+        let sent = call.fetch_all(&mut connection, settings.mode);
+        let reply = timeout(settings.statement_timeout, sent).await;
+        self.received(connection, settings, operation, reply)
+    }
+
+    /// Runs statements in one transaction and one round trip, each with a snapshot of its own. Returns the rows of each.
+    pub(super) async fn script(
+        &self,
+        base: &PgPool,
+        settings: &Settings,
+        operation: &str,
+        calls: &[Call<'_>],
+    ) -> Result<Vec<Vec<PgRow>>, StoreError> {
+        let text = calls.iter().map(Call::text).collect::<Vec<_>>().join(";");
+        let mut connection = self.lend(base, settings).await?;
+        let sent = async {
+            let mut replies = vec![Vec::new()];
+            let mut stream = sqlx::raw_sql(AssertSqlSafe(text)).fetch_many(&mut *connection);
+            while let Some(reply) = poll_fn(|cx| stream.as_mut().poll_next(cx)).await.transpose()? {
+                match (reply, replies.last_mut()) {
+                    (Either::Right(row), Some(rows)) => rows.push(row),
+                    (Either::Left(_), _) | (_, None) => replies.push(Vec::new()),
+                }
+            }
+            replies.pop();
+            Ok(replies)
+        };
+        let reply = timeout(settings.statement_timeout, sent).await;
+        self.received(connection, settings, operation, reply)
+    }
+
+    /// A connection whose statement did not end in time, or was not awaited, is thrown away.
+    fn received<T>(
+        &self,
+        connection: Lent,
+        settings: &Settings,
+        operation: &str,
+        reply: Result<Result<T, sqlx::Error>, Elapsed>,
+    ) -> Result<T, StoreError> {
         match reply {
             Ok(Ok(rows)) => {
                 connection.give_back();
@@ -131,14 +170,15 @@ fn own_pool(base: &PgPool, settings: &Settings) -> PgPool {
 }
 
 fn connect_options(options: PgConnectOptions, settings: &Settings) -> PgConnectOptions {
+    // The statements hold their values, which are nobody's business in a log.
+    let options = options.disable_statement_logging();
     // The server gives up first, so that a statement that was too slow is not carried out later.
     let server_timeout = settings.statement_timeout * 9 / 10;
     match settings.mode {
         ConnectionMode::Direct => options
             .options(START_UP)
             .options([("statement_timeout", format!("{}ms", server_timeout.as_millis().max(1)))]),
-        // The statements hold their values, which are nobody's business in a log.
-        ConnectionMode::TransactionPooler => options.extra_float_digits(None).disable_statement_logging(),
+        ConnectionMode::TransactionPooler => options.extra_float_digits(None),
     }
 }
 

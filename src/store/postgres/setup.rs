@@ -182,8 +182,15 @@ SELECT pg_advisory_xact_lock(hashtextextended('{lock}', 0))";
 const OLDEST_VERSION: i32 = 120_000;
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
 
-const MIGRATIONS: &[Migration] = &[Migration::new(
-    1,
-    "migrations/postgres/0001_records.sql",
-    include_str!("../../../migrations/postgres/0001_records.sql"),
-)];
+const MIGRATIONS: &[Migration] = &[
+    Migration::new(
+        1,
+        "migrations/postgres/0001_records.sql",
+        include_str!("../../../migrations/postgres/0001_records.sql"),
+    ),
+    Migration::new(
+        2,
+        "migrations/postgres/0002_intents.sql",
+        include_str!("../../../migrations/postgres/0002_intents.sql"),
+    ),
+];

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::store::sql::{self, Identifier};
+use crate::store::sql::{self, Identifier, recovery};
 
 /// The statements of a store, for its table.
 #[derive(Debug)]
@@ -16,10 +16,12 @@ pub(super) struct Statements {
     pub(super) renew: Arc<str>,
     pub(super) complete: Arc<str>,
     pub(super) release: Arc<str>,
+    pub(super) release_kept: Arc<str>,
     pub(super) hold: Arc<str>,
     pub(super) get: Arc<str>,
     pub(super) evict: Arc<str>,
     pub(super) resolve_release: Arc<str>,
+    pub(super) resolve_release_kept: Arc<str>,
     pub(super) resolve_complete: Arc<str>,
     pub(super) purge: Arc<str>,
     pub(super) list: Arc<str>,
@@ -27,12 +29,15 @@ pub(super) struct Statements {
     pub(super) renew_locked: Arc<str>,
     pub(super) complete_locked: Arc<str>,
     pub(super) terminate: Arc<str>,
+    pub(super) finish_phase: Arc<str>,
+    pub(super) recovery: recovery::Statements,
 }
 
 impl Statements {
     /// `schema` is quoted where it needs to be.
     pub(super) fn new(schema: &str, prefix: &Identifier) -> Self {
-        let table = format!("{schema}.{prefix}_records");
+        let name = |table: &str| format!("{schema}.{prefix}_{table}");
+        let (table, phases) = (name("records"), name("phases"));
         let render = |template: &str| -> Arc<str> {
             let names = [
                 ("{times}", TIMES),
@@ -42,6 +47,7 @@ impl Statements {
                 ("{attempt}", "$3"),
                 ("{fingerprint}", "$4"),
                 ("{table}", &table),
+                ("{phases}", &phases),
                 ("{r}", "r"),
             ];
             sql::render(template, &names).into()
@@ -52,10 +58,12 @@ impl Statements {
             renew: render(RENEW),
             complete: render(COMPLETE),
             release: render(RELEASE),
+            release_kept: render(RELEASE_KEPT),
             hold: render(HOLD),
             get: render(GET),
             evict: render(EVICT),
             resolve_release: render(RESOLVE_RELEASE),
+            resolve_release_kept: render(RESOLVE_RELEASE_KEPT),
             resolve_complete: render(RESOLVE_COMPLETE),
             purge: render(PURGE),
             list: render(LIST),
@@ -63,6 +71,8 @@ impl Statements {
             renew_locked: render(RENEW_LOCKED),
             complete_locked: render(COMPLETE_LOCKED),
             terminate: render(TERMINATE),
+            finish_phase: render(FINISH_PHASE),
+            recovery: recovery::Statements::new(name, RECOVERY),
         }
     }
 }
@@ -112,6 +122,9 @@ UPDATE {table} AS r SET
     lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE {lease_until} END,
     created_at     = CASE l.action WHEN 'anew' THEN {now} ELSE r.created_at END,
     expires_at     = CASE l.action WHEN 'anew' THEN {expires_at} ELSE r.expires_at END,
+    kept           = l.action <> 'anew' AND r.kept,
+    unresolved     = CASE l.action WHEN 'anew' THEN 0 ELSE r.unresolved END,
+    repeatable_until = CASE l.action WHEN 'anew' THEN NULL ELSE r.repeatable_until END,
     completed_at   = NULL,
     response       = NULL
 FROM locked AS l WHERE r.ctid = l.place
@@ -147,7 +160,13 @@ UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} RETURNING 1";
+const RELEASE: &str =
+    "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND NOT r.kept RETURNING 1";
+
+const RELEASE_KEPT: &str = "
+UPDATE {table} AS r SET state = 'in_progress', attempt = NULL, lease_until = {now}
+WHERE r.consumer = $1 AND r.key = $2 AND {mine}
+RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {table} AS r SET state = 'held', lease_until = {now}
@@ -164,7 +183,12 @@ WHERE $2 = 'all' OR r.state = $2 ORDER BY r.created_at, r.consumer, r.key LIMIT 
 const EVICT: &str = "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 RETURNING 1";
 
 const RESOLVE_RELEASE: &str = "
-DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {resolvable} RETURNING 1";
+DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {releasable} AND NOT r.kept RETURNING 1";
+
+const RESOLVE_RELEASE_KEPT: &str = "
+UPDATE {table} AS r SET state = 'in_progress', attempt = NULL, abandoned = 0, lease_until = {now}
+WHERE r.consumer = $1 AND r.key = $2 AND {releasable}
+RETURNING 1";
 
 const RESOLVE_COMPLETE: &str = "
 UPDATE {table} AS r SET state = 'completed', response = $3, attempt = NULL, completed_at = {now},
@@ -176,10 +200,10 @@ RETURNING 1";
 const PURGE: &str = "
 WITH doomed AS (
     SELECT r.ctid AS place FROM {table} AS r
-    WHERE r.expires_at <= {now} AND {absent}
+    WHERE r.expires_at <= {now} AND {absent} AND r.unresolved = 0
     ORDER BY r.expires_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
-DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND {absent} IS TRUE RETURNING 1";
+DELETE FROM {table} AS r USING doomed WHERE r.ctid = doomed.place AND ({absent} AND r.unresolved = 0) IS TRUE RETURNING 1";
 
 /// Locks the record of an attempt for its transaction, and puts a setting of the session back. `fresh` is false on a
 /// connection that was in a transaction already, with writes of somebody else; it is computed before the row is locked.
@@ -202,6 +226,36 @@ VALUES ($1, $2, $3, '', 'held', 0, 0, 0, {now}, {now}, {now}, $4)
 ON CONFLICT (consumer, key) DO UPDATE SET state = 'completed', response = excluded.response, completed_at = {now}
 WHERE {mine} AND current_setting('tower_idempotency.attempt', true) = $3::text
 RETURNING r.state = 'completed' AS completed";
+
+/// Records the result of a phase as the last statement of its transaction, in which the row is locked, and renews the
+/// lease. Written as an insert for the same reason as the completion.
+const FINISH_PHASE: &str = "
+WITH mine AS (
+    INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt_number, abandoned, max_abandoned, lease_until,
+        created_at, expires_at)
+    VALUES ($1, $2, $3, '', 'held', 0, 0, 0, {now}, {now}, {now})
+    ON CONFLICT (consumer, key) DO UPDATE SET kept = TRUE, lease_until = {now} + $6::bigint * interval '1 microsecond'
+    WHERE {mine} AND r.state = 'in_progress' AND current_setting('tower_idempotency.attempt', true) = $3::text
+    RETURNING r.id
+)
+INSERT INTO {phases} (record_id, consumer, key, name, attempt, result, finished_at)
+SELECT mine.id, $1, $2, $4, $3, $5, {now} FROM mine
+RETURNING 1";
+
+/// What recovery says in the dialect of PostgreSQL.
+const RECOVERY: &[(&str, &str)] = &[
+    ("{created_at}", "CAST(extract(epoch FROM i.created_at) * 1000000 AS bigint) AS created_at"),
+    ("{opened_at}", "CAST(extract(epoch FROM i.opened_at) * 1000000 AS bigint) AS opened_at"),
+    ("{settled_at}", "CAST(extract(epoch FROM i.settled_at) * 1000000 AS bigint) AS settled_at"),
+    ("{age}", "CAST(extract(epoch FROM {now} - i.created_at) * 1000000 AS bigint) AS age"),
+    ("{now}", "statement_timestamp()"),
+    ("{far}", "'infinity'"),
+    ("{place}", "ctid"),
+    ("{for_update}", "FOR NO KEY UPDATE"),
+    ("{skip_locked_i}", "FOR UPDATE OF i SKIP LOCKED"),
+    ("{skip_locked_p}", "FOR UPDATE OF p SKIP LOCKED"),
+    ("{skip_locked_q}", "FOR UPDATE OF q SKIP LOCKED"),
+];
 
 /// Ends the backend whose transaction has the record locked.
 const TERMINATE: &str = "

@@ -86,8 +86,15 @@ async fn execute(connection: &mut SqliteConnection, sql: impl Into<String>) -> R
     done.map(drop).map_err(|source| error("prepare", source))
 }
 
-const MIGRATIONS: &[Migration] = &[Migration::new(
-    1,
-    "migrations/sqlite/0001_records.sql",
-    include_str!("../../../migrations/sqlite/0001_records.sql"),
-)];
+const MIGRATIONS: &[Migration] = &[
+    Migration::new(
+        1,
+        "migrations/sqlite/0001_records.sql",
+        include_str!("../../../migrations/sqlite/0001_records.sql"),
+    ),
+    Migration::new(
+        2,
+        "migrations/sqlite/0002_intents.sql",
+        include_str!("../../../migrations/sqlite/0002_intents.sql"),
+    ),
+];

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     Renewal,
-    store::sql::{self, Identifier},
+    store::sql::{self, Identifier, recovery},
 };
 
 /// The statements of a store, for its table.
@@ -16,14 +16,19 @@ pub(super) struct Statements {
     pub(super) still_mine: Arc<str>,
     pub(super) complete: Arc<str>,
     pub(super) release: Arc<str>,
+    pub(super) release_kept: Arc<str>,
     pub(super) hold: Arc<str>,
     pub(super) get: Arc<str>,
     pub(super) evict: Arc<str>,
     pub(super) resolve_release: Arc<str>,
+    pub(super) resolve_release_kept: Arc<str>,
     pub(super) resolve_complete: Arc<str>,
     pub(super) purge: Arc<str>,
     pub(super) list: Arc<str>,
     pub(super) mine: Arc<str>,
+    pub(super) keep: Arc<str>,
+    pub(super) finish_phase: Arc<str>,
+    pub(super) recovery: recovery::Statements,
 }
 
 impl Statements {
@@ -31,6 +36,7 @@ impl Statements {
         let name = format!("\"{prefix}_records\"");
         // A handler may have made a temporary table of that name on the connection that writes.
         let table = format!("main.{name}");
+        let phases = format!("main.\"{prefix}_phases\"");
         let render = |template: &str| -> Arc<str> {
             let names = [
                 ("{times}", TIMES),
@@ -38,6 +44,7 @@ impl Statements {
                 ("{attempt}", "?3"),
                 ("{fingerprint}", "?4"),
                 ("{table}", &table),
+                ("{phases}", &phases),
                 ("{r}", &name),
             ];
             sql::render(template, &names).into()
@@ -49,14 +56,19 @@ impl Statements {
             still_mine: render(STILL_MINE),
             complete: render(COMPLETE),
             release: render(RELEASE),
+            release_kept: render(RELEASE_KEPT),
             hold: render(HOLD),
             get: render(GET),
             evict: render(EVICT),
             resolve_release: render(RESOLVE_RELEASE),
+            resolve_release_kept: render(RESOLVE_RELEASE_KEPT),
             resolve_complete: render(RESOLVE_COMPLETE),
             purge: render(PURGE),
             list: render(LIST),
             mine: render(MINE),
+            keep: render(KEEP),
+            finish_phase: render(FINISH_PHASE),
+            recovery: recovery::Statements::new(|table| format!("main.\"{prefix}_{table}\""), RECOVERY),
         }
     }
 }
@@ -102,6 +114,9 @@ ON CONFLICT (consumer, key) DO UPDATE SET
     lease_until    = CASE {action} WHEN 'hold' THEN {r}.lease_until ELSE excluded.lease_until END,
     created_at     = CASE {action} WHEN 'anew' THEN excluded.created_at ELSE {r}.created_at END,
     expires_at     = CASE {action} WHEN 'anew' THEN excluded.expires_at ELSE {r}.expires_at END,
+    kept           = {action} <> 'anew' AND {r}.kept,
+    unresolved     = CASE {action} WHEN 'anew' THEN 0 ELSE {r}.unresolved END,
+    repeatable_until = CASE {action} WHEN 'anew' THEN NULL ELSE {r}.repeatable_until END,
     completed_at   = NULL,
     response       = NULL
 WHERE {action} <> 'none'
@@ -126,7 +141,13 @@ UPDATE {table} SET state = 'completed', response = ?4, completed_at = {now}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
-const RELEASE: &str = "DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} RETURNING 1";
+const RELEASE: &str =
+    "DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} AND NOT {r}.kept RETURNING 1";
+
+const RELEASE_KEPT: &str = "
+UPDATE {table} SET state = 'in_progress', attempt = NULL, lease_until = {now}
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
+RETURNING 1";
 
 const HOLD: &str = "
 UPDATE {table} SET state = 'held', lease_until = {now}
@@ -143,7 +164,12 @@ WHERE ?2 = 'all' OR r.state = ?2 ORDER BY r.created_at, r.consumer, r.key LIMIT 
 const EVICT: &str = "DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 RETURNING 1";
 
 const RESOLVE_RELEASE: &str = "
-DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable} RETURNING 1";
+DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {releasable} AND NOT {r}.kept RETURNING 1";
+
+const RESOLVE_RELEASE_KEPT: &str = "
+UPDATE {table} SET state = 'in_progress', attempt = NULL, abandoned = 0, lease_until = {now}
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {releasable}
+RETURNING 1";
 
 const RESOLVE_COMPLETE: &str = "
 UPDATE {table} SET state = 'completed', response = ?3, attempt = NULL, completed_at = {now},
@@ -153,7 +179,32 @@ RETURNING 1";
 
 const PURGE: &str = "
 DELETE FROM {table} WHERE rowid IN (
-    SELECT {r}.rowid FROM {table} WHERE {r}.expires_at <= {now} AND {absent} ORDER BY {r}.expires_at LIMIT ?1)
+    SELECT {r}.rowid FROM {table} WHERE {r}.expires_at <= {now} AND {absent} AND {r}.unresolved = 0 ORDER BY {r}.expires_at LIMIT ?1)
 RETURNING 1";
 
 const MINE: &str = "SELECT 1 FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}";
+
+/// Notes that a phase hangs on the record, and renews the lease.
+const KEEP: &str = "
+UPDATE {table} SET kept = TRUE, lease_until = {now} + ?4
+WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} AND {r}.state = 'in_progress'
+RETURNING 1";
+
+const FINISH_PHASE: &str = "
+INSERT INTO {phases} (record_id, consumer, key, name, attempt, result, finished_at)
+SELECT {r}.id, ?1, ?2, ?4, ?3, ?5, {now} FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}";
+
+/// What recovery says in the dialect of SQLite.
+const RECOVERY: &[(&str, &str)] = &[
+    ("{created_at}", "i.created_at * 1000 AS created_at"),
+    ("{opened_at}", "i.opened_at * 1000 AS opened_at"),
+    ("{settled_at}", "i.settled_at * 1000 AS settled_at"),
+    ("{age}", "({now} - i.created_at) * 1000 AS age"),
+    ("{now}", NOW),
+    ("{far}", "9000000000000000"),
+    ("{place}", "rowid"),
+    ("{for_update}", ""),
+    ("{skip_locked_i}", ""),
+    ("{skip_locked_p}", ""),
+    ("{skip_locked_q}", ""),
+];

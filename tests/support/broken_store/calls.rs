@@ -9,8 +9,8 @@ use bytes::Bytes;
 use http::Extensions;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
-    RecordFilter, RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError,
-    StoreErrorKind, StoreTransaction, TransactionLimits,
+    RecordFilter, RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store,
+    StoreError, StoreErrorKind, StoreTransaction, TransactionLimits,
 };
 
 use super::{
@@ -240,6 +240,10 @@ impl Store for BrokenStore {
         _: &TransactionLimits,
         _: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
+        None
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
         None
     }
 

@@ -1,0 +1,151 @@
+//! What is written of intents, in tasks that nobody cuts off.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, UpstreamKey};
+use crate::{
+    Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET,
+    shared::{Shared, flatten, no_answer},
+};
+
+impl Shared {
+    pub(crate) fn recovery(&self) -> Result<Arc<dyn RecoveryStore>, StoreError> {
+        self.store.recovery().ok_or_else(|| {
+            let message = "this store keeps no intents and phases: use SqliteStore or PostgresStore";
+            StoreError::new(StoreErrorKind::Misconfigured, message)
+        })
+    }
+
+    /// Opens an intent, waiting at most `limit`. One that is opened after that is withdrawn, as not sent.
+    pub(super) async fn open_intent(
+        self: &Arc<Self>,
+        opening: Opening,
+        limit: Duration,
+    ) -> Result<OpenOutcome, StoreError> {
+        let recovery = self.recovery()?;
+        let (sender, mut receiver) = oneshot::channel();
+        self.tasks.spawn(Arc::clone(self).open_for(recovery, opening, sender));
+        let answer = match timeout(limit, &mut receiver).await {
+            Ok(answer) => answer.ok(),
+            Err(_) => {
+                receiver.close();
+                receiver.try_recv().ok()
+            }
+        };
+        answer.unwrap_or_else(|| Err(no_answer(limit)))
+    }
+
+    async fn open_for(
+        self: Arc<Self>,
+        recovery: Arc<dyn RecoveryStore>,
+        opening: Opening,
+        caller: oneshot::Sender<Result<OpenOutcome, StoreError>>,
+    ) {
+        let mut pause = FIRST_PAUSE;
+        let outcome = loop {
+            let outcome = recovery.open_intent(&opening).await;
+            let ambiguous = outcome.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Ambiguous);
+            if !ambiguous || caller.is_closed() {
+                break outcome;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        };
+        let may_be_open = match &outcome {
+            Ok(OpenOutcome::Opened) => true,
+            Ok(OpenOutcome::Recorded(_) | OpenOutcome::Lost) => false,
+            Err(error) => error.kind() == StoreErrorKind::Ambiguous,
+        };
+        if caller.send(outcome).is_err() && may_be_open {
+            let give_up = Instant::now() + WITHDRAWAL_LIMIT;
+            let fence = IntentFence::Call(opening.call);
+            let withdrawn =
+                self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await;
+            if let Err(error) = withdrawn {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
+            }
+        }
+    }
+
+    /// Records what became of a call, waiting at most `limit`; after that it goes on until `give_up`.
+    pub(super) async fn settle_intent(
+        self: &Arc<Self>,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: IntentUpdate,
+        limit: Duration,
+        give_up: Instant,
+    ) -> Result<Fenced, StoreError> {
+        let this = Arc::clone(self);
+        let task = self.tasks.spawn(async move { this.settle_until(intent, fence, update, give_up).await });
+        flatten(timeout(limit, task).await, limit)
+    }
+
+    async fn settle_until(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: IntentUpdate,
+        give_up: Instant,
+    ) -> Result<Fenced, StoreError> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.settle_once(intent, fence, &update).await {
+                Err(error) if Instant::now() + pause < give_up => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(
+                        target: TRACING_TARGET, upstream_key = %intent, error,
+                        "what became of a call is not recorded yet; trying again"
+                    );
+                }
+                settled => return settled,
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    /// Found settled already, it is settled if it says the same.
+    async fn settle_once(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: &IntentUpdate,
+    ) -> Result<Fenced, StoreError> {
+        let recovery = self.recovery()?;
+        if recovery.update_intent(intent, fence, update, None).await? == Fenced::Applied {
+            return Ok(Fenced::Applied);
+        }
+        let (IntentUpdate::Finalize(resource), IntentFence::Call(call)) = (update, fence) else {
+            return Ok(Fenced::Lost);
+        };
+        let Some(found) = recovery.get_intent(intent).await? else { return Ok(Fenced::Lost) };
+        match found.state {
+            IntentState::Finalized(recorded) if recorded.id == resource.id => Ok(Fenced::Applied),
+            IntentState::Dead { absent: true, .. } => {
+                tracing::error!(
+                    target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
+                    "{TURNED_UP}"
+                );
+                let fence = IntentFence::AbsentCall(call);
+                recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await
+            }
+            IntentState::Finalized(_) | IntentState::Open { .. } | IntentState::Dead { .. } => {
+                Ok(Fenced::Lost)
+            }
+        }
+    }
+}
+
+pub(crate) const TURNED_UP: &str = "a resource turned up that the upstream had not known before";
+
+/// For how long it is tried to record that a call was not made.
+const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(10 * 60);
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_secs(1);

@@ -1,0 +1,97 @@
+//! Why a call to an upstream service has no result.
+
+use bytes::Bytes;
+use http::Response;
+
+use crate::{
+    ProblemJson, Rejection, RejectionCode, StoreError, TRACING_TARGET, error::BoxError, rejection::respond,
+};
+
+/// A call to an upstream service has no result.
+///
+/// As a response [`Refused`](Self::Refused) is a 422 that is stored, like any answer of the handler; map it to one that
+/// says more to the client. All others are refusals, which are never stored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IntentError {
+    /// The upstream has refused, now or on an earlier attempt, with this reason: 422 `upstream-refused`.
+    #[error("the upstream service has refused: {0}")]
+    Refused(String),
+    /// The call has certainly not been processed: 503 `upstream-unavailable`. The next attempt makes it.
+    #[error("the call to the upstream service was not sent")]
+    NotSent(#[source] BoxError),
+    /// Nobody knows whether the call was processed. If it may be made again with the same key: 503 `outcome-unknown`, and
+    /// the next attempt makes it. Otherwise 409 `outcome-unknown`: the key is held until the intent is settled.
+    #[error("it is not known whether the upstream service has processed the call")]
+    #[non_exhaustive]
+    Unknown {
+        /// Whether the call may be made again.
+        repeatable: bool,
+        /// What happened to it, if that was now.
+        source: Option<BoxError>,
+    },
+    /// The intent could not be written, and nothing was called: 503 `store-unavailable` or 500 `store-misconfigured`.
+    #[error("the intent could not be recorded; nothing was called")]
+    NotRecorded(#[source] StoreError),
+    /// An earlier attempt had the same intent with other arguments: 409 `outcome-unknown`. Nothing was called, and the key
+    /// is held, whatever the handler answers.
+    #[error("an earlier attempt had the same intent with other arguments; nothing was called")]
+    OtherArguments,
+    /// The attempt does not own its record any more, or what it has found out contradicts what was recorded meanwhile: 409
+    /// `in-progress`.
+    #[error("the attempt does not own its record any more")]
+    Lost,
+    /// The handler has used intents wrongly, as this says: 500 `intent-misused`. Nothing was called.
+    #[error("{0}")]
+    Misused(&'static str),
+}
+
+impl IntentError {
+    /// The code of the response.
+    #[must_use]
+    pub fn code(&self) -> RejectionCode {
+        match self {
+            Self::Refused(_) => RejectionCode::UpstreamRefused,
+            Self::NotSent(_) => RejectionCode::UpstreamUnavailable,
+            Self::Unknown { repeatable: true, .. } => RejectionCode::CommitUnconfirmed,
+            Self::Unknown { repeatable: false, .. } | Self::OtherArguments => RejectionCode::OutcomeUnknown,
+            Self::NotRecorded(error) => RejectionCode::of_store(error.kind()),
+            Self::Lost => RejectionCode::InProgress,
+            Self::Misused(_) => RejectionCode::IntentMisused,
+        }
+    }
+
+    pub(crate) fn rejection(&self) -> Rejection {
+        let detail = match self {
+            Self::Refused(_) => "The upstream service has refused.",
+            Self::NotSent(_) => {
+                "An upstream service could not be reached; send the request again with the same key."
+            }
+            Self::Unknown { repeatable: true, .. } => {
+                "It is not known yet what an upstream service did; send the request again with the same key."
+            }
+            Self::Unknown { repeatable: false, .. } | Self::OtherArguments => {
+                "It is not known what an upstream service did. The request is not run again until that is resolved."
+            }
+            Self::NotRecorded(_) => "The request was not performed; the server's log says why.",
+            Self::Lost => "Another attempt of the request has taken over. Send it again to get its response.",
+            Self::Misused(_) => "The request was not performed; the server's log says why.",
+        };
+        Rejection::new(self.code(), detail)
+    }
+
+    /// The response, rendered as [`ProblemJson`] whatever the layer's renderer is. Logs the cause.
+    #[must_use]
+    pub fn into_http_response(self) -> Response<Bytes> {
+        let error = &self as &(dyn std::error::Error + 'static);
+        tracing::error!(target: TRACING_TARGET, code = %self.code(), error, "a call to an upstream service has no result");
+        respond(self.rejection(), &ProblemJson)
+    }
+}
+
+#[cfg(feature = "axum")]
+impl axum_core::response::IntoResponse for IntentError {
+    fn into_response(self) -> axum_core::response::Response {
+        self.into_http_response().map(axum_core::body::Body::from)
+    }
+}

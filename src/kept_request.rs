@@ -1,0 +1,56 @@
+//! Requests that are kept so that they can be sent again.
+
+use std::{fmt, time::Duration};
+
+use bytes::Bytes;
+
+use crate::{Consumer, IdempotencyKey, RecordId, response::Length};
+
+/// A request that is kept until its record is completed, as a store shows it.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KeptRequest {
+    /// The record of the request.
+    pub record_id: RecordId,
+    /// The consumer of that record.
+    pub consumer: Consumer,
+    /// The key of that record.
+    pub key: IdempotencyKey,
+    /// The encoded request.
+    pub request: Bytes,
+    /// How often it was sent again.
+    pub tries: u32,
+    /// What an operator must know.
+    pub attention: Option<String>,
+}
+
+impl KeptRequest {
+    /// A request that was not sent again yet.
+    #[must_use]
+    pub fn new(record_id: RecordId, consumer: Consumer, key: IdempotencyKey, request: Bytes) -> Self {
+        Self { record_id, consumer, key, request, tries: 0, attention: None }
+    }
+}
+
+/// Shows how long the request is, and nothing of it.
+impl fmt::Debug for KeptRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeptRequest")
+            .field("record_id", &self.record_id)
+            .field("consumer", &self.consumer)
+            .field("request", &Length(&self.request))
+            .field("tries", &self.tries)
+            .field("attention", &self.attention)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What becomes of a kept request that was sent again.
+#[derive(Clone, Debug)]
+#[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
+pub enum RequestUpdate {
+    /// It is sent again after this time, if its record is still not completed.
+    SendAgain(Duration),
+    /// It is not sent any more and waits for an operator, who is told this.
+    NeedsAttention(String),
+}

@@ -1,0 +1,131 @@
+//! What a store keeps for recovery: intents, finished phases and kept requests.
+
+use std::{fmt::Debug, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::{
+    Attempt, Fenced, Intent, IntentFence, IntentFilter, IntentUpdate, KeptRequest, OpenOutcome, Opening,
+    RecordId, RequestUpdate, StoreError, UpstreamKey,
+};
+
+/// Keeps intents, finished phases and kept requests beside the records of a [`Store`](crate::Store).
+///
+/// # Rules
+///
+/// * **The record knows.** Whatever changes an intent changes, in the same transaction, how many open ones its record has
+///   and until when they may all be called again. Claims, takeovers, releases and the purge look at the record only, so
+///   that none of them slips past an intent that is being opened.
+/// * **A record whose lease ran out or that was released, and that has an open intent that may not be called again, is
+///   held** until that intent is settled. One that may be called again is taken over as usual.
+/// * **A record on which an intent or a finished phase hangs stays when it is released**: its id, fingerprint and attempt
+///   number go on. It is not purged while an intent is open.
+/// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and repeatable: an opening
+///   with the id of the last call is won again.
+/// * **An intent may be called** if it is new; if it is open and was certainly not sent; if it is open and the upstream
+///   still recognizes its key; if it is dead because the upstream does not know it. Never with other arguments.
+/// * **Intents outlive their record.** Those whose record has gone are settled alone.
+#[async_trait]
+pub trait RecoveryStore: Debug + Send + Sync {
+    /// Opens an intent before its call.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be open: open it again with the same call, or record
+    /// that it was not sent.
+    async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError>;
+
+    /// Records something of an intent. `attention` is what an operator must know; an open intent that needs attention is
+    /// not looked up any more. Lost if there is no such intent or its fence does not hold.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be recorded.
+    async fn update_intent(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: &IntentUpdate,
+        attention: Option<&str>,
+    ) -> Result<Fenced, StoreError>;
+
+    /// Takes intents that are to be looked up, at most `limit`, the most overdue first: those whose attempt does not own
+    /// their record any more. Nobody else takes them for `pause`, and each counts a look-up more.
+    ///
+    /// # Errors
+    ///
+    /// Any; some may be taken.
+    async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError>;
+
+    /// Looks one intent up.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError>;
+
+    /// Lists intents, at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError>;
+
+    /// The result of a finished phase. Waits for a transaction that is finishing it.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn find_phase(
+        &self,
+        attempt: &Attempt,
+        record: RecordId,
+        name: &str,
+    ) -> Result<Option<Bytes>, StoreError>;
+
+    /// Keeps the encoded request of an attempt that owns its record, to be sent again if nobody has completed it after this
+    /// time. The first one of a record counts.
+    ///
+    /// # Errors
+    ///
+    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be kept.
+    async fn keep_request(
+        &self,
+        attempt: &Attempt,
+        record: RecordId,
+        request: &Bytes,
+        after: Duration,
+    ) -> Result<Fenced, StoreError>;
+
+    /// Takes requests that are to be sent again, at most `limit`: those whose record is in progress with a lease that is
+    /// over, that may run again and is not held, and that was not claimed under a policy that holds abandoned attempts.
+    /// Nobody else takes them for `pause`, and each counts a try more.
+    ///
+    /// # Errors
+    ///
+    /// Any; some may be taken.
+    async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError>;
+
+    /// Records what became of a try to send a request again.
+    ///
+    /// # Errors
+    ///
+    /// Any; it may be recorded.
+    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<(), StoreError>;
+
+    /// Lists the requests that wait for an operator, at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError>;
+
+    /// Deletes kept requests whose record is completed or gone, and settled intents and finished phases that are older than
+    /// `retention` and whose record is gone; of each at most `limit`. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// Any; some may be deleted.
+    async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError>;
+}

@@ -1,0 +1,598 @@
+//! Intents, finished phases and kept requests in SQL, for every engine.
+
+use std::{fmt::Debug, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::{
+    RULES,
+    call::{Call, Value},
+    decoding, instant, number, span,
+};
+use crate::{
+    Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentFence, IntentFilter,
+    IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate, Resource,
+    StoreError, UpstreamKey, store::RecoveryStore,
+};
+
+/// What a database does for recovery.
+#[async_trait]
+pub(in crate::store) trait Engine: Debug + Send + Sync + 'static {
+    type Row: Fields;
+
+    async fn statements(&self) -> Result<&Statements, StoreError>;
+
+    /// Runs one statement that only reads.
+    async fn read(&self, operation: &str, call: Call<'_>) -> Result<Vec<Self::Row>, StoreError>;
+
+    /// Runs statements in one transaction, each of which sees what was committed before it began.
+    async fn write(&self, operation: &str, calls: Vec<Call<'_>>) -> Result<Vec<Vec<Self::Row>>, StoreError>;
+
+    fn error(operation: &str, source: sqlx::Error) -> StoreError;
+}
+
+/// A row, whatever the database.
+pub(in crate::store) trait Fields: Send {
+    fn text(&self, name: &str) -> Result<Option<String>, sqlx::Error>;
+    fn bytes(&self, name: &str) -> Result<Option<Vec<u8>>, sqlx::Error>;
+    fn uuid(&self, name: &str) -> Result<Uuid, sqlx::Error>;
+    fn int(&self, name: &str) -> Result<Option<i64>, sqlx::Error>;
+    fn flag(&self, name: &str) -> Result<bool, sqlx::Error>;
+}
+
+macro_rules! fields_of {
+    ($row:ty) => {
+        impl $crate::store::sql::recovery::Fields for $row {
+            fn text(&self, name: &str) -> Result<Option<String>, sqlx::Error> {
+                self.try_get(name)
+            }
+
+            fn bytes(&self, name: &str) -> Result<Option<Vec<u8>>, sqlx::Error> {
+                self.try_get(name)
+            }
+
+            fn uuid(&self, name: &str) -> Result<uuid::Uuid, sqlx::Error> {
+                self.try_get(name)
+            }
+
+            fn int(&self, name: &str) -> Result<Option<i64>, sqlx::Error> {
+                self.try_get(name)
+            }
+
+            fn flag(&self, name: &str) -> Result<bool, sqlx::Error> {
+                self.try_get(name)
+            }
+        }
+    };
+}
+pub(in crate::store) use fields_of;
+
+/// Recovery by an engine.
+#[derive(Debug)]
+pub(in crate::store) struct SqlRecovery<E>(pub(in crate::store) E);
+
+impl<E: Engine> SqlRecovery<E> {
+    fn intents(operation: &str, rows: &[E::Row]) -> Result<Vec<Intent>, StoreError> {
+        let intents = rows.iter().map(intent).collect::<Result<_, _>>();
+        intents.map_err(|source| E::error(operation, source))
+    }
+
+    async fn show(&self, operation: &str, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
+        let call = Call::new(Arc::clone(&self.0.statements().await?.get)).with(Value::Uuid(intent.as_uuid()));
+        let rows = self.0.read(operation, call).await?;
+        Ok(Self::intents(operation, &rows)?.pop())
+    }
+}
+
+#[async_trait]
+impl<E: Engine> RecoveryStore for SqlRecovery<E> {
+    async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
+        let statements = self.0.statements().await?;
+        let Opening { attempt, record_id, upstream_key, .. } = opening;
+        let open = of_record(&statements.open, &attempt.consumer, &attempt.key, *record_id)
+            .with(Value::Uuid(attempt.id.as_uuid()))
+            .with(Value::Uuid(upstream_key.as_uuid()))
+            .with(Value::Text(&opening.name))
+            .with(Value::Text(&opening.discriminator))
+            .with(Value::Int(opening.ordinal.into()))
+            .with(Value::Bytes(&opening.arguments))
+            .with(Value::text(opening.subject.as_deref()))
+            .with(Value::Uuid(opening.call.as_uuid()))
+            .with(Value::Span(opening.repeatable_for))
+            .with(Value::Span(opening.dangling_after));
+        let opened = of_record(&statements.opened, &attempt.consumer, &attempt.key, *record_id)
+            .with(Value::Uuid(attempt.id.as_uuid()))
+            .with(Value::Uuid(upstream_key.as_uuid()));
+        let calls = vec![
+            of_key(&statements.lock, &attempt.consumer, &attempt.key),
+            open,
+            of_record(&statements.recount, &attempt.consumer, &attempt.key, *record_id),
+            opened,
+        ];
+        let mut replies = self.0.write("open an intent", calls).await?;
+        let rows = replies.pop().unwrap_or_default();
+        let Some(found) = Self::intents("open an intent", &rows)?.pop() else {
+            return Ok(OpenOutcome::Lost);
+        };
+        Ok(match found.state {
+            IntentState::Open { .. } if found.call == opening.call => OpenOutcome::Opened,
+            IntentState::Open { .. } | IntentState::Finalized(_) | IntentState::Dead { .. } => {
+                OpenOutcome::Recorded(Box::new(found))
+            }
+        })
+    }
+
+    async fn update_intent(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: &IntentUpdate,
+        attention: Option<&str>,
+    ) -> Result<Fenced, StoreError> {
+        const OPERATION: &str = "update an intent";
+        let statements = self.0.statements().await?;
+        let Some(found) = self.show(OPERATION, intent).await? else { return Ok(Fenced::Lost) };
+        let change = changed(Call::new(Arc::clone(&statements.update)), intent, fence, update, attention);
+        let calls = vec![
+            of_key(&statements.lock, &found.consumer, &found.key),
+            change,
+            of_record(&statements.recount, &found.consumer, &found.key, found.record_id),
+        ];
+        let replies = self.0.write(OPERATION, calls).await?;
+        let changed = replies.get(1).is_some_and(|rows| !rows.is_empty());
+        Ok(if changed { Fenced::Applied } else { Fenced::Lost })
+    }
+
+    async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
+        const OPERATION: &str = "take dangling intents";
+        let call = Call::new(Arc::clone(&self.0.statements().await?.take_dangling))
+            .with(Value::Int(limit.into()))
+            .with(Value::Span(pause));
+        let rows = self.0.write(OPERATION, vec![call]).await?.pop().unwrap_or_default();
+        Self::intents(OPERATION, &rows)
+    }
+
+    async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
+        self.show("get an intent", intent).await
+    }
+
+    async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError> {
+        const OPERATION: &str = "list intents";
+        let statements = self.0.statements().await?;
+        let sql = match filter {
+            IntentFilter::Open => &statements.list_open,
+            IntentFilter::Dangling => &statements.list_dangling,
+            IntentFilter::NeedsAttention => &statements.list_attention,
+            IntentFilter::Dead => &statements.list_dead,
+        };
+        let rows = self.0.read(OPERATION, Call::new(Arc::clone(sql)).with(Value::Int(limit.into()))).await?;
+        Self::intents(OPERATION, &rows)
+    }
+
+    async fn find_phase(
+        &self,
+        attempt: &Attempt,
+        record: RecordId,
+        name: &str,
+    ) -> Result<Option<Bytes>, StoreError> {
+        const OPERATION: &str = "find a phase";
+        let statements = self.0.statements().await?;
+        let find = Call::new(Arc::clone(&statements.find_phase))
+            .with(Value::Uuid(record.as_uuid()))
+            .with(Value::Text(name));
+        let calls = vec![of_key(&statements.lock, &attempt.consumer, &attempt.key), find];
+        let rows = self.0.write(OPERATION, calls).await?.pop().unwrap_or_default();
+        let result = rows.first().map(|row| row.bytes("result")).transpose();
+        Ok(result.map_err(|source| E::error(OPERATION, source))?.flatten().map(Bytes::from))
+    }
+
+    async fn keep_request(
+        &self,
+        attempt: &Attempt,
+        record: RecordId,
+        request: &Bytes,
+        after: Duration,
+    ) -> Result<Fenced, StoreError> {
+        let statements = self.0.statements().await?;
+        let keep = of_record(&statements.keep_request, &attempt.consumer, &attempt.key, record)
+            .with(Value::Uuid(attempt.id.as_uuid()))
+            .with(Value::Bytes(request))
+            .with(Value::Span(after));
+        let rows = self.0.write("keep a request", vec![keep]).await?;
+        let kept = rows.first().is_some_and(|rows| !rows.is_empty());
+        Ok(if kept { Fenced::Applied } else { Fenced::Lost })
+    }
+
+    async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError> {
+        const OPERATION: &str = "take abandoned requests";
+        let call = Call::new(Arc::clone(&self.0.statements().await?.take_abandoned))
+            .with(Value::Int(limit.into()))
+            .with(Value::Span(pause));
+        let rows = self.0.write(OPERATION, vec![call]).await?.pop().unwrap_or_default();
+        let requests = rows.iter().map(kept_request).collect::<Result<_, _>>();
+        requests.map_err(|source| E::error(OPERATION, source))
+    }
+
+    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<(), StoreError> {
+        let (after, attention) = match update {
+            RequestUpdate::SendAgain(after) => (Some(*after), None),
+            RequestUpdate::NeedsAttention(what) => (None, Some(what.as_str())),
+        };
+        let call = Call::new(Arc::clone(&self.0.statements().await?.update_request))
+            .with(Value::Uuid(record.as_uuid()))
+            .with(Value::Flag(after.is_some()))
+            .with(Value::Span(after.unwrap_or_default()))
+            .with(Value::text(attention));
+        self.0.write("update a request", vec![call]).await.map(drop)
+    }
+
+    async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
+        const OPERATION: &str = "list requests";
+        let call =
+            Call::new(Arc::clone(&self.0.statements().await?.list_requests)).with(Value::Int(limit.into()));
+        let rows = self.0.read(OPERATION, call).await?;
+        let requests = rows.iter().map(kept_request).collect::<Result<_, _>>();
+        requests.map_err(|source| E::error(OPERATION, source))
+    }
+
+    async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
+        let statements = self.0.statements().await?;
+        let limit = || Value::Int(limit.into());
+        let requests = Call::new(Arc::clone(&statements.purge_requests)).with(limit());
+        let mut purged = 0;
+        for sql in [&statements.purge_intents, &statements.purge_phases] {
+            let call = Call::new(Arc::clone(sql)).with(limit()).with(Value::Span(retention));
+            purged += self.0.write("purge", vec![call]).await?.iter().map(Vec::len).sum::<usize>();
+        }
+        purged += self.0.write("purge", vec![requests]).await?.iter().map(Vec::len).sum::<usize>();
+        Ok(u64::try_from(purged).unwrap_or(u64::MAX))
+    }
+}
+
+fn of_key<'a>(sql: &Arc<str>, consumer: &'a Consumer, key: &'a IdempotencyKey) -> Call<'a> {
+    Call::new(Arc::clone(sql)).with(Value::Text(consumer.as_str())).with(Value::Text(key.as_str()))
+}
+
+fn of_record<'a>(
+    sql: &Arc<str>,
+    consumer: &'a Consumer,
+    key: &'a IdempotencyKey,
+    record: RecordId,
+) -> Call<'a> {
+    of_key(sql, consumer, key).with(Value::Uuid(record.as_uuid()))
+}
+
+/// The values of the statement that updates an intent.
+fn changed<'a>(
+    call: Call<'a>,
+    intent: UpstreamKey,
+    fence: IntentFence,
+    update: &'a IntentUpdate,
+    attention: Option<&'a str>,
+) -> Call<'a> {
+    let (state, last_call, looks) = match fence {
+        IntentFence::Call(call) => (Value::Text("open"), Value::Uuid(call.as_uuid()), -1),
+        IntentFence::AbsentCall(call) => (Value::Text("dead"), Value::Uuid(call.as_uuid()), -1),
+        IntentFence::Lookup { call, looks, open } => {
+            let state = if open { "open" } else { "dead" };
+            (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(looks))
+        }
+        IntentFence::Operator => (Value::Null, Value::Null, -1),
+    };
+    let resource = match update {
+        IntentUpdate::Finalize(resource) => Some(resource),
+        _ => None,
+    };
+    let (state_after, reason) = match update {
+        IntentUpdate::Finalize(_) => (Some("finalized"), None),
+        IntentUpdate::Refuse(reason) => (Some("dead"), Some(reason.as_str())),
+        IntentUpdate::Absent(_) => (Some("dead"), Some(ABSENT)),
+        IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => (None, None),
+    };
+    let (look, after, absences) = match update {
+        _ if attention.is_some() => ("attention", Duration::ZERO, -1),
+        IntentUpdate::NotSent => ("keep", Duration::ZERO, -1),
+        IntentUpdate::Absent(Some(after)) => ("after", *after, 0),
+        IntentUpdate::LookAgain { after, absences } => ("after", *after, i64::from(*absences)),
+        IntentUpdate::Finalize(_)
+        | IntentUpdate::Refuse(_)
+        | IntentUpdate::Absent(None)
+        | IntentUpdate::Close => ("never", Duration::ZERO, -1),
+    };
+    call.with(Value::Uuid(intent.as_uuid()))
+        .with(Value::text(state_after))
+        .with(Value::Flag(matches!(update, IntentUpdate::NotSent)))
+        .with(Value::Flag(matches!(update, IntentUpdate::Absent(_))))
+        .with(Value::text(resource.map(|resource| resource.id.as_str())))
+        .with(Value::bytes(resource.and_then(|resource| resource.payload.as_deref())))
+        .with(Value::text(reason))
+        .with(Value::Text(look))
+        .with(Value::Span(after))
+        .with(Value::Int(absences))
+        .with(Value::text(attention))
+        .with(state)
+        .with(last_call)
+        .with(Value::Int(looks))
+}
+
+fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
+    let required = |value: Option<String>| value.ok_or(sqlx::Error::RowNotFound);
+    let time = |name| row.int(name).map(|micros| micros.map(instant));
+    let state = match required(row.text("state")?)?.as_str() {
+        "open" => IntentState::Open { sent: row.flag("sent")? },
+        "finalized" => {
+            let mut resource = Resource::new(row.text("resource_id")?.unwrap_or_default());
+            resource.payload = row.bytes("payload")?.map(Bytes::from);
+            IntentState::Finalized(resource)
+        }
+        "dead" => {
+            IntentState::Dead { reason: row.text("reason")?.unwrap_or_default(), absent: row.flag("absent")? }
+        }
+        unknown => return Err(decoding(format!("unknown state {unknown:?}"))),
+    };
+    let discriminator = required(row.text("discriminator")?)?;
+    let ordinal = number(row.int("ordinal")?.unwrap_or_default())?;
+    Ok(Intent {
+        upstream_key: UpstreamKey::from_uuid(row.uuid("id")?),
+        record_id: RecordId::from_uuid(row.uuid("record_id")?),
+        consumer: Consumer::new(required(row.text("consumer")?)?).map_err(decoding)?,
+        key: IdempotencyKey::new(required(row.text("key")?)?).map_err(decoding)?,
+        name: required(row.text("name")?)?,
+        discriminator: (ordinal == 0).then_some(discriminator),
+        ordinal,
+        arguments: row.bytes("arguments")?.unwrap_or_default().into(),
+        subject: row.text("subject")?,
+        state,
+        attempt: AttemptId::from_uuid(row.uuid("attempt")?),
+        call: CallId::from_uuid(row.uuid("call")?),
+        calls: number(row.int("calls")?.unwrap_or_default())?,
+        created_at: time("created_at")?.unwrap_or(std::time::UNIX_EPOCH),
+        opened_at: time("opened_at")?.unwrap_or(std::time::UNIX_EPOCH),
+        settled_at: time("settled_at")?,
+        age: span(row.int("age")?.unwrap_or_default()),
+        dangling: row.flag("dangling")?,
+        looks: number(row.int("looks")?.unwrap_or_default())?,
+        absences: number(row.int("absences")?.unwrap_or_default())?,
+        attention: row.text("attention")?,
+    })
+}
+
+fn kept_request(row: &impl Fields) -> Result<KeptRequest, sqlx::Error> {
+    let required = |value: Option<String>| value.ok_or(sqlx::Error::RowNotFound);
+    Ok(KeptRequest {
+        record_id: RecordId::from_uuid(row.uuid("record_id")?),
+        consumer: Consumer::new(required(row.text("consumer")?)?).map_err(decoding)?,
+        key: IdempotencyKey::new(required(row.text("key")?)?).map_err(decoding)?,
+        request: row.bytes("request")?.unwrap_or_default().into(),
+        tries: number(row.int("tries")?.unwrap_or_default())?,
+        attention: row.text("attention")?,
+    })
+}
+
+/// The statements, for the tables of a store.
+#[derive(Debug)]
+pub(in crate::store) struct Statements {
+    lock: Arc<str>,
+    open: Arc<str>,
+    opened: Arc<str>,
+    update: Arc<str>,
+    recount: Arc<str>,
+    get: Arc<str>,
+    take_dangling: Arc<str>,
+    list_open: Arc<str>,
+    list_dangling: Arc<str>,
+    list_attention: Arc<str>,
+    list_dead: Arc<str>,
+    find_phase: Arc<str>,
+    keep_request: Arc<str>,
+    take_abandoned: Arc<str>,
+    update_request: Arc<str>,
+    list_requests: Arc<str>,
+    purge_intents: Arc<str>,
+    purge_phases: Arc<str>,
+    purge_requests: Arc<str>,
+}
+
+impl Statements {
+    /// `table` names a table; `dialect` is what differs: `{now}`, `{far}`, `{place}`, the times, and the locks.
+    pub(in crate::store) fn new(table: impl Fn(&str) -> String, dialect: &[(&str, &str)]) -> Self {
+        let (records, intents) = (table("records"), table("intents"));
+        let (phases, requests) = (table("phases"), table("requests"));
+        let render = |template: &str| -> Arc<str> {
+            let names = [
+                ("{records}", records.as_str()),
+                ("{intents}", &intents),
+                ("{phases}", &phases),
+                ("{requests}", &requests),
+                ("{r}", "r"),
+                ("{attempt}", "$4"),
+            ];
+            let rules = INTENT_RULES.iter().chain(RULES).chain(dialect).chain(&names);
+            rules.fold(template.to_owned(), |sql, (name, value)| sql.replace(name, value)).into()
+        };
+        // What a statement returns cannot be named by an alias everywhere.
+        let returning = |template: &str, columns: &str, alias: &str| {
+            render(&template.replace("{returned}", &render(columns).replace(alias, "")))
+        };
+        let list = |filter: &str, order: &str| {
+            render(&format!(
+                "SELECT {{intent}} FROM {{intents}} AS i WHERE {filter} ORDER BY {order} LIMIT $1"
+            ))
+        };
+        Self {
+            lock: render(LOCK),
+            open: render(OPEN),
+            opened: render(OPENED),
+            update: render(UPDATE),
+            recount: render(RECOUNT),
+            get: render("SELECT {intent} FROM {intents} AS i WHERE i.id = $1"),
+            take_dangling: returning(TAKE_DANGLING, "{intent}", "i."),
+            list_open: list("i.look_at IS NOT NULL AND i.state = 'open'", "i.created_at"),
+            list_dangling: list(
+                "i.look_at IS NOT NULL AND i.state = 'open' AND i.dangling_at <= {now}",
+                "i.created_at",
+            ),
+            list_attention: list("i.look_at IS NOT NULL AND i.attention IS NOT NULL", "i.created_at"),
+            list_dead: list("i.state = 'dead'", "i.created_at DESC"),
+            find_phase: render("SELECT p.result FROM {phases} AS p WHERE p.record_id = $1 AND p.name = $2"),
+            keep_request: render(KEEP_REQUEST),
+            take_abandoned: returning(TAKE_ABANDONED, REQUEST, "q."),
+            update_request: render(UPDATE_REQUEST),
+            list_requests: render(&format!(
+                "SELECT {REQUEST} FROM {{requests}} AS q WHERE q.next_at IS NULL ORDER BY q.record_id LIMIT $1"
+            )),
+            purge_intents: render(PURGE_INTENTS),
+            purge_phases: render(PURGE_PHASES),
+            purge_requests: render(PURGE_REQUESTS),
+        }
+    }
+}
+
+/// Rules that come before those of the records.
+const INTENT_RULES: &[(&str, &str)] = &[
+    (
+        "{intent}",
+        "i.id, i.record_id, i.consumer, i.key, i.name, i.discriminator, CAST(i.ordinal AS bigint) AS ordinal, i.arguments,
+         i.subject, i.state, i.sent, i.resource_id, i.payload, i.reason, i.absent, i.attempt, i.call,
+         CAST(i.calls AS bigint) AS calls, {created_at}, {opened_at}, {settled_at}, {age},
+         (i.state = 'open' AND i.dangling_at <= {now}) AS dangling, CAST(i.looks AS bigint) AS looks,
+         CAST(i.absences AS bigint) AS absences, i.attention",
+    ),
+    // Nothing that may have arrived came before.
+    ("{unsent}", "(NOT i.sent OR i.state = 'dead')"),
+    (
+        "{callable}",
+        "(i.state = 'open' AND (NOT i.sent OR i.repeatable_until > {now}) OR i.state = 'dead' AND i.absent)",
+    ),
+    // Its attempt owns the record and may be calling.
+    (
+        "{in_flight}",
+        "EXISTS (SELECT 1 FROM {records} AS r WHERE r.consumer = i.consumer AND r.key = i.key AND r.id = i.record_id
+            AND r.attempt = i.attempt AND r.state = 'in_progress' AND r.lease_until > {now})",
+    ),
+    (
+        "{owned}",
+        "r.consumer = $1 AND r.key = $2 AND r.id = $3 AND r.attempt = $4 AND r.state = 'in_progress'
+            AND r.lease_until > {now}",
+    ),
+];
+
+/// Waits for whoever changes the record, or its intents. What comes after sees what was committed until then.
+const LOCK: &str = "SELECT 1 FROM {records} AS r WHERE r.consumer = $1 AND r.key = $2 {for_update}";
+
+const OPEN: &str = "
+INSERT INTO {intents} AS i (id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, state, sent,
+    sent_before, absent, attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, look_at, looks, absences)
+SELECT $5, $3, $1, $2, $6, $7, $8, $9, $10, 'open', TRUE, FALSE, FALSE, $4, $11, 1, {now} + $12, {now}, {now}, {now} + $13,
+    {now} + $13, 0, 0
+FROM {records} AS r WHERE {owned}
+ON CONFLICT (id) DO UPDATE SET
+    state            = 'open',
+    sent             = TRUE,
+    sent_before      = NOT {unsent},
+    absent           = FALSE,
+    attempt          = excluded.attempt,
+    call             = excluded.call,
+    calls            = i.calls + 1,
+    repeatable_until = CASE WHEN {unsent} THEN excluded.repeatable_until ELSE i.repeatable_until END,
+    opened_at        = excluded.opened_at,
+    dangling_at      = excluded.dangling_at,
+    settled_at       = NULL,
+    reason           = NULL,
+    look_at          = excluded.look_at,
+    looks            = 0,
+    absences         = 0,
+    attention        = NULL
+WHERE i.call <> excluded.call AND i.arguments = excluded.arguments AND {callable}";
+
+/// What is there now, if the record is the attempt's.
+const OPENED: &str = "
+SELECT {intent} FROM {intents} AS i JOIN {records} AS r ON r.id = i.record_id
+WHERE i.id = $5 AND {owned}";
+
+const UPDATE: &str = "
+UPDATE {intents} AS i SET
+    state       = COALESCE($2, i.state),
+    sent        = CASE WHEN $3 THEN i.sent_before ELSE i.sent END,
+    absent      = $4 OR (i.absent AND $2 IS NULL),
+    settled_at  = CASE WHEN $2 IS NULL THEN i.settled_at ELSE {now} END,
+    resource_id = COALESCE($5, i.resource_id),
+    payload     = COALESCE($6, i.payload),
+    reason      = CASE WHEN $2 IS NULL THEN i.reason ELSE $7 END,
+    look_at     = CASE $8 WHEN 'keep' THEN i.look_at WHEN 'after' THEN {now} + $9 WHEN 'attention' THEN {far} END,
+    absences    = CASE WHEN $10 < 0 THEN i.absences ELSE $10 END,
+    attention   = $11
+WHERE i.id = $1 AND ($13 IS NULL AND i.state <> 'finalized' AND NOT {in_flight}
+    OR i.call = $13 AND i.state = $12 AND (i.state = 'open' OR i.absent) AND ($14 < 0 OR i.looks = $14))
+RETURNING 1";
+
+const RECOUNT: &str = "
+UPDATE {records} AS r SET
+    kept             = r.kept OR EXISTS (SELECT 1 FROM {intents} AS i WHERE i.record_id = r.id),
+    unresolved       = (SELECT count(*) FROM {intents} AS i WHERE i.record_id = r.id AND i.state = 'open'),
+    repeatable_until = (SELECT min(i.repeatable_until) FROM {intents} AS i
+                        WHERE i.record_id = r.id AND i.state = 'open' AND i.sent)
+WHERE r.consumer = $1 AND r.key = $2 AND r.id = $3";
+
+const TAKE_DANGLING: &str = "
+WITH due AS (
+    SELECT i.{place} AS place FROM {intents} AS i WHERE i.look_at <= {now} AND NOT {in_flight}
+    ORDER BY i.look_at LIMIT $1 {skip_locked_i}
+)
+UPDATE {intents} AS i SET look_at = {now} + $2, looks = i.looks + 1
+FROM due WHERE i.{place} = due.place
+RETURNING {returned}";
+
+const KEEP_REQUEST: &str = "
+INSERT INTO {requests} (record_id, consumer, key, request, tries, next_at)
+SELECT $3, $1, $2, $5, 0, {now} + $6 FROM {records} AS r WHERE {owned}
+ON CONFLICT (record_id) DO NOTHING RETURNING 1";
+
+const TAKE_ABANDONED: &str = "
+WITH due AS (
+    SELECT q.{place} AS place FROM {requests} AS q
+    JOIN {records} AS r ON r.consumer = q.consumer AND r.key = q.key AND r.id = q.record_id
+    WHERE q.next_at <= {now} AND {lapsed} AND NOT {held} AND r.expires_at > {now} AND r.max_abandoned > 1
+    ORDER BY q.next_at LIMIT $1 {skip_locked_q}
+)
+UPDATE {requests} AS q SET next_at = {now} + $2, tries = q.tries + 1
+FROM due WHERE q.{place} = due.place
+RETURNING {returned}";
+
+const UPDATE_REQUEST: &str = "
+UPDATE {requests} AS q SET next_at = CASE WHEN $2 THEN {now} + $3 END, attention = $4 WHERE q.record_id = $1";
+
+const REQUEST: &str =
+    "q.record_id, q.consumer, q.key, q.request, CAST(q.tries AS bigint) AS tries, q.attention";
+
+/// Those of a record that is still there may be asked for again.
+const PURGE_INTENTS: &str = "
+WITH doomed AS (
+    SELECT i.{place} AS place FROM {intents} AS i
+    WHERE i.created_at <= {now} - $2 AND i.look_at IS NULL AND i.state <> 'open' AND NOT EXISTS (
+        SELECT 1 FROM {records} AS r WHERE r.consumer = i.consumer AND r.key = i.key AND r.id = i.record_id)
+    LIMIT $1 {skip_locked_i}
+)
+DELETE FROM {intents} WHERE {place} IN (SELECT place FROM doomed) AND look_at IS NULL AND state <> 'open' RETURNING 1";
+
+const PURGE_PHASES: &str = "
+WITH doomed AS (
+    SELECT p.{place} AS place FROM {phases} AS p
+    WHERE p.finished_at <= {now} - $2 AND NOT EXISTS (
+        SELECT 1 FROM {records} AS r WHERE r.consumer = p.consumer AND r.key = p.key AND r.id = p.record_id)
+    LIMIT $1 {skip_locked_p}
+)
+DELETE FROM {phases} WHERE {place} IN (SELECT place FROM doomed) RETURNING 1";
+
+const PURGE_REQUESTS: &str = "
+WITH doomed AS (
+    SELECT q.{place} AS place FROM {requests} AS q WHERE NOT EXISTS (
+        SELECT 1 FROM {records} AS r
+        WHERE r.consumer = q.consumer AND r.key = q.key AND r.id = q.record_id AND r.state <> 'completed')
+    LIMIT $1 {skip_locked_q}
+)
+DELETE FROM {requests} WHERE {place} IN (SELECT place FROM doomed) RETURNING 1";
+
+const ABSENT: &str = "the upstream does not know it";

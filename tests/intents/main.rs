@@ -1,0 +1,6 @@
+//! Calls to upstream services, on every store that keeps intents.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod smoke;
