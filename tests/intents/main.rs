@@ -3,4 +3,6 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod payouts;
+mod reconciler;
 mod smoke;
