@@ -101,7 +101,8 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::text(opening.subject.as_deref()))
             .with(Value::Uuid(opening.call.as_uuid()))
             .with(Value::Span(opening.repeatable_for))
-            .with(Value::Span(opening.dangling_after));
+            .with(Value::Span(opening.dangling_after))
+            .with(Value::Flag(opening.repeatable_for.is_zero()));
         let opened = of_record(&statements.opened, &attempt.consumer, &attempt.key, *record_id)
             .with(Value::Uuid(attempt.id.as_uuid()))
             .with(Value::Uuid(upstream_key.as_uuid()));
@@ -506,7 +507,8 @@ const LOCK: &str = "SELECT 1 FROM {records} AS r WHERE r.consumer = $1 AND r.key
 const OPEN: &str = "
 INSERT INTO {intents} AS i (id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, state, sent,
     sent_before, absent, attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, look_at, looks, absences)
-SELECT $5, $3, $1, $2, $6, $7, $8, $9, $10, 'open', TRUE, FALSE, FALSE, $4, $11, 1, {now} + $12, {now}, {now}, {now} + $13,
+SELECT $5, $3, $1, $2, $6, $7, $8, $9, $10, 'open', TRUE, FALSE, FALSE, $4, $11, 1,
+    CASE WHEN $14 THEN {now} ELSE {now} + $12 END, {now}, {now}, {now} + $13,
     {now} + $13, 0, 0
 FROM {records} AS r WHERE {owned}
 ON CONFLICT (id) DO UPDATE SET
