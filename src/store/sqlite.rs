@@ -291,7 +291,7 @@ impl Store for SqliteStore {
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        let driver = AttemptTransaction::new(self.clone(), attempt.clone());
+        let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.lease);
         Some(Slot::lay_out(driver, limits.begin_timeout, Some(limits.time_limit), extensions))
     }
 
