@@ -28,7 +28,7 @@ async fn sqlite_migrates_twice_and_from_many_stores_at_once() {
         .fetch_one(&file.pool())
         .await
         .unwrap();
-    assert_eq!(versions, 1);
+    assert_eq!(versions, 2);
     win(&store, &claim("k")).await;
 }
 
