@@ -4,4 +4,6 @@
 mod support;
 
 mod network;
+mod payouts;
 mod phases;
+mod reconciler;
