@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod network;
 mod payouts;
+mod phases;
 mod reconciler;
-mod smoke;
