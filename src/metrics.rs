@@ -1,6 +1,6 @@
 //! Counters and gauges of the background tasks. Without the feature `metrics` nothing is counted.
 //!
-//! The names and labels are listed in the chapter on operations of the crate's docs; they are part of the public API.
+//! The names and labels are listed in the chapter on metrics of the crate's docs; they are part of the public API.
 
 #[cfg(feature = "metrics")]
 mod names {

@@ -2,5 +2,6 @@
 
 mod background;
 mod lookups;
+mod measured;
 mod operators;
 mod purging;
