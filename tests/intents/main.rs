@@ -3,4 +3,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod smoke;
+#[path = "../transactions/bank.rs"]
+#[allow(dead_code, unused_imports, unused_macros, reason = "the tests of transactions use the rest of it")]
+mod bank;
+
+mod cases;
+mod hooked;
+mod site;
+mod survival;
