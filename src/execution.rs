@@ -23,9 +23,9 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Fingerprint, Idempotency, IntentError, Record, RecordId, RecordState, Rejection,
-    RejectionCode, Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse,
-    TRACING_TARGET, TransactionErrorKind, TransactionUsage,
+    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
+    Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
+    TransactionErrorKind, TransactionUsage,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
     closing::{Closed, Closing, Outcome},
@@ -96,8 +96,10 @@ impl Execution {
         let lease = self.keep_lease(&cancelled);
         let idempotency = self.idempotency(&cancelled);
         request.extensions_mut().insert(idempotency.clone());
-        let transaction = self.offer_transaction(request.extensions_mut());
-        idempotency.offer_transaction(transaction.clone());
+        let mut offered = Extensions::new();
+        let transaction = self.offer_transaction(&mut offered);
+        request.extensions_mut().extend(offered.clone());
+        idempotency.offer(transaction.clone(), offered);
         let mut handler = tokio::spawn(perform(inner, request, Arc::clone(&self.settings)).in_current_span());
         let this = Arc::new(self);
         let ended = match this.wait(&mut handler, &cancelled, transaction.as_deref()).await {
@@ -274,10 +276,9 @@ impl Execution {
     ) -> Judged<B, E> {
         let in_use = || transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::InUse);
         let judge = || {
-            if self.progress.is_contradicted() {
+            if let Some(rejection) = self.progress.held() {
                 drop(ended);
-                let answer = Verdict::Refused(IntentError::OtherArguments.rejection());
-                return Judged { outcome: End::Hold.into(), answer };
+                return Judged { outcome: End::Hold.into(), answer: Verdict::Refused(rejection) };
             }
             if matches!(ended, HandlerEnd::Performed(Ok(_))) && in_use() {
                 // If the body of the response has it, it is given back now.

@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use http::Extensions;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -37,8 +38,15 @@ struct Inner {
     cancelled: CancellationToken,
     settings: Arc<Settings>,
     progress: Arc<Progress>,
-    /// Empty if the store has none.
-    transaction: OnceLock<Arc<dyn StoreTransaction>>,
+    offered: OnceLock<Offered>,
+}
+
+/// What the store offers an attempt.
+struct Offered {
+    transaction: Option<Arc<dyn StoreTransaction>>,
+    /// What it has put into the extensions of the request.
+    #[cfg_attr(not(any(feature = "sqlite", feature = "postgres")), expect(dead_code))]
+    extensions: Extensions,
 }
 
 impl Idempotency {
@@ -59,7 +67,7 @@ impl Idempotency {
             cancelled,
             settings: Arc::clone(settings),
             progress,
-            transaction: OnceLock::new(),
+            offered: OnceLock::new(),
         }))
     }
 
@@ -123,19 +131,23 @@ impl Idempotency {
         IntentBuilder::new(self.clone(), name.into())
     }
 
-    pub(crate) fn offer_transaction(&self, transaction: Option<Arc<dyn StoreTransaction>>) {
-        if let Some(transaction) = transaction {
-            // It is set once, when the attempt begins.
-            let _ = self.0.transaction.set(transaction);
-        }
+    /// Once, when the attempt begins.
+    pub(crate) fn offer(&self, transaction: Option<Arc<dyn StoreTransaction>>, extensions: Extensions) {
+        let _ = self.0.offered.set(Offered { transaction, extensions });
+    }
+
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn offered(&self) -> Option<&Extensions> {
+        self.0.offered.get().map(|offered| &offered.extensions)
     }
 
     /// The transaction has the record locked, which an intent changes.
     pub(crate) fn refuse_inside_transaction(&self) -> Result<(), IntentError> {
-        match self.0.transaction.get().map(|transaction| transaction.usage()) {
+        let transaction = self.0.offered.get().and_then(|offered| offered.transaction.as_ref());
+        match transaction.map(|transaction| transaction.usage()) {
             None | Some(TransactionUsage::Unused) => Ok(()),
             Some(TransactionUsage::Open | TransactionUsage::InUse) => Err(IntentError::Misused(
-                "an intent after the handler's transaction has begun would wait for it: make calls to others before Tx::begin",
+                "after the handler's transaction has begun an intent or a phase would wait for it: they come before Tx::begin",
             )),
         }
     }

@@ -14,6 +14,8 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use uuid::{Builder, Uuid};
 
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub(crate) use self::progress::InPhase;
 pub(crate) use self::progress::Progress;
 pub use self::{
     call::{IntentBuilder, OpenIntent, Opened},

@@ -1,6 +1,7 @@
 //! The transaction that a handler writes through.
 
 mod error;
+mod phase;
 mod slot;
 
 use std::{
@@ -13,7 +14,7 @@ use http::Extensions;
 use sqlx::{Database, Transaction};
 
 pub use self::error::TxError;
-pub(crate) use self::slot::{Driver, Slot};
+pub(crate) use self::slot::{Driver, Last, Slot};
 use crate::{Idempotency, guarded::Unprotected};
 
 /// The transaction of an attempt, in a database of sqlx: what the handler writes through it is committed together with
@@ -90,10 +91,13 @@ impl<DB: Database> Tx<DB> {
     /// already, or it cannot be begun. Answer with [`TxError::into_http_response`].
     pub fn begin(extensions: &Extensions) -> impl Future<Output = Result<Self, TxError>> + Send + use<DB> {
         let slot = extensions.get::<Arc<Slot<DB>>>().cloned();
-        let guarded = extensions.get::<Idempotency>().is_some();
+        let idempotency = extensions.get::<Idempotency>();
+        let guarded = idempotency.is_some();
+        let in_phase = idempotency.is_some_and(|idempotency| idempotency.progress().is_phase_open());
         let unprotected = extensions.get::<Unprotected>().is_some();
         async move {
             match slot {
+                Some(_) if in_phase => Err(TxError::in_phase()),
                 Some(slot) => slot.lend().await,
                 None if guarded => Err(TxError::no_store()),
                 None if unprotected => Err(TxError::unprotected()),

@@ -8,7 +8,8 @@ use tokio::time::{Instant, timeout};
 
 use super::{
     CallFailure, Intent, IntentError, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource,
-    UpstreamKey, progress::Entered,
+    UpstreamKey,
+    progress::{Entered, check_name},
 };
 use crate::{Fenced, Idempotency, TRACING_TARGET, fingerprint::canonical_digest};
 
@@ -180,10 +181,8 @@ impl IntentBuilder {
     pub async fn open(self) -> Result<Opened, IntentError> {
         let repeatable = self.is_repeatable();
         self.idempotency.refuse_inside_transaction()?;
-        check(&self.name)?;
-        if let Some(discriminator) = &self.discriminator {
-            check(discriminator)?;
-        }
+        check_name(&self.name)?;
+        self.discriminator.as_deref().map_or(Ok(()), check_name)?;
         let dangling_after = self.dangling_after();
         let arguments = self.arguments.map_err(IntentError::Misused)?;
         let entered = self.idempotency.progress().enter(&self.name, self.discriminator)?;
@@ -210,7 +209,7 @@ impl IntentBuilder {
             })),
             OpenOutcome::Lost => Err(IntentError::Lost),
             OpenOutcome::Recorded(intent) if intent.arguments != arguments => {
-                self.idempotency.progress().contradict();
+                self.idempotency.progress().hold(IntentError::OtherArguments.rejection());
                 tracing::error!(
                     target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name, upstream_key = %key,
                     "an attempt asks for an intent with other arguments than an earlier one; the key is held"
@@ -353,15 +352,5 @@ fn log_unsettled(error: &IntentError) {
     );
 }
 
-fn check(name: &str) -> Result<(), IntentError> {
-    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {
-        return Err(IntentError::Misused(
-            "names and discriminators of intents have 1 to 255 bytes, without NUL",
-        ));
-    }
-    Ok(())
-}
-
 const TIMEOUT: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(5 * 60);
-const MAX_NAME_BYTES: usize = 255;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{IntentError, Place};
+use crate::Rejection;
 
 /// Shared by all handles of an attempt.
 #[derive(Debug, Default)]
@@ -19,9 +20,10 @@ struct State {
     current: HashMap<String, Current>,
     /// Intents whose call is being made.
     calling: HashSet<(String, Place)>,
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
     phases: HashSet<String>,
     phase_open: bool,
-    contradicted: bool,
+    held: Option<Rejection>,
 }
 
 #[derive(Debug)]
@@ -67,15 +69,62 @@ impl Progress {
         Ok(Entered { progress: Arc::clone(self), identity })
     }
 
-    /// A call was asked for that contradicts an earlier attempt.
-    pub(super) fn contradict(&self) {
-        self.state().contradicted = true;
+    /// The key is to be held with this answer, whatever the handler answers.
+    pub(crate) fn hold(&self, rejection: Rejection) {
+        self.state().held.get_or_insert(rejection);
     }
 
-    pub(crate) fn is_contradicted(&self) -> bool {
-        self.state().contradicted
+    pub(crate) fn held(&self) -> Option<Rejection> {
+        self.state().held.clone()
     }
 }
+
+/// A phase that is open, until it is dropped.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+#[derive(Debug)]
+pub(crate) struct InPhase(Arc<Progress>);
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Progress {
+    pub(crate) fn enter_phase(self: &Arc<Self>, name: &str) -> Result<InPhase, IntentError> {
+        check_name(name)?;
+        let mut state = self.state();
+        if state.phase_open {
+            let message = "two phases at once would wait for each other: begin one after the other has ended";
+            return Err(IntentError::Misused(message));
+        }
+        if !state.phases.insert(name.to_owned()) {
+            let message =
+                "a phase of this name has come before in this attempt: give each phase a name of its own";
+            return Err(IntentError::Misused(message));
+        }
+        state.phase_open = true;
+        Ok(InPhase(Arc::clone(self)))
+    }
+
+    pub(crate) fn is_phase_open(&self) -> bool {
+        self.state().phase_open
+    }
+}
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Drop for InPhase {
+    fn drop(&mut self) {
+        self.0.state().phase_open = false;
+    }
+}
+
+/// Refuses what no database could store as a name.
+pub(super) fn check_name(name: &str) -> Result<(), IntentError> {
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {
+        return Err(IntentError::Misused(
+            "names of intents and phases, and discriminators, have 1 to 255 bytes, without NUL",
+        ));
+    }
+    Ok(())
+}
+
+const MAX_NAME_BYTES: usize = 255;
 
 /// An intent that the attempt is busy with, until it is dropped.
 #[derive(Debug)]

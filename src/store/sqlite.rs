@@ -82,7 +82,7 @@ impl SqliteStore {
         }
     }
 
-    /// Names the tables `<prefix>_records` and `<prefix>_migrations`. Default: `idempotency`.
+    /// Names the tables `<prefix>_records`, `<prefix>_intents` and so on. Default: `idempotency`.
     ///
     /// # Errors
     ///
@@ -291,7 +291,7 @@ impl Store for SqliteStore {
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        let driver = AttemptTransaction::new(self.clone(), attempt.clone());
+        let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.lease);
         Some(Slot::lay_out(driver, limits.begin_timeout, Some(limits.time_limit), extensions))
     }
 

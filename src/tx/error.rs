@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::Response;
 
 use crate::{
-    IntentError, ProblemJson, Rejection, RejectionCode, TRACING_TARGET, TransactionError,
+    IntentError, ProblemJson, Rejection, RejectionCode, StoreError, TRACING_TARGET, TransactionError,
     TransactionErrorKind, error::BoxError, rejection::respond, store::sql::transaction_error_kind,
 };
 
@@ -72,6 +72,17 @@ impl TxError {
         ))
     }
 
+    pub(super) fn in_phase() -> Self {
+        IntentError::Misused("the handler's transaction inside a phase would wait for it: write through the connection that the phase gives").into()
+    }
+
+    pub(super) fn unreadable_phase(source: serde_json::Error) -> Self {
+        let misused = IntentError::Misused(
+            "the result of a phase cannot be stored, or is not what an earlier version has stored",
+        );
+        Self { source: Some(source.into()), ..Self::new(misused.rejection()) }
+    }
+
     /// Why.
     #[must_use]
     pub fn code(&self) -> RejectionCode {
@@ -93,6 +104,14 @@ impl TxError {
 impl From<IntentError> for TxError {
     fn from(error: IntentError) -> Self {
         let rejection = error.rejection();
+        Self { source: Some(error.into()), ..Self::new(rejection) }
+    }
+}
+
+impl From<StoreError> for TxError {
+    fn from(error: StoreError) -> Self {
+        let detail = "The request was not performed; the server's log says why.";
+        let rejection = Rejection::new(RejectionCode::of_store(error.kind()), detail);
         Self { source: Some(error.into()), ..Self::new(rejection) }
     }
 }

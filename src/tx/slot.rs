@@ -27,18 +27,27 @@ pub(crate) trait Driver<DB: Database>: fmt::Debug + Send + Sync + 'static {
     /// A fresh transaction in which the record is the attempt's and stays so.
     async fn begin(&self) -> Result<Transaction<'static, DB>, TransactionError>;
 
-    /// Completes the record as the last statement of the transaction and commits.
-    async fn commit(
-        &self,
-        transaction: Transaction<'static, DB>,
-        response: Bytes,
-    ) -> Result<(), TransactionError>;
+    /// Writes what the transaction comes to as its last statement and commits.
+    async fn commit(&self, transaction: Transaction<'static, DB>, last: Last)
+    -> Result<(), TransactionError>;
 
     /// Rolls back, whatever state the transaction is in.
     async fn roll_back(&self, transaction: Transaction<'static, DB>) -> Result<(), TransactionError>;
 
     /// Ends a transaction that somebody keeps, if the database can.
     async fn revoke(&self);
+
+    /// A driver for another transaction of the same attempt.
+    fn again(&self) -> Box<dyn Driver<DB>>;
+}
+
+/// What the last statement of a transaction writes.
+#[derive(Clone, Debug)]
+pub(crate) enum Last {
+    /// The response that completes the record.
+    Completion(Bytes),
+    /// The result of a phase.
+    Phase { name: String, result: Bytes },
 }
 
 /// Where the transaction of an attempt is: between the request's extensions, the handler and the layer.
@@ -110,15 +119,37 @@ impl<DB: Database> Slot<DB> {
         time_limit: Option<Duration>,
         extensions: &mut Extensions,
     ) -> Arc<dyn StoreTransaction> {
-        let slot = Arc::new(Self {
-            driver: Box::new(driver),
-            begin_timeout,
-            time_limit,
-            place: Mutex::new(Place::Unused),
-            changed: Notify::new(),
-        });
+        let slot = Self::new(Box::new(driver), begin_timeout, time_limit);
         extensions.insert(Arc::clone(&slot));
         slot
+    }
+
+    fn new(driver: Box<dyn Driver<DB>>, begin_timeout: Duration, time_limit: Option<Duration>) -> Arc<Self> {
+        let (place, changed) = (Mutex::new(Place::Unused), Notify::new());
+        Arc::new(Self { driver, begin_timeout, time_limit, place, changed })
+    }
+
+    /// The place of another transaction of the same attempt.
+    pub(super) fn again(&self) -> Arc<Self> {
+        Self::new(self.driver.again(), self.begin_timeout, self.time_limit)
+    }
+
+    /// Stops what takes longer than the transaction may be open.
+    pub(super) async fn within_time_limit<T>(
+        &self,
+        work: impl Future<Output = T>,
+    ) -> Result<T, TransactionError> {
+        let Some(limit) = self.time_limit else { return Ok(work.await) };
+        timeout(limit, work).await.map_err(|elapsed| {
+            let message = "the transaction is open for longer than TransactionOptions::with_time_limit";
+            TransactionError::new(TransactionErrorKind::Lost, message).with_source(elapsed)
+        })
+    }
+
+    /// Commits, with this as the last statement.
+    pub(super) async fn finish(&self, last: Last) -> Result<(), TransactionError> {
+        let transaction = self.take().await?;
+        self.driver.commit(transaction, last).await
     }
 
     fn place(&self) -> MutexGuard<'_, Place<DB>> {
@@ -255,8 +286,7 @@ impl<DB: Database> StoreTransaction for Slot<DB> {
     }
 
     async fn commit(&self, response: Bytes) -> Result<(), TransactionError> {
-        let transaction = self.take().await?;
-        self.driver.commit(transaction, response).await
+        self.finish(Last::Completion(response)).await
     }
 
     async fn roll_back(&self) -> Result<(), TransactionError> {

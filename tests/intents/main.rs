@@ -9,5 +9,6 @@ mod bank;
 
 mod cases;
 mod hooked;
+mod phases;
 mod site;
 mod survival;

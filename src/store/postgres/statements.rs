@@ -240,7 +240,7 @@ WITH mine AS (
 )
 INSERT INTO {phases} (record_id, consumer, key, name, attempt, result, finished_at)
 SELECT mine.id, $1, $2, $4, $3, $5, {now} FROM mine
-RETURNING 1";
+RETURNING TRUE AS completed";
 
 /// What recovery says in the dialect of PostgreSQL.
 const RECOVERY: &[(&str, &str)] = &[

@@ -12,14 +12,16 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use sqlx::{AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
 use tokio::time::timeout;
 
 use super::{PostgresStore, call::Value, connection, of_attempt};
 use crate::{
     Attempt, IsolationLevel, StoreError, TRACING_TARGET, TransactionError, TransactionErrorKind,
-    TransactionLimits, error::BoxError, store::sql, tx::Driver,
+    TransactionLimits,
+    error::BoxError,
+    store::sql,
+    tx::{Driver, Last},
 };
 
 /// The transaction of one attempt.
@@ -120,17 +122,21 @@ impl AttemptTransaction {
         }
     }
 
-    /// Whether the record was completed: not if the handler has ended the transaction, or forgotten every setting.
-    async fn complete(
-        &self,
-        connection: &mut PgConnection,
-        response: &[u8],
-    ) -> Result<bool, TransactionError> {
+    /// Whether it was written: not if the handler has ended the transaction, or forgotten every setting.
+    async fn write(&self, connection: &mut PgConnection, last: &Last) -> Result<bool, TransactionError> {
         let statements = self.store.sql().await?;
-        let call = of_attempt(&statements.complete_locked, &self.attempt).with(Value::Bytes(response));
+        let call = match last {
+            Last::Completion(response) => {
+                of_attempt(&statements.complete_locked, &self.attempt).with(Value::Bytes(response))
+            }
+            Last::Phase { name, result } => of_attempt(&statements.finish_phase, &self.attempt)
+                .with(Value::Text(name))
+                .with(Value::Bytes(result))
+                .with(Value::Int(sql::micros(self.limits.lease))),
+        };
         let rows = call.fetch_all_inside(connection, self.store.settings.mode).await;
         let completed = rows.and_then(|rows| rows.first().map_or(Ok(false), |row| row.try_get("completed")));
-        completed.map_err(|source| failed("the record could not be completed", source))
+        completed.map_err(|source| failed("the last statement of the transaction failed", source))
     }
 
     async fn in_time<T>(
@@ -207,9 +213,9 @@ impl Driver<Postgres> for AttemptTransaction {
     async fn commit(
         &self,
         mut transaction: Transaction<'static, Postgres>,
-        response: Bytes,
+        last: Last,
     ) -> Result<(), TransactionError> {
-        let completed = self.in_time(TransactionErrorKind::Lost, self.complete(&mut transaction, &response));
+        let completed = self.in_time(TransactionErrorKind::Lost, self.write(&mut transaction, &last));
         let not_completed = match completed.await {
             Ok(true) => None,
             Ok(false) => {
@@ -223,7 +229,7 @@ impl Driver<Postgres> for AttemptTransaction {
             // It was the transaction that was begun, whatever the statement failed with.
             let ended = error.kind() == TransactionErrorKind::Ended;
             let kind = if ended { TransactionErrorKind::Failed } else { error.kind() };
-            return Err(TransactionError::new(kind, "the record was not completed").with_source(error));
+            return Err(TransactionError::new(kind, "nothing was committed").with_source(error));
         }
         let commit = async { transaction.commit().await.map_err(at_commit) };
         let committed = self.in_time(TransactionErrorKind::Unconfirmed, commit).await;
@@ -250,6 +256,10 @@ impl Driver<Postgres> for AttemptTransaction {
 
     async fn revoke(&self) {
         self.terminate(ANY).await;
+    }
+
+    fn again(&self) -> Box<dyn Driver<Postgres>> {
+        Box::new(self.clone())
     }
 }
 

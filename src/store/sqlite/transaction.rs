@@ -3,31 +3,38 @@
 //! A transaction runs on the connection that writes, so while it is open nobody else writes, and nobody can take the
 //! record over. A savepoint set at its begin proves at the end that it is still the transaction that was begun.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use sqlx::{
     AssertSqlSafe, Transaction,
     sqlite::{Sqlite, SqliteConnection},
 };
 use tokio::sync::OwnedMutexGuard;
 
-use super::{SqliteStore, connection::primary, of_attempt};
-use crate::{Attempt, TRACING_TARGET, TransactionError, TransactionErrorKind, store::sql, tx::Driver};
+use super::{SqliteStore, connection::primary, of_attempt, statements::millis};
+use crate::{
+    Attempt, TRACING_TARGET, TransactionError, TransactionErrorKind,
+    store::sql,
+    tx::{Driver, Last},
+};
 
 /// The transaction of one attempt.
 #[derive(Debug)]
 pub(super) struct AttemptTransaction {
     store: SqliteStore,
     attempt: Attempt,
+    lease: Duration,
     /// The place at the head of the queue of writers, while the transaction is open.
     turn: Mutex<Option<OwnedMutexGuard<()>>>,
 }
 
 impl AttemptTransaction {
-    pub(super) fn new(store: SqliteStore, attempt: Attempt) -> Self {
-        Self { store, attempt, turn: Mutex::default() }
+    pub(super) fn new(store: SqliteStore, attempt: Attempt, lease: Duration) -> Self {
+        Self { store, attempt, lease, turn: Mutex::default() }
     }
 
     fn set_turn(&self, turn: Option<OwnedMutexGuard<()>>) {
@@ -68,19 +75,25 @@ impl AttemptTransaction {
         })
     }
 
-    async fn complete(
-        &self,
-        connection: &mut SqliteConnection,
-        response: &[u8],
-    ) -> Result<(), TransactionError> {
+    async fn write(&self, connection: &mut SqliteConnection, last: &Last) -> Result<(), TransactionError> {
         self.at_savepoint(connection, "RELEASE").await?;
         let statements = self.store.sql().await?;
-        let completed = of_attempt(&statements.complete, &self.attempt).bind(response);
-        let rows = completed.fetch_all(&mut *connection).await.map_err(|source| {
-            failed(TransactionErrorKind::Failed, "the record could not be completed", source)
-        })?;
-        if rows.is_empty() {
+        let fenced = match last {
+            Last::Completion(response) => {
+                of_attempt(&statements.complete, &self.attempt).bind(response.as_ref())
+            }
+            Last::Phase { .. } => of_attempt(&statements.keep, &self.attempt).bind(millis(self.lease)),
+        };
+        let failed = |source| {
+            let message = "the last statement of the transaction failed";
+            failed(TransactionErrorKind::Failed, message, source)
+        };
+        if fenced.fetch_all(&mut *connection).await.map_err(failed)?.is_empty() {
             return Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's"));
+        }
+        if let Last::Phase { name, result } = last {
+            let finish = of_attempt(&statements.finish_phase, &self.attempt).bind(name).bind(result.as_ref());
+            finish.execute(connection).await.map_err(failed)?;
         }
         Ok(())
     }
@@ -108,9 +121,9 @@ impl Driver<Sqlite> for AttemptTransaction {
     async fn commit(
         &self,
         mut transaction: Transaction<'static, Sqlite>,
-        response: Bytes,
+        last: Last,
     ) -> Result<(), TransactionError> {
-        if let Err(error) = self.complete(&mut transaction, &response).await {
+        if let Err(error) = self.write(&mut transaction, &last).await {
             self.abandon(transaction).await;
             return Err(error);
         }
@@ -130,6 +143,10 @@ impl Driver<Sqlite> for AttemptTransaction {
 
     /// SQLite cannot end a transaction but on its own connection.
     async fn revoke(&self) {}
+
+    fn again(&self) -> Box<dyn Driver<Sqlite>> {
+        Box::new(Self::new(self.store.clone(), self.attempt.clone(), self.lease))
+    }
 }
 
 fn failed(kind: TransactionErrorKind, message: &str, source: sqlx::Error) -> TransactionError {
