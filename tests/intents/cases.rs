@@ -130,7 +130,8 @@ async fn a_failing_network_holds_the_key_until_the_call_is_reconciled<DB: Db>() 
         for _ in 0..3 {
             node.send("k").await.assert_refused(RejectionCode::OutcomeUnknown);
         }
-        assert_eq!((site.upstream.calls(), site.upstream.transfers().len()), (1, made), "{act:?}");
+        let done = (node.runs.get(), site.upstream.calls(), site.upstream.transfers().len());
+        assert_eq!(done, (1, 1, made), "{act:?}");
         site.reconcile().await;
         site.assert_succeeds(&node, "k").await;
         site.assert_paid_once(2 - made).await;

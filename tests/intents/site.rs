@@ -16,8 +16,8 @@ use axum::{
 use sqlx::Database;
 use tokio::time::sleep;
 use tower_idempotency::{
-    Idempotency, IdempotencyLayer, Intent, IntentBuilder, IntentError, IntentFilter, IntentState,
-    IntentUpdate, RecoveryStore, RejectionCode, Resource, Store,
+    Idempotency, IdempotencyLayer, Intent, IntentBuilder, IntentError, IntentFilter, IntentState, Lookup,
+    Reconciler, RecoveryStore, RejectionCode, Resource, Store,
 };
 
 use crate::{
@@ -264,16 +264,16 @@ pub(crate) fn unknown(upstream: &Upstream) -> RejectionCode {
 
 /// Looks up what dangles, once.
 pub(crate) async fn reconcile(store: &Arc<dyn Store>, upstream: &Upstream) {
-    let (recovery, client) = (store.recovery().unwrap(), upstream.client());
-    for intent in recovery.take_dangling(100, Duration::from_millis(1)).await.unwrap() {
-        let update = match client.look_up(intent.upstream_key).await {
-            Ok(Some(id)) => IntentUpdate::Finalize(id.into()),
-            Ok(None) => IntentUpdate::Absent(None),
-            Err(_) => IntentUpdate::LookAgain { after: Duration::from_millis(1), absences: intent.absences },
-        };
-        let fence = intent.lookup_fence();
-        recovery.update_intent(intent.upstream_key, fence, &update, None).await.unwrap();
-    }
+    let (soon, client) = (Duration::from_millis(1), upstream.client());
+    let look_up = move |intent: Intent| {
+        let client = client.clone();
+        async move {
+            let found = client.look_up(intent.upstream_key).await?;
+            Ok(found.map_or(Lookup::NotFound, |id| Lookup::Found(Resource::new(id))))
+        }
+    };
+    let reconciler = Reconciler::new(look_up).with_confirmation_after(soon).with_backoff(soon, soon);
+    layer(store).handle().reconcile(&reconciler).await.unwrap();
 }
 
 /// Makes a test of each function, on each store.

@@ -178,29 +178,41 @@ async fn intents_told_apart_may_be_called_at_once<DB: Db>() {
     assert_eq!((site.upstream.calls(), node.runs.get()), (2, 2));
 }
 
-/// Whatever the handler makes of it.
+/// Whatever became of the first call, and whatever the handler makes of the error.
 async fn other_arguments_hold_the_key<DB: Db>() {
-    for swallow in [false, true] {
-        let site = not_deduplicating::<DB>().await;
-        let (payer, runs) = (site.payer(), Count::default());
-        let node = site.node(move |idempotency: Idempotency| {
-            let (payer, run) = (payer.clone(), runs.add());
-            async move {
-                let paid = payer.call(payer.intent(&idempotency).with_arguments(&("DE02", run))).await;
-                match (run, paid) {
-                    (1, _) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-                    (_, Err(IntentError::OtherArguments)) if swallow => StatusCode::CREATED.into_response(),
-                    (_, paid) => answer(paid),
-                }
-            }
-        });
-        assert_eq!(node.send("k").await.status, StatusCode::INTERNAL_SERVER_ERROR);
-        node.send("k").await.assert_refused(RejectionCode::OutcomeUnknown);
-        node.until("k", End::Held).await;
-        node.send("k").await.assert_refused(RejectionCode::OutcomeUnknown);
-        assert_eq!(node.runs.get(), 2);
-        site.assert_paid_once(1).await;
+    for act in [
+        Act::WORK,
+        Act::after(Ending::Reset),
+        Act::before(Ending::Status(429)),
+        Act::before(Ending::Status(402)),
+    ] {
+        for swallow in [false, true] {
+            let site = Site::<DB>::open(Upstream::deduplicating().await).await;
+            site.upstream.then(act);
+            let node = paying_another(&site, swallow);
+            assert_answer(&node.send("k").await, 500);
+            node.send("k").await.assert_refused(RejectionCode::OutcomeUnknown);
+            node.until("k", End::Held).await;
+            node.send("k").await.assert_refused(RejectionCode::OutcomeUnknown);
+            assert_eq!((node.runs.get(), site.upstream.calls()), (2, 1), "{act:?}");
+        }
     }
+}
+
+/// A node that pays with other arguments in each run, and answers 500 in its first.
+fn paying_another<DB: Db>(site: &Site<DB>, swallow: bool) -> Node {
+    let (payer, runs) = (site.payer(), Count::default());
+    site.node(move |idempotency: Idempotency| {
+        let (payer, run) = (payer.clone(), runs.add());
+        async move {
+            let paid = payer.call(payer.intent(&idempotency).with_arguments(&("DE02", run))).await;
+            match (run, paid) {
+                (1, _) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+                (_, Err(IntentError::OtherArguments)) if swallow => StatusCode::CREATED.into_response(),
+                (_, paid) => answer(paid),
+            }
+        }
+    })
 }
 
 async fn an_intent_inside_a_transaction_is_refused<DB: Db>() {

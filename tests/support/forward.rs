@@ -45,6 +45,7 @@ macro_rules! forward_recovery {
             take_dangling<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::Intent>;
             get_intent<>(intent: tower_idempotency::UpstreamKey) -> Option<tower_idempotency::Intent>;
             list_intents<>(filter: tower_idempotency::IntentFilter, limit: u32) -> Vec<tower_idempotency::Intent>;
+            count_intents<>() -> tower_idempotency::IntentCounts;
             find_phase<'a, 'b>(
                 attempt: &'a tower_idempotency::Attempt,
                 record: tower_idempotency::RecordId,

@@ -12,9 +12,9 @@ use super::{
     decoding, instant, number, span,
 };
 use crate::{
-    Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentFence, IntentFilter,
-    IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate, Resource,
-    StoreError, UpstreamKey, store::RecoveryStore,
+    Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence,
+    IntentFilter, IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate,
+    Resource, StoreError, UpstreamKey, store::RecoveryStore,
 };
 
 /// What a database does for recovery.
@@ -171,6 +171,14 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         Self::intents(OPERATION, &rows)
     }
 
+    async fn count_intents(&self) -> Result<IntentCounts, StoreError> {
+        const OPERATION: &str = "count intents";
+        let call = Call::new(Arc::clone(&self.0.statements().await?.count));
+        let rows = self.0.read(OPERATION, call).await?;
+        let counts = rows.first().map(counts).transpose();
+        Ok(counts.map_err(|source| E::error(OPERATION, source))?.unwrap_or_default())
+    }
+
     async fn find_phase(
         &self,
         attempt: &Attempt,
@@ -279,7 +287,8 @@ fn changed<'a>(
             let state = if open { "open" } else { "dead" };
             (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(looks))
         }
-        IntentFence::Operator => (Value::Null, Value::Null, -1),
+        IntentFence::Operator => (Value::Text("operator"), Value::Null, -1),
+        IntentFence::Attention => (Value::Text("attention"), Value::Null, -1),
     };
     let resource = match update {
         IntentUpdate::Finalize(resource) => Some(resource),
@@ -359,6 +368,16 @@ fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
     })
 }
 
+fn counts(row: &impl Fields) -> Result<IntentCounts, sqlx::Error> {
+    let count = |name| number(row.int(name)?.unwrap_or_default());
+    Ok(IntentCounts {
+        open: count("open")?,
+        dangling: count("dangling")?,
+        need_attention: count("need_attention")?,
+        oldest: row.int("oldest")?.map(span),
+    })
+}
+
 fn kept_request(row: &impl Fields) -> Result<KeptRequest, sqlx::Error> {
     let required = |value: Option<String>| value.ok_or(sqlx::Error::RowNotFound);
     Ok(KeptRequest {
@@ -385,6 +404,7 @@ pub(in crate::store) struct Statements {
     list_dangling: Arc<str>,
     list_attention: Arc<str>,
     list_dead: Arc<str>,
+    count: Arc<str>,
     find_phase: Arc<str>,
     keep_request: Arc<str>,
     take_abandoned: Arc<str>,
@@ -436,6 +456,7 @@ impl Statements {
             ),
             list_attention: list("i.look_at IS NOT NULL AND i.attention IS NOT NULL", "i.created_at"),
             list_dead: list("i.state = 'dead'", "i.created_at DESC"),
+            count: render(COUNT),
             find_phase: render("SELECT p.result FROM {phases} AS p WHERE p.record_id = $1 AND p.name = $2"),
             keep_request: render(KEEP_REQUEST),
             take_abandoned: returning(TAKE_ABANDONED, REQUEST, "q."),
@@ -522,9 +543,12 @@ UPDATE {intents} AS i SET
     payload     = COALESCE($6, i.payload),
     reason      = CASE WHEN $2 IS NULL THEN i.reason ELSE $7 END,
     look_at     = CASE $8 WHEN 'keep' THEN i.look_at WHEN 'after' THEN {now} + $9 WHEN 'attention' THEN {far} END,
+    looks       = CASE WHEN $12 = 'operator' AND $8 = 'after' THEN 0 ELSE i.looks END,
     absences    = CASE WHEN $10 < 0 THEN i.absences ELSE $10 END,
     attention   = $11
-WHERE i.id = $1 AND ($13 IS NULL AND i.state <> 'finalized' AND NOT {in_flight}
+WHERE i.id = $1 AND ($12 = 'operator' AND i.state <> 'finalized' AND NOT {in_flight}
+        AND ($8 <> 'after' OR i.state = 'open' OR i.absent)
+    OR $12 = 'attention' AND i.state <> 'open' AND i.attention IS NOT NULL
     OR i.call = $13 AND i.state = $12 AND (i.state = 'open' OR i.absent) AND ($14 < 0 OR i.looks = $14))
 RETURNING 1";
 
@@ -544,6 +568,13 @@ WITH due AS (
 UPDATE {intents} AS i SET look_at = {now} + $2, looks = i.looks + 1
 FROM due WHERE i.{place} = due.place
 RETURNING {returned}";
+
+const COUNT: &str = "
+SELECT count(*) FILTER (WHERE i.state = 'open') AS open,
+    count(*) FILTER (WHERE i.state = 'open' AND i.dangling_at <= {now}) AS dangling,
+    count(*) FILTER (WHERE i.attention IS NOT NULL) AS need_attention,
+    (SELECT {age} FROM {intents} AS i WHERE i.look_at IS NOT NULL AND i.state = 'open' ORDER BY i.created_at LIMIT 1) AS oldest
+FROM {intents} AS i WHERE i.look_at IS NOT NULL";
 
 const KEEP_REQUEST: &str = "
 INSERT INTO {requests} (record_id, consumer, key, request, tries, next_at)
