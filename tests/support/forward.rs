@@ -39,6 +39,7 @@ macro_rules! forward_store {
 pub(crate) use forward_store;
 
 /// In an `impl RecoveryStore` of `async_trait`: the calls about anything but one intent, which pass on to this field.
+#[allow(unused_macros, reason = "few tests have a store of their own with intents")]
 macro_rules! forward_recovery {
     ($field:ident) => {
         $crate::support::forward::forward_store! { $field:
@@ -67,4 +68,5 @@ macro_rules! forward_recovery {
         }
     };
 }
+#[allow(unused_imports, reason = "as above")]
 pub(crate) use forward_recovery;
