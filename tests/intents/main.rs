@@ -3,7 +3,15 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[path = "../transactions/bank.rs"]
+#[allow(dead_code, unused_imports, unused_macros, reason = "the tests of transactions use the rest of it")]
+mod bank;
+
+mod cases;
+mod hooked;
 mod network;
 mod payouts;
 mod phases;
 mod reconciler;
+mod site;
+mod survival;
