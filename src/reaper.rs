@@ -110,7 +110,7 @@ impl Drop for Alive {
 }
 
 /// Three to five quarters of the interval, so that nodes that started together part.
-fn jittered(interval: Duration) -> Duration {
+pub(crate) fn jittered(interval: Duration) -> Duration {
     let random = AttemptId::random().as_uuid().as_bytes()[0];
     interval * 3 / 4 + interval / 2 * u32::from(random) / 255
 }
