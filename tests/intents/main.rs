@@ -3,5 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod completer;
 mod phases;
+mod shop;
 mod smoke;

@@ -10,7 +10,9 @@ use axum::{
     routing::post,
 };
 use sqlx::{Postgres, Sqlite};
-use tower_idempotency::{Idempotency, IdempotencyLayer, RejectionCode, Resource, Tx, TxError};
+use tower_idempotency::{
+    Idempotency, IdempotencyLayer, RejectionCode, Resource, Tx, TxError,
+};
 
 use crate::support::{
     db::Db,
@@ -53,18 +55,12 @@ where
         let a = direct::send(&app, direct::charge("k")).await;
         println!("{:?} {:?}", a.status, a.body);
     }
-    let n = DB::number(&mut *DB::pool(&home, 1).acquire().await.unwrap(), "SELECT count(*) FROM steps")
-        .await
-        .unwrap();
+    let n = DB::number(&mut *DB::pool(&home, 1).acquire().await.unwrap(), "SELECT count(*) FROM steps").await.unwrap();
     assert_eq!(n, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sqlite() {
-    smoke::<Sqlite>().await
-}
+async fn sqlite() { smoke::<Sqlite>().await }
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
-async fn postgres() {
-    smoke::<Postgres>().await
-}
+async fn postgres() { smoke::<Postgres>().await }
