@@ -153,14 +153,17 @@ impl Ending {
 
     fn end_in_background(self, end: End) -> JoinHandle<Result<Ended, StoreError>> {
         let tasks = self.shared.tasks.clone();
-        tasks.spawn(async move {
-            let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
-            let ended = self.shared.end(&self.attempt, Some(&self.lease), &end, give_up).await;
-            if let Err(error) = &ended {
-                self.settings.log_failure(&self.attempt, error, "the end of an attempt is not stored");
-            }
-            ended
-        })
+        tasks.spawn(self.write_down(end))
+    }
+
+    /// A method, so that the whole attempt lives until its end is stored: also what keeps others of this process away.
+    async fn write_down(self, end: End) -> Result<Ended, StoreError> {
+        let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
+        let ended = self.shared.end(&self.attempt, Some(&self.lease), &end, give_up).await;
+        if let Err(error) = &ended {
+            self.settings.log_failure(&self.attempt, error, "the end of an attempt is not stored");
+        }
+        ended
     }
 }
 

@@ -4,6 +4,8 @@
 mod support;
 
 mod completer;
+mod intent_log;
+mod kept_requests;
 mod phases;
 mod shop;
 mod smoke;

@@ -53,6 +53,8 @@ pub(crate) enum Act {
     HangInCall,
     /// Answers 500.
     Fail,
+    /// Answers 500 after a call to an upstream.
+    CallAndFail,
     Panic,
     /// Takes so many milliseconds.
     Slow(u64),
@@ -108,7 +110,10 @@ impl<DB: Db> Shop<DB> {
         let (runs, stage) = (self.stage.runs.get(), self.stage.clone());
         let process = Runtime::new().unwrap();
         process.spawn(async move {
-            let answer = direct::send(&Node::new(layer, &stage).app, request).await;
+            let node = Node::new(layer, &stage);
+            // Otherwise the first claim, which has less than a lease, would set the tables up.
+            node.handle.prepare().await.unwrap();
+            let answer = node.send(request).await;
             panic!("answered although it was to hang: {answer:?}");
         });
         until("the handler to run", async || self.stage.runs.get() > runs).await;
@@ -146,6 +151,10 @@ impl Stage {
                 let _ = idempotency.intent("transfer").call(async |_| pending().await).await;
             }
             Some(Act::Fail) => return StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+            Some(Act::CallAndFail) => {
+                idempotency.intent("transfer").call(async |_| Ok("tr_1".into())).await.unwrap();
+                return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+            }
             Some(Act::Panic) => panic!("as the test wants it"),
             Some(Act::Slow(millis)) => tokio::time::sleep(Duration::from_millis(millis)).await,
             None => {}
@@ -395,5 +404,5 @@ macro_rules! on_both_stores {
 }
 pub(crate) use on_both_stores;
 
-pub(crate) const LEASE: Duration = Duration::from_millis(400);
+pub(crate) const LEASE: Duration = Duration::from_secs(1);
 pub(crate) const TENANT: header::HeaderName = header::HeaderName::from_static("x-tenant");
