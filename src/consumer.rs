@@ -75,7 +75,10 @@ type Extract = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 /// beside `X-Api-Key`, or `Cookie`, `X-Api-Key` and the like alone. The credentials themselves are never stored, only
 /// the digest; it is not salted, so whoever reads the table or the log can test guesses of a weak `Basic` password.
 #[derive(Clone)]
-pub struct ConsumerExtractor(Arc<Extract>);
+pub struct ConsumerExtractor {
+    extract: Arc<Extract>,
+    header: Option<HeaderName>,
+}
 
 impl ConsumerExtractor {
     /// The [`Consumer`] in the request's extensions, put there by an authentication layer outside this one.
@@ -88,16 +91,18 @@ impl ConsumerExtractor {
     /// The value of a header that a trusted proxy sets. Sent twice or not UTF-8, it identifies nobody.
     #[must_use]
     pub fn header(name: HeaderName) -> Self {
-        Self::from_fn(move |parts| {
+        let header = Some(name.clone());
+        let by_header = Self::from_fn(move |parts| {
             let value = only_value(&parts.headers, &name)?;
             Consumer::new(std::str::from_utf8(value.as_bytes()).ok()?).ok()
-        })
+        });
+        Self { header, ..by_header }
     }
 
     /// Whatever a closure makes of the request.
     #[must_use]
     pub fn from_fn(extract: impl Fn(&Parts) -> Option<Consumer> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(extract))
+        Self { extract: Arc::new(extract), header: None }
     }
 
     /// One scope that all requests share: whoever sends an equal key and an equal request gets the same response.
@@ -108,7 +113,12 @@ impl ConsumerExtractor {
     }
 
     pub(crate) fn extract(&self, parts: &Parts) -> Option<Consumer> {
-        (self.0)(parts)
+        (self.extract)(parts)
+    }
+
+    /// The header that names the consumer, if it is known to be one.
+    pub(crate) fn header_name(&self) -> Option<&HeaderName> {
+        self.header.as_ref()
     }
 }
 
@@ -171,7 +181,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 /// Headers by which APIs commonly authenticate, beside `Authorization`.
-const OTHER_CREDENTIALS: [&str; 6] =
+pub(crate) const OTHER_CREDENTIALS: [&str; 6] =
     ["cookie", "x-api-key", "api-key", "apikey", "x-auth-token", "x-access-token"];
 
 #[cfg(test)]

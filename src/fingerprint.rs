@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
-use http::{HeaderName, header, request::Parts};
+use http::{HeaderName, Uri, header, request::Parts};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -27,6 +27,12 @@ impl Fingerprint {
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    /// The fingerprint of what is attempted outside HTTP. No request has it.
+    pub(crate) fn of_arguments(arguments: &(impl Serialize + ?Sized)) -> Option<Self> {
+        let digest = canonical_digest(arguments)?;
+        Some(Self([&[ARGUMENTS_VERSION][..], &digest].concat().into()))
     }
 
     fn new(scheme: SchemeId, digest: &[u8]) -> Self {
@@ -164,6 +170,11 @@ impl Fingerprinter {
         self
     }
 
+    /// The headers that are covered beside the content type.
+    pub(crate) fn headers(&self) -> impl Iterator<Item = &HeaderName> {
+        self.headers.iter()
+    }
+
     /// Computes the fingerprint of a request.
     pub(crate) fn fingerprint(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
         let mut input = Input::new(self.secret.as_ref());
@@ -299,15 +310,22 @@ pub(crate) fn canonical_digest(value: &(impl Serialize + ?Sized)) -> Option<Byte
     Some(Bytes::copy_from_slice(&Sha256::digest(canonical)))
 }
 
-fn original_target(parts: &Parts) -> String {
+/// The URI as the client sent it.
+pub(crate) fn original_uri(parts: &Parts) -> &Uri {
     #[cfg(feature = "axum")]
     let uri = parts.extensions.get::<axum::extract::OriginalUri>().map_or(&parts.uri, |original| &original.0);
     #[cfg(not(feature = "axum"))]
     let uri = &parts.uri;
+    uri
+}
+
+fn original_target(parts: &Parts) -> String {
+    let uri = original_uri(parts);
     uri.path_and_query().map_or_else(|| uri.path().to_owned(), ToString::to_string)
 }
 
 const ALGORITHM_VERSION: u8 = 1;
+const ARGUMENTS_VERSION: u8 = 0x81;
 
 #[cfg(test)]
 mod tests {

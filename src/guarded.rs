@@ -12,9 +12,9 @@ use tokio::{
 use tower_service::Service;
 
 use crate::{
-    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, Record, RecordId, RecordState,
-    Rejection, RejectionCode, RequestBody, ResponseBody, StoreError, StoreErrorKind, StoredResponse,
-    TRACING_TARGET,
+    Attempt, Claim, ClaimOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record, RecordId,
+    RecordState, Rejection, RejectionCode, RequestBody, ResponseBody, StoreError, StoreErrorKind,
+    StoredResponse, TRACING_TARGET,
     answer::{answer_from, in_progress, refused, replay},
     buffer::Buffered,
     error::BoxError,
@@ -70,10 +70,13 @@ impl Guarded {
         ResBody: Body<Data = Bytes> + Send + 'static,
         ResBody::Error: Into<BoxError>,
     {
+        if let KeySource::Resent(resent) = &self.key {
+            resent.reached();
+        }
         let body = match self.receive(body, caller).await {
             Ok(Some(body)) => body,
             Ok(None) => return Ok(Response::default()),
-            Err(rejection) => return Ok(refused(&self.settings, rejection)),
+            Err(rejection) => return Ok(self.refuse(rejection)),
         };
         for _ in 0..self.settings.transactions.reruns {
             let clone = inner.clone();
@@ -110,8 +113,15 @@ impl Guarded {
                 request.extensions_mut().insert(Unprotected);
                 inner.call(request).await.map(|response| response.map(ResponseBody::passed))
             }
-            Err(rejection) => Ok(refused(&self.settings, rejection)),
+            Err(rejection) => Ok(self.refuse(rejection)),
         }
+    }
+
+    fn refuse<B>(&self, rejection: Rejection) -> Response<ResponseBody<B>> {
+        if let KeySource::Resent(resent) = &self.key {
+            resent.refused(&rejection);
+        }
+        refused(&self.settings, rejection)
     }
 
     async fn receive<B>(&self, body: B, caller: oneshot::Receiver<()>) -> Result<Option<Buffered>, Rejection>
@@ -130,11 +140,13 @@ impl Guarded {
 
     async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Decision, Rejection> {
         let permit = self.settings.admit()?;
+        self.check_keeping()?;
         self.settings.reaper.ensure_running(&self.shared);
         let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
         let (key, retention) = match &self.key {
             KeySource::Sent(key) => (key.clone(), self.settings.timing.retention),
             KeySource::Derived(window) => (IdempotencyKey::from_digest(fingerprint.as_bytes()), *window),
+            KeySource::Resent(resent) => (resent.key.clone(), self.settings.timing.retention),
         };
         let claim = Claim {
             lease: self.settings.timing.lease,
@@ -161,6 +173,7 @@ impl Guarded {
             };
             let record = match outcome {
                 ClaimOutcome::Won { record_id, attempt_number } => {
+                    self.before_handler(&claim, claimed_at, record_id, (parts, body)).await?;
                     return Ok(Decision::Run(self.execution(
                         claim,
                         record_id,
@@ -179,6 +192,51 @@ impl Guarded {
             claim.fingerprint = fingerprint;
         }
         Err(in_progress(&self.settings, &claim.attempt.consumer, &claim.attempt.key))
+    }
+
+    /// A store that cannot keep requests is found out before anything is claimed.
+    fn check_keeping(&self) -> Result<(), Rejection> {
+        if self.settings.kept_requests.is_none() || self.shared.store.recovery().is_some() {
+            return Ok(());
+        }
+        tracing::error!(
+            target: TRACING_TARGET,
+            "requests are to be kept and this store cannot: use SqliteStore or PostgresStore, or no with_kept_requests"
+        );
+        Err(Rejection::new(
+            RejectionCode::StoreMisconfigured,
+            "The request was not performed: the store of this server cannot keep requests.",
+        ))
+    }
+
+    /// Keeps the request of a record that was claimed, once. A later attempt keeps it if the first one died before it could.
+    /// A request that is sent again runs only for the record that it was kept for.
+    async fn before_handler(
+        &self,
+        claim: &Claim,
+        claimed_at: Instant,
+        record_id: RecordId,
+        request: (&Parts, &Bytes),
+    ) -> Result<(), Rejection> {
+        if let KeySource::Resent(resent) = &self.key {
+            if resent.record_id == record_id {
+                return Ok(());
+            }
+            self.shared.give_back(claim.attempt.clone());
+            return Err(Rejection::new(
+                RejectionCode::KeyReused,
+                "The record of the request that is sent again has gone.",
+            ));
+        }
+        let kept = self.shared.keep_request(&self.settings, claim, claimed_at, record_id, request).await;
+        match kept {
+            Ok(Fenced::Applied) => Ok(()),
+            Ok(Fenced::Lost) => Err(in_progress(&self.settings, &claim.attempt.consumer, &claim.attempt.key)),
+            Err(error) => {
+                self.shared.give_back(claim.attempt.clone());
+                Err(self.no_claim(&claim.attempt, &error))
+            }
+        }
     }
 
     fn execution(
@@ -248,16 +306,24 @@ impl Guarded {
         let (consumer, key) = (&attempt.consumer, self.settings.shown(&attempt.key));
         let source = error as &dyn std::error::Error;
         let down = matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous);
-        if down && self.settings.on_store_outage == StoreOutage::RunUnprotected {
+        let resent = matches!(self.key, KeySource::Resent(_));
+        if down && !resent && self.settings.on_store_outage == StoreOutage::RunUnprotected {
             tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "running without protection");
             return Ok(Decision::RunUnprotected);
         }
+        Err(self.no_claim(attempt, error))
+    }
+
+    fn no_claim(&self, attempt: &Attempt, error: &StoreError) -> Rejection {
+        let (consumer, key) = (&attempt.consumer, self.settings.shown(&attempt.key));
+        let source = error as &dyn std::error::Error;
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "no claim");
+        let down = matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous);
         let detail = match down {
             true => "The request was not performed; send it again with the same key.",
             false => "The request was not performed; the server's log says why.",
         };
-        Err(Rejection::new(RejectionCode::of_store(error.kind()), detail))
+        Rejection::new(RejectionCode::of_store(error.kind()), detail)
     }
 }
 

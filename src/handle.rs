@@ -21,7 +21,7 @@ use crate::{
 /// ```
 #[derive(Clone, Debug)]
 pub struct IdempotencyHandle {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 /// Tasks were still running when the time to drain was over.

@@ -1,9 +1,15 @@
 //! Requests that are kept so that they can be sent again.
 
+mod encoded;
+mod keep;
+mod settings;
+
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
+use http::Request;
 
+pub use self::{encoded::UnreadableRequest, settings::KeptRequests};
 use crate::{Consumer, IdempotencyKey, RecordId, response::Length};
 
 /// A request that is kept until its record is completed, as a store shows it.
@@ -30,6 +36,15 @@ impl KeptRequest {
     pub fn new(record_id: RecordId, consumer: Consumer, key: IdempotencyKey, request: Bytes) -> Self {
         Self { record_id, consumer, key, request, tries: 0, attention: None }
     }
+
+    /// The request as it is sent again: method, original URI, the headers that were kept, and the body.
+    ///
+    /// # Errors
+    ///
+    /// [`UnreadableRequest`] if it is damaged or was kept by an unknown version of this crate.
+    pub fn decode(&self) -> Result<Request<Bytes>, UnreadableRequest> {
+        encoded::decode(&self.request)
+    }
 }
 
 /// Shows how long the request is, and nothing of it.
@@ -49,8 +64,11 @@ impl fmt::Debug for KeptRequest {
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RequestUpdate {
-    /// It is sent again after this time, if its record is still not completed.
+    /// It is sent again after this time, if its record is still not completed. One that waited for an operator begins with
+    /// no tries.
     SendAgain(Duration),
     /// It is not sent any more and waits for an operator, who is told this.
     NeedsAttention(String),
+    /// It is not needed any more, and deleted.
+    Done,
 }

@@ -7,9 +7,9 @@ use tokio::sync::Semaphore;
 use tower_layer::Layer;
 
 use crate::{
-    ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeyLogging,
-    KeySyntax, Reaper, RenderRejection, RenderRepresentation, ResultPolicy, StoreOutage, TransactionOptions,
-    settings::Settings, shared::Shared,
+    ConsumerExtractor, Fingerprinter, IdempotencyHandle, IdempotencyService, IntoStore, KeptRequests,
+    KeyLogging, KeySyntax, Reaper, RenderRejection, RenderRepresentation, ResultPolicy, StoreOutage,
+    TransactionOptions, settings::Settings, shared::Shared,
 };
 
 /// Layer that performs a request with an idempotency key once and replays its response to every retry.
@@ -125,16 +125,26 @@ impl IdempotencyLayer {
     }
 
     /// Sets how the consumer of a request is found. Default: [`ConsumerExtractor::default`], which refuses to guess.
+    ///
+    /// # Panics
+    ///
+    /// If its header is to be [kept](Self::with_kept_requests).
     #[must_use]
+    #[track_caller]
     pub fn with_consumer(self, extractor: ConsumerExtractor) -> Self {
-        self.set(|settings| settings.consumer = extractor)
+        self.set(|settings| settings.consumer = extractor).checked()
     }
 
     /// Sets how a retry is told from another request. Default: [`Fingerprinter::default`], over method, path, query,
     /// content type and body.
+    ///
+    /// # Panics
+    ///
+    /// If it covers a header that cannot be kept, and requests are to be [kept](Self::with_kept_requests).
     #[must_use]
+    #[track_caller]
     pub fn with_fingerprint(self, fingerprinter: Fingerprinter) -> Self {
-        self.set(|settings| settings.fingerprinter = fingerprinter)
+        self.set(|settings| settings.fingerprinter = fingerprinter).checked()
     }
 
     /// Sets which results are stored and whether abandoned attempts run again. Default: [`ResultPolicy::default`].
@@ -365,6 +375,25 @@ impl IdempotencyLayer {
         self.set(|settings| settings.transactions = options)
     }
 
+    /// Keeps requests before their handlers run, so that a [`Completer`](crate::Completer) can send them again when their
+    /// process has died and their client does not come back. Off by default.
+    ///
+    /// Each request with a key then costs another write. One that cannot be kept is not run: 503 `store-unavailable`, and its
+    /// key is given back. Needs a store that keeps requests, SQLite or PostgreSQL: with another one every request with a key
+    /// is refused, 500 `store-misconfigured`.
+    ///
+    /// A process that dies before the request is kept has not begun its handler: nothing was done, and only the client's
+    /// retry performs it.
+    ///
+    /// # Panics
+    ///
+    /// If a header that identifies who sends a request would be kept: see [`KeptRequests`].
+    #[must_use]
+    #[track_caller]
+    pub fn with_kept_requests(self, kept: KeptRequests) -> Self {
+        self.set(|settings| settings.kept_requests = Some(kept)).checked()
+    }
+
     fn set(mut self, change: impl FnOnce(&mut Settings)) -> Self {
         change(Arc::make_mut(&mut self.settings));
         self
@@ -374,6 +403,7 @@ impl IdempotencyLayer {
     fn checked(self) -> Self {
         self.settings.timing.check();
         self.settings.request_limits.check();
+        self.settings.check_kept_requests();
         self
     }
 }

@@ -7,7 +7,9 @@ mod answer;
 mod body;
 mod buffer;
 mod closing;
+mod completer;
 mod consumer;
+mod encoding;
 mod error;
 mod execution;
 mod fingerprint;
@@ -16,6 +18,7 @@ mod guarded;
 mod handle;
 mod idempotency;
 mod intent;
+mod intent_log;
 mod kept_request;
 mod key;
 mod layer;
@@ -27,6 +30,7 @@ mod record;
 mod rejection;
 mod renewal;
 mod representation;
+mod resent;
 mod response;
 mod running;
 mod service;
@@ -39,6 +43,7 @@ mod transaction;
 mod tx;
 
 pub use body::{RequestBody, ResponseBody};
+pub use completer::{Completer, CompleterPass, Refused, Restore};
 pub use consumer::{Consumer, ConsumerExtractor, InvalidConsumer};
 pub use error::{StoreError, StoreErrorKind};
 pub use fingerprint::{Fingerprint, Fingerprinter, InvalidPointer};
@@ -52,7 +57,8 @@ pub use intent::{
     IntentResolution, IntentState, IntentUpdate, OpenIntent, OpenOutcome, Opened, Opening,
     ResolveIntentOutcome, Resource, UpstreamKey,
 };
-pub use kept_request::{KeptRequest, RequestUpdate};
+pub use intent_log::{IntentLog, IntentLogError, LogAttempt, LogOutcome};
+pub use kept_request::{KeptRequest, KeptRequests, RequestUpdate, UnreadableRequest};
 pub use key::{IdempotencyKey, InvalidKey, KeySyntax};
 pub use layer::IdempotencyLayer;
 pub use policy::{AbandonedAttempts, Directive, ResultPolicy};

@@ -195,6 +195,14 @@ impl Record {
         }
     }
 
+    /// The record as a claim that was won has made it.
+    pub(crate) fn won(claim: &Claim, id: RecordId, attempt_number: u32) -> Self {
+        let Attempt { consumer, key, id: attempt } = claim.attempt.clone();
+        let state = RecordState::in_progress(claim.lease);
+        let record = Self::new(id, consumer, key, claim.fingerprint.clone(), state);
+        Self { attempt: Some(attempt), attempt_number, ..record }
+    }
+
     /// The stored response of a completed record; `None` in any other state.
     ///
     /// # Errors

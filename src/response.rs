@@ -4,9 +4,11 @@ use std::fmt;
 
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response::Parts};
-use sha2::{Digest, Sha256};
 
-use crate::Representation;
+use crate::{
+    Representation,
+    encoding::{Unsealed, get_bytes, get_headers, put_bytes, put_headers, seal, unseal},
+};
 
 /// A response as it is stored and replayed: status, every header line with its raw bytes, body and trailers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,7 +90,7 @@ impl StoredResponse {
                 put_bytes(&mut payload, representation.data());
             }
         }
-        sealed(&payload)
+        seal(VERSION, &payload)
     }
 
     /// Decodes what [`encode`](Self::encode) made.
@@ -97,14 +99,7 @@ impl StoredResponse {
     ///
     /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does not match.
     pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
-        let mut input = encoded.clone();
-        let version = input.try_get_u8().map_err(|_| UnreadableResponse::Damaged)?;
-        if version != VERSION {
-            return Err(UnreadableResponse::Version(version));
-        }
-        if input.len() < CHECKSUM_LENGTH || input.split_to(CHECKSUM_LENGTH) != checksum(&input)[..] {
-            return Err(UnreadableResponse::Damaged);
-        }
+        let mut input = unseal(VERSION, encoded)?;
         decode_payload(&mut input).ok_or(UnreadableResponse::Damaged)
     }
 }
@@ -145,6 +140,15 @@ pub enum UnreadableResponse {
     Damaged,
 }
 
+impl From<Unsealed> for UnreadableResponse {
+    fn from(error: Unsealed) -> Self {
+        match error {
+            Unsealed::Version(version) => Self::Version(version),
+            Unsealed::Damaged => Self::Damaged,
+        }
+    }
+}
+
 /// Removes what belongs to one connection ([RFC 9110, section 7.6.1]) and what the server computes anew.
 ///
 /// [RFC 9110, section 7.6.1]: https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
@@ -169,38 +173,6 @@ fn names_of(trailers: &HeaderMap) -> HeaderValue {
     HeaderValue::from_str(&names.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
-fn sealed(payload: &[u8]) -> Bytes {
-    let mut encoded = Vec::with_capacity(1 + CHECKSUM_LENGTH + payload.len());
-    encoded.put_u8(VERSION);
-    encoded.put_slice(&checksum(payload));
-    encoded.put_slice(payload);
-    encoded.into()
-}
-
-fn checksum(payload: &[u8]) -> [u8; CHECKSUM_LENGTH] {
-    let digest = Sha256::digest(payload);
-    let mut checksum = [0; CHECKSUM_LENGTH];
-    checksum.copy_from_slice(&digest[..CHECKSUM_LENGTH]);
-    checksum
-}
-
-fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
-    put_length(out, headers.len());
-    for (name, value) in headers {
-        put_bytes(out, name.as_str().as_bytes());
-        put_bytes(out, value.as_bytes());
-    }
-}
-
-fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_length(out, bytes.len());
-    out.put_slice(bytes);
-}
-
-fn put_length(out: &mut Vec<u8>, length: usize) {
-    out.put_u64(length as u64);
-}
-
 fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
     let status = StatusCode::from_u16(input.try_get_u16().ok()?).ok()?;
     let headers = get_headers(input)?;
@@ -216,24 +188,7 @@ fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
     input.is_empty().then_some(StoredResponse { status, headers, body })
 }
 
-fn get_headers(input: &mut Bytes) -> Option<HeaderMap> {
-    let count = input.try_get_u64().ok()?;
-    let mut headers = HeaderMap::new();
-    for _ in 0..count {
-        let name = HeaderName::from_bytes(&get_bytes(input)?).ok()?;
-        let value = HeaderValue::from_maybe_shared(get_bytes(input)?).ok()?;
-        headers.try_append(name, value).ok()?;
-    }
-    Some(headers)
-}
-
-fn get_bytes(input: &mut Bytes) -> Option<Bytes> {
-    let length = usize::try_from(input.try_get_u64().ok()?).ok()?;
-    (length <= input.len()).then(|| input.split_to(length))
-}
-
 const VERSION: u8 = 1;
-const CHECKSUM_LENGTH: usize = 8;
 const BODY_NOT_KEPT: u8 = 0;
 const BODY_KEPT: u8 = 1;
 const BODY_WITH_TRAILERS: u8 = 2;
@@ -318,7 +273,7 @@ mod tests {
             put_headers(&mut payload, &HeaderMap::new());
             payload.push(kind);
             put_bytes(&mut payload, b"id");
-            StoredResponse::decode(&sealed(&payload))
+            StoredResponse::decode(&seal(VERSION, &payload))
         };
         assert_eq!(
             with_kind(BODY_REPRESENTED),

@@ -17,6 +17,7 @@ use crate::{
     Idempotency, Rejection, RejectionCode, RequestBody, ResponseBody, ResponseFuture,
     error::BoxError,
     guarded::Guarded,
+    resent::Resent,
     settings::{KeySource, Settings},
     shared::Shared,
 };
@@ -69,14 +70,21 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        let key = match self.key_of(&request) {
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
+        let resent = request.extensions_mut().remove::<Resent>();
+        let key = match resent
+            .map_or_else(|| self.key_of(&request), |resent| Ok(Some(KeySource::Resent(resent))))
+        {
             Ok(Some(key)) => key,
             Ok(None) => return ResponseFuture::passed(self.inner.call(request.map(RequestBody::passed))),
             Err(rejection) => return ResponseFuture::refused(self.settings.refuse(rejection)),
         };
         let (parts, body) = request.into_parts();
-        let Some(consumer) = self.settings.consumer.extract(&parts) else {
+        let consumer = match &key {
+            KeySource::Resent(resent) => Some(resent.consumer.clone()),
+            KeySource::Sent(_) | KeySource::Derived(_) => self.settings.consumer.extract(&parts),
+        };
+        let Some(consumer) = consumer else {
             let rejection = Rejection::new(
                 RejectionCode::ConsumerUnidentified,
                 "It cannot be told safely whose idempotency key this is.",

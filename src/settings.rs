@@ -7,10 +7,11 @@ use http::{HeaderMap, HeaderName, Method, Response};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    Attempt, ConsumerExtractor, Fingerprinter, IdempotencyKey, KeySyntax, Reaper, Rejection, RejectionCode,
-    RenderRejection, RenderRepresentation, ResultPolicy, TRACING_TARGET, TransactionOptions,
+    Attempt, ConsumerExtractor, Fingerprinter, IdempotencyKey, KeptRequests, KeySyntax, Reaper, Rejection,
+    RejectionCode, RenderRejection, RenderRepresentation, ResultPolicy, TRACING_TARGET, TransactionOptions,
     buffer::RequestLimits,
     rejection::{ProblemJson, respond},
+    resent::Resent,
 };
 
 /// What happens to a request with a key while the store cannot be reached or does not answer in time.
@@ -45,6 +46,8 @@ pub(crate) enum KeySource {
     Sent(IdempotencyKey),
     /// It is derived from the request and counts for this long.
     Derived(Duration),
+    /// A completer sends the request again.
+    Resent(Resent),
 }
 
 #[derive(Clone)]
@@ -72,6 +75,7 @@ pub(crate) struct Settings {
     pub(crate) key_logging: KeyLogging,
     pub(crate) reaper: Reaper,
     pub(crate) transactions: TransactionOptions,
+    pub(crate) kept_requests: Option<KeptRequests>,
 }
 
 #[derive(Clone, Debug)]
@@ -143,6 +147,7 @@ impl Default for Settings {
             key_logging: KeyLogging::Plain,
             reaper: Reaper::default(),
             transactions: TransactionOptions::default(),
+            kept_requests: None,
         }
     }
 }

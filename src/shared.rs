@@ -104,8 +104,7 @@ impl Shared {
             }
         };
         if matches!(answer, Some(Ok(ClaimOutcome::Won { .. }))) && sent_at.elapsed() > usable {
-            let shared = Arc::clone(self);
-            self.tasks.spawn(async move { shared.release_unstarted(&attempt).await });
+            self.give_back(attempt);
             return Err(no_answer(limit));
         }
         answer.unwrap_or_else(|| Err(no_answer(limit)))
@@ -155,6 +154,12 @@ impl Shared {
             let _ = timeout_at(end.min(Instant::now() + pause), self.draining.cancelled()).await;
             pause *= 4;
         }
+    }
+
+    /// Releases, in the background, a claim that was won in vain.
+    pub(crate) fn give_back(self: &Arc<Self>, attempt: Attempt) {
+        let shared = Arc::clone(self);
+        self.tasks.spawn(async move { shared.release_unstarted(&attempt).await });
     }
 
     /// A claim whose handler never started is always released, never held.

@@ -16,7 +16,8 @@ use crate::{
 impl Shared {
     pub(crate) fn recovery(&self) -> Result<Arc<dyn RecoveryStore>, StoreError> {
         self.store.recovery().ok_or_else(|| {
-            let message = "this store keeps no intents and phases: use SqliteStore or PostgresStore";
+            let message =
+                "this store keeps no intents, phases and requests: use SqliteStore or PostgresStore";
             StoreError::new(StoreErrorKind::Misconfigured, message)
         })
     }

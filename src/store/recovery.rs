@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    Attempt, Fenced, Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate, KeptRequest, OpenOutcome,
-    Opening, RecordId, RequestUpdate, StoreError, UpstreamKey,
+    Attempt, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate,
+    KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate, StoreError, UpstreamKey,
 };
 
 /// Keeps intents, finished phases and kept requests beside the records of a [`Store`](crate::Store).
@@ -92,7 +92,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     ) -> Result<Option<Bytes>, StoreError>;
 
     /// Keeps the encoded request of an attempt that owns its record, to be sent again if nobody has completed it after this
-    /// time. The first one of a record counts.
+    /// time. The first one of a record counts: a later call of an attempt that owns the record changes nothing.
     ///
     /// # Errors
     ///
@@ -103,6 +103,19 @@ pub trait RecoveryStore: Debug + Send + Sync {
         record: RecordId,
         request: &Bytes,
         after: Duration,
+    ) -> Result<Fenced, StoreError>;
+
+    /// Makes a record stay when it is released, as if an intent hung on it, because its request is about to be sent again.
+    /// Lost if there is no such record any more, or it is completed.
+    ///
+    /// # Errors
+    ///
+    /// Any; the record may stay.
+    async fn keep_record(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        record: RecordId,
     ) -> Result<Fenced, StoreError>;
 
     /// Takes requests that are to be sent again, at most `limit`: those whose record is in progress with a lease that is

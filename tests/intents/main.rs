@@ -8,10 +8,14 @@ mod support;
 mod bank;
 
 mod cases;
+mod completer;
 mod hooked;
+mod intent_log;
+mod kept_requests;
 mod network;
 mod payouts;
 mod phases;
 mod reconciler;
+mod shop;
 mod site;
 mod survival;

@@ -58,6 +58,11 @@ macro_rules! forward_recovery {
                 request: &'b bytes::Bytes,
                 after: std::time::Duration
             ) -> tower_idempotency::Fenced;
+            keep_record<'a, 'b>(
+                consumer: &'a tower_idempotency::Consumer,
+                key: &'b tower_idempotency::IdempotencyKey,
+                record: tower_idempotency::RecordId
+            ) -> tower_idempotency::Fenced;
             take_abandoned<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::KeptRequest>;
             update_request<'a>(
                 record: tower_idempotency::RecordId,

@@ -214,6 +214,18 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         Ok(if kept { Fenced::Applied } else { Fenced::Lost })
     }
 
+    async fn keep_record(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        record: RecordId,
+    ) -> Result<Fenced, StoreError> {
+        let call = of_record(&self.0.statements().await?.keep_record, consumer, key, record);
+        let rows = self.0.write("keep a record", vec![call]).await?;
+        let kept = rows.first().is_some_and(|rows| !rows.is_empty());
+        Ok(if kept { Fenced::Applied } else { Fenced::Lost })
+    }
+
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError> {
         const OPERATION: &str = "take abandoned requests";
         let call = Call::new(Arc::clone(&self.0.statements().await?.take_abandoned))
@@ -225,11 +237,17 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
     }
 
     async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<(), StoreError> {
+        let statements = self.0.statements().await?;
         let (after, attention) = match update {
             RequestUpdate::SendAgain(after) => (Some(*after), None),
             RequestUpdate::NeedsAttention(what) => (None, Some(what.as_str())),
+            RequestUpdate::Done => {
+                let call =
+                    Call::new(Arc::clone(&statements.delete_request)).with(Value::Uuid(record.as_uuid()));
+                return self.0.write("delete a request", vec![call]).await.map(drop);
+            }
         };
-        let call = Call::new(Arc::clone(&self.0.statements().await?.update_request))
+        let call = Call::new(Arc::clone(&statements.update_request))
             .with(Value::Uuid(record.as_uuid()))
             .with(Value::Flag(after.is_some()))
             .with(Value::Span(after.unwrap_or_default()))
@@ -404,8 +422,10 @@ pub(in crate::store) struct Statements {
     count: Arc<str>,
     find_phase: Arc<str>,
     keep_request: Arc<str>,
+    keep_record: Arc<str>,
     take_abandoned: Arc<str>,
     update_request: Arc<str>,
+    delete_request: Arc<str>,
     list_requests: Arc<str>,
     purge_intents: Arc<str>,
     purge_phases: Arc<str>,
@@ -456,8 +476,10 @@ impl Statements {
             count: render(COUNT),
             find_phase: render("SELECT p.result FROM {phases} AS p WHERE p.record_id = $1 AND p.name = $2"),
             keep_request: render(KEEP_REQUEST),
+            keep_record: render(KEEP_RECORD),
             take_abandoned: returning(TAKE_ABANDONED, REQUEST, "q."),
             update_request: render(UPDATE_REQUEST),
+            delete_request: render("DELETE FROM {requests} WHERE record_id = $1"),
             list_requests: render(&format!(
                 "SELECT {REQUEST} FROM {{requests}} AS q WHERE q.next_at IS NULL ORDER BY q.record_id LIMIT $1"
             )),
@@ -577,7 +599,11 @@ FROM {intents} AS i WHERE i.look_at IS NOT NULL";
 const KEEP_REQUEST: &str = "
 INSERT INTO {requests} (record_id, consumer, key, request, tries, next_at)
 SELECT $3, $1, $2, $5, 0, {now} + $6 FROM {records} AS r WHERE {owned}
-ON CONFLICT (record_id) DO NOTHING RETURNING 1";
+ON CONFLICT (record_id) DO UPDATE SET record_id = excluded.record_id RETURNING 1";
+
+const KEEP_RECORD: &str = "
+UPDATE {records} AS r SET kept = TRUE WHERE r.consumer = $1 AND r.key = $2 AND r.id = $3 AND r.state <> 'completed'
+RETURNING 1";
 
 const TAKE_ABANDONED: &str = "
 WITH due AS (
@@ -591,7 +617,11 @@ FROM due WHERE q.{place} = due.place
 RETURNING {returned}";
 
 const UPDATE_REQUEST: &str = "
-UPDATE {requests} AS q SET next_at = CASE WHEN $2 THEN {now} + $3 END, attention = $4 WHERE q.record_id = $1";
+UPDATE {requests} AS q SET
+    tries     = CASE WHEN $2 AND q.next_at IS NULL THEN 0 ELSE q.tries END,
+    next_at   = CASE WHEN $2 THEN {now} + $3 END,
+    attention = $4
+WHERE q.record_id = $1";
 
 const REQUEST: &str =
     "q.record_id, q.consumer, q.key, q.request, CAST(q.tries AS bigint) AS tries, q.attention";

@@ -1,0 +1,258 @@
+//! Sends requests again that were abandoned and whose client does not come back.
+
+mod pass;
+mod send;
+mod task;
+
+use std::{error::Error, fmt, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{Request, Response};
+use tower_service::Service;
+
+pub use self::pass::CompleterPass;
+use self::send::{SendRequest, erased};
+use crate::Consumer;
+
+/// Puts back into a request that is sent again what the authentication layer had set, which is never kept: an extension, an
+/// internal header.
+///
+/// The request goes through the whole application, the authentication layer included: let that accept what is put back
+/// here. Nothing that comes from a network can set an extension.
+#[async_trait]
+pub trait Restore: Send + Sync + 'static {
+    /// Puts it back, for the consumer of the request's record, or refuses: the user may have been revoked since.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`]. The request is not sent.
+    async fn restore(&self, request: &mut Request<()>, consumer: &Consumer) -> Result<(), Refused>;
+}
+
+/// Why a request is not sent again.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct Refused {
+    reason: String,
+    for_now: bool,
+}
+
+impl Refused {
+    /// It must not be sent: it needs the attention of an operator, who is told the reason.
+    #[must_use]
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), for_now: false }
+    }
+
+    /// It cannot be told yet, because the user database is away, for example. It counts as a try.
+    #[must_use]
+    pub fn for_now(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), for_now: true }
+    }
+
+    /// The reason.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+}
+
+/// Sends [kept requests](crate::KeptRequests) again that were abandoned: their process has died, or the handler failed after
+/// a call of an [intent](crate::Idempotency::intent) or a finished phase, and the client did not come back.
+///
+/// It is given the whole application, and a [`Restore`] without which it cannot be built. A request that is sent again
+/// takes its record over like a retry of the client: it runs once, its response is stored, and the client gets it when it
+/// does come back. Not sent are those whose record is held or was claimed under a policy that
+/// [holds abandoned attempts](crate::AbandonedAttempts::Hold), and those whose client was answered with a failure on which
+/// no intent and no phase hangs: nothing of them is left to complete.
+///
+/// A request waits for an operator ([`requests_in_need`](crate::IdempotencyHandle::requests_in_need)) when [`Restore`] has
+/// refused it, when its record is still not completed after the last try, and when it cannot be sent: it cannot be read, it
+/// has another fingerprint than its record, or no idempotency layer guards its route any more. Its record stays claimable
+/// by the client's retry until it expires; then both are gone.
+///
+/// ```
+/// # #[cfg(all(feature = "axum", feature = "sqlite"))] {
+/// # async fn start(app: axum::Router, layer: tower_idempotency::IdempotencyLayer) {
+/// use axum::{body::Body, http::Request};
+/// use tower_idempotency::{Completer, Consumer, Refused, Restore};
+///
+/// /// Set by the authentication layer, which lets requests pass that have it already.
+/// #[derive(Clone)]
+/// struct User(String);
+///
+/// struct RestoreUser;
+///
+/// #[async_trait::async_trait]
+/// impl Restore for RestoreUser {
+///     async fn restore(&self, request: &mut Request<()>, consumer: &Consumer) -> Result<(), Refused> {
+///         if consumer.as_str() == "revoked" {
+///             return Err(Refused::new("the user was revoked"));
+///         }
+///         request.extensions_mut().insert(User(consumer.as_str().to_owned()));
+///         Ok(())
+///     }
+/// }
+///
+/// layer.handle().start_completer(Completer::new(app.into_service::<Body>(), RestoreUser));
+/// # }
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Completer {
+    send: Arc<SendRequest>,
+    restore: Arc<dyn Restore>,
+    interval: Duration,
+    batch: u32,
+    at_once: usize,
+    backoff: Backoff,
+    max_tries: u32,
+    timeout: Duration,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Backoff {
+    first: Duration,
+    maximum: Duration,
+}
+
+impl Backoff {
+    /// The pause after that many tries.
+    fn after(self, tries: u32) -> Duration {
+        let doubled =
+            2_u32.checked_pow(tries.saturating_sub(1)).and_then(|factor| self.first.checked_mul(factor));
+        doubled.unwrap_or(self.maximum).min(self.maximum)
+    }
+}
+
+impl Completer {
+    /// A completer that sends to this service: the whole application, with everything that a request from the network
+    /// passes. An axum `Router` is turned into one by `into_service::<Body>()`, which says what bodies are made of.
+    #[must_use]
+    pub fn new<S, B, R>(service: S, restore: impl Restore) -> Self
+    where
+        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<Box<dyn Error + Send + Sync>>,
+        B: From<Bytes> + Send + 'static,
+    {
+        Self {
+            send: erased(service),
+            restore: Arc::new(restore),
+            interval: Duration::from_secs(30),
+            batch: 20,
+            at_once: 4,
+            backoff: Backoff { first: Duration::from_secs(60), maximum: Duration::from_secs(60 * 60) },
+            max_tries: 5,
+            timeout: Duration::from_secs(15 * 60),
+        }
+    }
+
+    /// Sets how often it looks for abandoned requests, with a jitter of a quarter. Default: 30 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_interval(mut self, interval: Duration) -> Self {
+        assert!(!interval.is_zero(), "a completer needs an interval above zero");
+        self.interval = interval;
+        self
+    }
+
+    /// Sets how many requests it sends at most each time it looks. Default: 20.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_batch(mut self, requests: u32) -> Self {
+        assert!(requests > 0, "a completer needs a batch above zero");
+        self.batch = requests;
+        self
+    }
+
+    /// Sets how many requests it has under way at once. Default: 4.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_at_once(mut self, requests: usize) -> Self {
+        assert!(requests > 0, "a completer that has no request under way sends none: use at least 1");
+        self.at_once = requests;
+        self
+    }
+
+    /// Sets the pause after the first try, which doubles with each one, and its maximum. Defaults: 1 min, 1 h.
+    ///
+    /// # Panics
+    ///
+    /// If the first is zero or longer than the maximum.
+    #[must_use]
+    #[track_caller]
+    pub fn with_backoff(mut self, first: Duration, maximum: Duration) -> Self {
+        assert!(
+            !first.is_zero() && first <= maximum,
+            "a pause of {first:?} growing to {maximum:?} is impossible: begin above zero and not above the maximum"
+        );
+        self.backoff = Backoff { first, maximum };
+        self
+    }
+
+    /// Sets how often a request is sent at most before it needs the attention of an operator. Default: 5.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_max_tries(mut self, tries: u32) -> Self {
+        assert!(tries > 0, "a completer with no tries sends nothing: use at least 1");
+        self.max_tries = tries;
+        self
+    }
+
+    /// Sets for how long it waits for [`Restore`] and for the response, each. An attempt that was begun goes on all the
+    /// same. Default: 15 min, more than the layer's `max_execution`.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_timeout(mut self, limit: Duration) -> Self {
+        assert!(!limit.is_zero(), "a completer that does not wait for responses could send nothing");
+        self.timeout = limit;
+        self
+    }
+}
+
+impl fmt::Debug for Completer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Completer")
+            .field("interval", &self.interval)
+            .field("batch", &self.batch)
+            .field("at_once", &self.at_once)
+            .field("backoff", &self.backoff)
+            .field("max_tries", &self.max_tries)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_their_maximum() {
+        let backoff = Backoff { first: Duration::from_secs(60), maximum: Duration::from_secs(3600) };
+        let pauses = [0, 1, 2, 3, 6, 7, 40].map(|tries| backoff.after(tries).as_secs());
+        assert_eq!(pauses, [60, 60, 120, 240, 1920, 3600, 3600]);
+    }
+}

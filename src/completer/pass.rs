@@ -1,0 +1,207 @@
+//! One look for abandoned requests.
+
+use std::sync::Arc;
+
+use http::StatusCode;
+use tokio::task::JoinSet;
+
+use super::{Completer, send::Passed};
+use crate::{
+    Fenced, KeptRequest, Record, RecordState, RejectionCode, RequestUpdate, StoreError, TRACING_TARGET,
+    shared::Shared,
+};
+
+/// What one look for abandoned requests came to: how many requests each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CompleterPass {
+    /// Were found abandoned.
+    pub taken: u32,
+    /// Are completed.
+    pub completed: u32,
+    /// Are not completed and will be sent again.
+    pub send_again: u32,
+    /// Are held until an intent is settled or an operator resolves them.
+    pub held: u32,
+    /// Had lost their record: it had expired and was purged, or its key is used for another request.
+    pub gone: u32,
+    /// Wait for an operator.
+    pub need_attention: u32,
+    /// Could not be looked after because of an error of the store, and are found abandoned again.
+    pub failed: u32,
+}
+
+/// What became of one request.
+#[derive(Debug)]
+enum Fate {
+    Completed,
+    SendAgain(String),
+    Held,
+    Gone,
+    NeedsAttention(String),
+}
+
+impl Completer {
+    /// Sends abandoned requests again, at most a batch.
+    pub(super) async fn pass(&self, shared: &Arc<Shared>) -> Result<CompleterPass, StoreError> {
+        let (mut counts, mut left) = (CompleterPass::default(), self.batch);
+        let (mut under_way, mut failure) = (JoinSet::new(), None);
+        loop {
+            let free = u32::try_from(self.at_once - under_way.len()).unwrap_or(u32::MAX).min(left);
+            if free > 0 && !shared.draining.is_cancelled() {
+                let taken = self.take(shared, free).await.unwrap_or_else(|error| {
+                    failure = Some(error);
+                    Vec::new()
+                });
+                left = if taken.len() < free as usize { 0 } else { left - free };
+                for request in taken {
+                    counts.taken += 1;
+                    let (this, shared) = (self.clone(), Arc::clone(shared));
+                    let tasks = shared.tasks.clone();
+                    under_way
+                        .spawn(tasks.track_future(async move { this.complete(&shared, &request).await }));
+                }
+            }
+            match under_way.join_next().await {
+                None => return failure.map_or(Ok(counts), Err),
+                Some(ended) => counts.add(ended.ok().flatten().as_ref()),
+            }
+        }
+    }
+
+    async fn take(&self, shared: &Arc<Shared>, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
+        let (recovery, pause) = (shared.recovery()?, self.backoff.first);
+        shared.run_to_end(async move { recovery.take_abandoned(limit, pause).await }).await
+    }
+
+    /// Sends one request, and writes down what became of it. `None` after an error of the store: then it is taken again.
+    async fn complete(&self, shared: &Arc<Shared>, request: &KeptRequest) -> Option<Fate> {
+        let completed = match self.fate(shared, request).await {
+            Ok(fate) => self.note(shared, request, &fate).await.map(|()| fate),
+            Err(error) => Err(error),
+        };
+        completed
+            .inspect_err(|error| {
+                let error = error as &dyn std::error::Error;
+                tracing::warn!(
+                    target: TRACING_TARGET, consumer = %request.consumer, record = %request.record_id, error,
+                    "an abandoned request could not be looked after; trying again later"
+                );
+            })
+            .ok()
+    }
+
+    async fn fate(&self, shared: &Arc<Shared>, request: &KeptRequest) -> Result<Fate, StoreError> {
+        if request.tries > self.max_tries {
+            let what = format!("it was sent {} times and nothing is known of the last one", self.max_tries);
+            return Ok(Fate::NeedsAttention(what));
+        }
+        if shared.draining.is_cancelled() {
+            return Ok(Fate::SendAgain("the server is shutting down".to_owned()));
+        }
+        // From now on a failure does not delete the record, which nobody but the completer would then perform again.
+        let (recovery, kept) = (shared.recovery()?, request.clone());
+        let keep = async move { recovery.keep_record(&kept.consumer, &kept.key, kept.record_id).await };
+        if shared.run_to_end(keep).await? == Fenced::Lost {
+            let record = record_of(shared, request).await?;
+            return Ok(ended(record.as_ref()).unwrap_or(Fate::SendAgain("its record was changed".to_owned())));
+        }
+        let passed = self.pass_on(request).await;
+        let record = record_of(shared, request).await?;
+        Ok(ended(record.as_ref()).unwrap_or_else(|| self.not_completed(request, record.as_ref(), passed)))
+    }
+
+    /// What becomes of a request whose record is still in progress.
+    fn not_completed(&self, request: &KeptRequest, record: Option<&Record>, passed: Passed) -> Fate {
+        let (passage, status, what) = match passed {
+            Passed::Never(what) => return Fate::NeedsAttention(what),
+            Passed::NotYet(what) => return self.again_or_not(request, what),
+            Passed::Through { passage, status, what } => (passage, status, what),
+        };
+        if !passage.was_reached() && status.is_some_and(|status| status.is_success()) {
+            let what = "no idempotency layer guards its route any more: it was answered without one, and may be performed";
+            return Fate::NeedsAttention(format!("{what} ({})", shown(status)));
+        }
+        match passage.refusal() {
+            Some(RejectionCode::KeyReused) => {
+                let what = "it is not the request of its record any more: its fingerprint is another one";
+                Fate::NeedsAttention(what.to_owned())
+            }
+            _ if is_owned(record) => Fate::SendAgain("an attempt is running".to_owned()),
+            Some(RejectionCode::ShuttingDown) => Fate::SendAgain(what),
+            Some(code) => self.again_or_not(request, format!("{what}: {code}")),
+            None => self.again_or_not(request, what),
+        }
+    }
+
+    fn again_or_not(&self, request: &KeptRequest, what: String) -> Fate {
+        match request.tries < self.max_tries {
+            true => Fate::SendAgain(what),
+            false => {
+                Fate::NeedsAttention(format!("not completed after {} tries; the last: {what}", request.tries))
+            }
+        }
+    }
+
+    async fn note(&self, shared: &Arc<Shared>, request: &KeptRequest, fate: &Fate) -> Result<(), StoreError> {
+        let (consumer, record, tries) = (&request.consumer, request.record_id, request.tries);
+        let update = match fate {
+            Fate::Held => return Ok(()),
+            Fate::Completed | Fate::Gone => RequestUpdate::Done,
+            Fate::SendAgain(what) => {
+                let pause = self.backoff.after(tries);
+                tracing::warn!(target: TRACING_TARGET, %consumer, %record, tries, what, ?pause, "not completed; sent again later");
+                RequestUpdate::SendAgain(pause)
+            }
+            Fate::NeedsAttention(what) => {
+                tracing::error!(target: TRACING_TARGET, %consumer, %record, tries, what, "an abandoned request needs attention");
+                RequestUpdate::NeedsAttention(what.clone())
+            }
+        };
+        if matches!(fate, Fate::Completed) {
+            tracing::info!(target: TRACING_TARGET, %consumer, %record, tries, "an abandoned request is completed");
+        }
+        let recovery = shared.recovery()?;
+        shared.run_to_end(async move { recovery.update_request(record, &update).await }).await
+    }
+}
+
+impl CompleterPass {
+    fn add(&mut self, fate: Option<&Fate>) {
+        let count = match fate {
+            Some(Fate::Completed) => &mut self.completed,
+            Some(Fate::SendAgain(_)) => &mut self.send_again,
+            Some(Fate::Held) => &mut self.held,
+            Some(Fate::Gone) => &mut self.gone,
+            Some(Fate::NeedsAttention(_)) => &mut self.need_attention,
+            None => &mut self.failed,
+        };
+        *count += 1;
+    }
+}
+
+/// The record that the request was kept for, if it is still there.
+async fn record_of(shared: &Arc<Shared>, request: &KeptRequest) -> Result<Option<Record>, StoreError> {
+    let (store, kept) = (Arc::clone(&shared.store), request.clone());
+    let found = shared.run_to_end(async move { store.get(&kept.consumer, &kept.key).await }).await?;
+    Ok(found.filter(|record| record.id == request.record_id))
+}
+
+/// What became of a request, if its record says so.
+fn ended(record: Option<&Record>) -> Option<Fate> {
+    match record.map(|record| &record.state) {
+        None => Some(Fate::Gone),
+        Some(RecordState::Completed { .. }) => Some(Fate::Completed),
+        Some(RecordState::Held) => Some(Fate::Held),
+        Some(RecordState::InProgress { .. }) => None,
+    }
+}
+
+fn is_owned(record: Option<&Record>) -> bool {
+    let state = record.map(|record| &record.state);
+    matches!(state, Some(RecordState::InProgress { lease_remaining }) if !lease_remaining.is_zero())
+}
+
+fn shown(status: Option<StatusCode>) -> String {
+    status.map_or_else(String::new, |status| status.to_string())
+}

@@ -1,0 +1,79 @@
+//! The completer as a task, and what jobs and operators call.
+
+use std::sync::Arc;
+
+use tokio::time::timeout;
+
+use super::{Completer, CompleterPass};
+use crate::{
+    IdempotencyHandle, KeptRequest, RecordId, RequestUpdate, StoreError, TRACING_TARGET, reaper::jittered,
+    shared::Shared,
+};
+
+/// Abandoned requests.
+impl IdempotencyHandle {
+    /// Starts a task that sends abandoned requests again, at once and then in intervals, until
+    /// [`drain`](Self::drain), which waits for the requests that are under way. It survives errors of the store, and
+    /// errors and panics of the application and of [`Restore`](crate::Restore). Any number of nodes may do so at once.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime.
+    pub fn start_completer(&self, completer: Completer) {
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(completer.run(shared));
+    }
+
+    /// Looks once for abandoned requests, at most a [batch](Completer::with_batch), and sends them. For jobs; where
+    /// [`start_completer`](Self::start_completer) was called it is not needed. While draining it sends none.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`] if the store could not be asked for them, or not for all of them.
+    pub async fn complete_abandoned(&self, completer: &Completer) -> Result<CompleterPass, StoreError> {
+        completer.pass(&self.shared).await
+    }
+
+    /// Lists the kept requests that wait for an operator, at most `limit`: each says
+    /// [why](KeptRequest::attention).
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn requests_in_need(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
+        let recovery = self.shared.recovery()?;
+        self.shared.run_to_end(async move { recovery.list_requests(limit).await }).await
+    }
+
+    /// Has a kept request that waits for an operator sent again, once what stood in its way is put right. Its tries begin
+    /// anew.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`].
+    pub async fn send_again(&self, record: RecordId) -> Result<(), StoreError> {
+        let recovery = self.shared.recovery()?;
+        let update = RequestUpdate::SendAgain(std::time::Duration::ZERO);
+        self.shared.run_to_end(async move { recovery.update_request(record, &update).await }).await
+    }
+}
+
+impl Completer {
+    async fn run(self, shared: Arc<Shared>) {
+        loop {
+            match self.pass(&shared).await {
+                Ok(pass) if pass.taken > 0 => {
+                    tracing::debug!(target: TRACING_TARGET, ?pass, "abandoned requests")
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(target: TRACING_TARGET, error, "abandoned requests could not be looked for; trying again later");
+                }
+            }
+            if timeout(jittered(self.interval), shared.draining.cancelled()).await.is_ok() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Intents and phases outside HTTP: jobs and consumers of messages.
+
+mod attempt;
+mod error;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::time::Instant;
+
+pub use self::{attempt::LogAttempt, error::IntentLogError};
+use crate::{
+    AbandonedAttempts, Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyHandle,
+    IdempotencyKey, IntoStore, Reaper, Record, RecordState, ResultPolicy, StoredBody, StoredResponse,
+    UnreadableResponse, settings::Settings, shared::Shared,
+};
+
+/// Performs what is no HTTP request once: a job, a message. It keeps its records in the store of an
+/// [`IdempotencyLayer`](crate::IdempotencyLayer) or in one of its own, with the same rules; keys share one name space with
+/// those of requests.
+///
+/// Whatever dies at whatever moment: an attempt whose process is gone is taken over once its lease has run out, with the
+/// same [record id](crate::Idempotency::record_id), so that finalized [intents](crate::Idempotency::intent) and finished
+/// phases are not repeated; a result that was stored is never worked out again.
+///
+/// ```
+/// # #[cfg(feature = "sqlite")] {
+/// # async fn transfer(key: tower_idempotency::UpstreamKey) -> Result<String, tower_idempotency::CallFailure> { todo!() }
+/// use tower_idempotency::{Consumer, IdempotencyKey, IntentLog, LogOutcome, Resource};
+///
+/// # async fn consume(pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {
+/// let log = IntentLog::new(pool);
+/// let (queue, message) = (Consumer::new("queue:payouts")?, IdempotencyKey::new("message-17")?);
+/// match log.attempt(&queue, &message, &("DE02", 1000)).await? {
+///     LogOutcome::Run(attempt) => {
+///         let call = attempt.idempotency().intent("bank.transfer");
+///         let sent = call.call(async |key| transfer(key).await.map(Resource::from)).await?;
+///         attempt.complete(sent.id).await?;
+///     }
+///     LogOutcome::Completed(_) => {}
+///     other => return Err(format!("not now: {other:?}").into()),
+/// }
+/// // acknowledge the message
+/// # Ok(()) }
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct IntentLog {
+    shared: Arc<Shared>,
+    settings: Arc<Settings>,
+}
+
+/// What there is to do.
+#[derive(Debug)]
+#[expect(clippy::exhaustive_enums, reason = "a caller must handle every one")]
+pub enum LogOutcome {
+    /// The work, by this attempt.
+    Run(LogAttempt),
+    /// Nothing: it is done, and this is its result.
+    Completed(Bytes),
+    /// Nothing yet: another attempt is running. Ask again later.
+    InProgress,
+    /// Nothing: the outcome of an earlier attempt is unknown, and it is not run again before an intent is reconciled or an
+    /// operator resolves the record.
+    Held,
+    /// Nothing: the key was used with other arguments, or by a request.
+    OtherArguments,
+}
+
+impl IntentLog {
+    /// A log over a store, or over a pool of connections that a store is made of.
+    #[must_use]
+    pub fn new(store: impl IntoStore) -> Self {
+        Self::over(Shared::new(store.into_store()))
+    }
+
+    fn over(shared: Arc<Shared>) -> Self {
+        Self { shared, settings: Arc::default() }
+    }
+
+    /// A handle for draining at shutdown, for reconciling and for operators.
+    #[must_use]
+    pub fn handle(&self) -> IdempotencyHandle {
+        IdempotencyHandle::new(&self.shared)
+    }
+
+    /// Sets for how long an attempt owns its record without renewing. It is renewed every third of that. Default: 30 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 100 ms, or longer than the retention allows: set a longer retention first.
+    #[must_use]
+    #[track_caller]
+    pub fn with_lease(self, lease: Duration) -> Self {
+        self.set(|settings| settings.timing.lease = lease)
+    }
+
+    /// Sets for how long an attempt is renewed. After nine tenths of it the attempt is
+    /// [told](crate::Idempotency::cancelled); after all of it another attempt may take over, once the lease has run out.
+    /// Default: 10 min.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero or longer than the retention allows: set a longer retention first.
+    #[must_use]
+    #[track_caller]
+    pub fn with_max_execution(self, limit: Duration) -> Self {
+        self.set(|settings| settings.timing.max_execution = limit)
+    }
+
+    /// Sets for how long a record is kept, counted from its first attempt. After that the key counts as new. Default: 24 h.
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than `max_execution` and lease together.
+    #[must_use]
+    #[track_caller]
+    pub fn with_retention(self, retention: Duration) -> Self {
+        self.set(|settings| settings.timing.retention = retention)
+    }
+
+    /// Sets what becomes of a record whose attempt ended without a result: its process died, or its [`LogAttempt`] was
+    /// dropped. Default: [`AbandonedAttempts::RunAgain`].
+    #[must_use]
+    pub fn with_abandoned(self, abandoned: AbandonedAttempts) -> Self {
+        self.set(|settings| settings.policy = ResultPolicy::default().with_abandoned(abandoned))
+    }
+
+    /// Sets for how long the store may take to answer, at most three quarters of the lease. Default: 5 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_store_timeout(self, limit: Duration) -> Self {
+        assert!(!limit.is_zero(), "a store time-out of zero: no key could be claimed");
+        self.set(|settings| settings.store_timeout = limit)
+    }
+
+    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task serves all that share a
+    /// store.
+    #[must_use]
+    pub fn with_reaper(self, reaper: Reaper) -> Self {
+        self.set(|settings| settings.reaper = reaper)
+    }
+
+    #[track_caller]
+    fn set(mut self, change: impl FnOnce(&mut Settings)) -> Self {
+        change(Arc::make_mut(&mut self.settings));
+        self.settings.timing.check();
+        self
+    }
+
+    /// Begins an attempt at what `consumer` calls `key`, and answers at once, whatever there is to do. `arguments` are what
+    /// the work is done with, compared as JSON: a digest of them is stored, and the key cannot be used with others.
+    ///
+    /// # Errors
+    ///
+    /// [`IntentLogError`]. Nothing runs, and after an error of the store the key is given back if it was claimed.
+    pub async fn attempt(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        arguments: &(impl Serialize + ?Sized),
+    ) -> Result<LogOutcome, IntentLogError> {
+        if self.shared.draining.is_cancelled() {
+            return Err(IntentLogError::ShuttingDown);
+        }
+        let fingerprint = Fingerprint::of_arguments(arguments).ok_or(IntentLogError::Arguments)?;
+        self.settings.reaper.ensure_running(&self.shared);
+        let claim = Claim {
+            lease: self.settings.timing.lease,
+            retention: self.settings.timing.retention,
+            max_abandoned: self.settings.policy.max_abandoned(),
+            ..Claim::new(Attempt::new(consumer.clone(), key.clone()), fingerprint)
+        };
+        let claimed_at = Instant::now();
+        match self.ask(&claim).await? {
+            ClaimOutcome::Won { record_id, attempt_number } => {
+                let record = Record::won(&claim, record_id, attempt_number);
+                Ok(LogOutcome::Run(LogAttempt::begin(self, claim.attempt, record, claimed_at)))
+            }
+            ClaimOutcome::Contended => Ok(LogOutcome::InProgress),
+            ClaimOutcome::Exists(record) => found(&record, &claim.fingerprint),
+        }
+    }
+
+    /// Claims the key, unless it is one that this process is running.
+    async fn ask(&self, claim: &Claim) -> Result<ClaimOutcome, IntentLogError> {
+        match self.shared.running.find(&claim.attempt.consumer, &claim.attempt.key) {
+            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
+            None => Ok(self.shared.claim(claim.clone(), self.settings.store_timeout).await?),
+        }
+    }
+}
+
+/// Jobs beside requests.
+impl IdempotencyHandle {
+    /// A log for jobs and messages that shares the store with the layer, and is drained with it. Its settings are its own.
+    #[must_use]
+    pub fn intent_log(&self) -> IntentLog {
+        IntentLog::over(Arc::clone(&self.shared))
+    }
+}
+
+fn found(record: &Record, fingerprint: &Fingerprint) -> Result<LogOutcome, IntentLogError> {
+    if record.fingerprint != *fingerprint {
+        return Ok(LogOutcome::OtherArguments);
+    }
+    Ok(match &record.state {
+        RecordState::InProgress { .. } => LogOutcome::InProgress,
+        RecordState::Held => LogOutcome::Held,
+        RecordState::Completed { response } => LogOutcome::Completed(result_of(response)?),
+    })
+}
+
+/// A result is stored as a response, so that operators look at it and resolve records as they do with requests.
+fn response_of(result: Bytes) -> Bytes {
+    StoredResponse::new(http::StatusCode::OK, http::HeaderMap::new(), result).encode()
+}
+
+fn result_of(stored: &Bytes) -> Result<Bytes, IntentLogError> {
+    match StoredResponse::decode(stored)?.body {
+        StoredBody::Kept { data, .. } => Ok(data),
+        StoredBody::Representation(representation) => Ok(representation.data().clone()),
+        StoredBody::NotKept => Err(UnreadableResponse::Damaged.into()),
+    }
+}

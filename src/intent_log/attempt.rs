@@ -1,0 +1,186 @@
+//! One attempt outside HTTP.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::Extensions;
+use tokio::{
+    runtime::Handle,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, task_tracker::TaskTrackerToken},
+};
+
+use super::{IntentLog, IntentLogError, response_of, result_of};
+use crate::{
+    Attempt, Directive, Fingerprint, Idempotency, Record, RecordState, StoreError, TRACING_TARGET,
+    intent::Progress,
+    renewal::Lease,
+    running::Entered,
+    settings::Settings,
+    shared::{End, Ended, Shared, flatten},
+};
+
+/// An attempt that owns its record. Its lease is renewed until it ends.
+///
+/// End it with [`complete`](Self::complete) or [`release`](Self::release). One that is dropped, because the work has failed,
+/// panicked or was cancelled, is released in the background, so that the next attempt need not wait for the lease; or held,
+/// if [abandoned attempts](crate::IntentLog::with_abandoned) are. Where no runtime is left for that, the lease runs out.
+#[must_use = "an attempt that is dropped is given back without a result"]
+pub struct LogAttempt {
+    idempotency: Idempotency,
+    ending: Option<Ending>,
+}
+
+/// What ends an attempt. Draining waits for it.
+struct Ending {
+    shared: Arc<Shared>,
+    settings: Arc<Settings>,
+    attempt: Attempt,
+    fingerprint: Fingerprint,
+    lease: Arc<Lease>,
+    progress: Arc<Progress>,
+    _limit: AbortOnDropHandle<()>,
+    _entered: Entered,
+    _token: TaskTrackerToken,
+}
+
+impl LogAttempt {
+    pub(super) fn begin(log: &IntentLog, attempt: Attempt, record: Record, claimed_at: Instant) -> Self {
+        let (shared, settings) = (&log.shared, &log.settings);
+        let (cancelled, progress) = (CancellationToken::new(), Arc::<Progress>::default());
+        let idempotency = Idempotency::new(
+            shared,
+            settings,
+            attempt.clone(),
+            record.id,
+            record.attempt_number,
+            cancelled.clone(),
+            Arc::clone(&progress),
+        );
+        let limits = settings.transactions.limits(settings.timing.lease, settings.store_timeout);
+        let mut offered = Extensions::new();
+        let transaction = shared.store.transaction(&attempt, &limits, &mut offered);
+        idempotency.offer(transaction, offered);
+        let interval = settings.timing.renewal_interval();
+        let lease =
+            Lease::new(&shared.renewer, attempt.clone(), settings.timing.lease, interval, cancelled.clone());
+        lease.keep(interval.saturating_sub(claimed_at.elapsed()));
+        let lease = Arc::new(lease);
+        let limit = tokio::spawn(limited(settings.timing.max_execution, Arc::clone(&lease), cancelled));
+        let ending = Ending {
+            shared: Arc::clone(shared),
+            settings: Arc::clone(settings),
+            fingerprint: record.fingerprint.clone(),
+            lease,
+            progress,
+            _limit: AbortOnDropHandle::new(limit),
+            _entered: shared.running.enter(attempt.clone(), record),
+            _token: shared.tasks.token(),
+            attempt,
+        };
+        Self { idempotency, ending: Some(ending) }
+    }
+
+    /// What a handler of a request has: key, attempt number, [intents](Idempotency::intent), phases, and whether the attempt
+    /// should [come to its end](Idempotency::cancelled).
+    #[must_use]
+    pub fn idempotency(&self) -> &Idempotency {
+        &self.idempotency
+    }
+
+    /// Stores the result: later attempts get it. It is stored as it is: keep it small, and free of secrets. Returns the result
+    /// that stays, which is another one if the attempt had lost its record and another attempt has completed it.
+    ///
+    /// # Errors
+    ///
+    /// [`Store`](IntentLogError::Store) if it is not known to be stored: do not acknowledge the work, ask again.
+    /// [`Lost`](IntentLogError::Lost) or [`Held`](IntentLogError::Held) if it is not stored.
+    pub async fn complete(mut self, result: impl Into<Bytes> + Send) -> Result<Bytes, IntentLogError> {
+        let Some(ending) = self.ending.take() else { return Err(IntentLogError::Lost) };
+        let (result, fingerprint) = (result.into(), ending.fingerprint.clone());
+        if ending.progress.held().is_some() {
+            ending.end(End::Hold).await?;
+            return Err(IntentLogError::Held);
+        }
+        match ending.end(End::Complete(response_of(result.clone()))).await? {
+            Ended::Done => Ok(result),
+            Ended::Lost(record) if record.fingerprint == fingerprint => match &record.state {
+                RecordState::Completed { response } => result_of(response),
+                RecordState::InProgress { .. } | RecordState::Held => Err(IntentLogError::Lost),
+            },
+            Ended::Lost(_) | Ended::Absent => Err(IntentLogError::Lost),
+        }
+    }
+
+    /// Gives the key back: the next attempt runs. The record stays if an intent or a finished phase hangs on it.
+    ///
+    /// # Errors
+    ///
+    /// [`Store`](IntentLogError::Store) if it is not known to be given back; at the latest it is when the lease has run out.
+    /// [`Held`](IntentLogError::Held) if it is held instead.
+    pub async fn release(mut self) -> Result<(), IntentLogError> {
+        let Some(ending) = self.ending.take() else { return Ok(()) };
+        if ending.progress.held().is_some() {
+            ending.end(End::Hold).await?;
+            return Err(IntentLogError::Held);
+        }
+        ending.end(End::Release).await.map(drop)
+    }
+}
+
+impl Drop for LogAttempt {
+    fn drop(&mut self) {
+        let Some(ending) = self.ending.take() else { return };
+        if Handle::try_current().is_err() {
+            return;
+        }
+        let directive = ending.settings.policy.without_result();
+        let held = directive == Directive::Hold || ending.progress.held().is_some();
+        drop(ending.end_in_background(if held { End::Hold } else { End::Release }));
+    }
+}
+
+impl Ending {
+    async fn end(self, end: End) -> Result<Ended, IntentLogError> {
+        let limit = self.settings.settle_wait();
+        let task = self.end_in_background(end);
+        flatten(timeout(limit, task).await, limit).map_err(IntentLogError::from)
+    }
+
+    fn end_in_background(self, end: End) -> JoinHandle<Result<Ended, StoreError>> {
+        let tasks = self.shared.tasks.clone();
+        tasks.spawn(self.write_down(end))
+    }
+
+    /// A method, so that the whole attempt lives until its end is stored: also what keeps others of this process away.
+    async fn write_down(self, end: End) -> Result<Ended, StoreError> {
+        let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
+        let ended = self.shared.end(&self.attempt, Some(&self.lease), &end, give_up).await;
+        if let Err(error) = &ended {
+            self.settings.log_failure(&self.attempt, error, "the end of an attempt is not stored");
+        }
+        ended
+    }
+}
+
+impl fmt::Debug for LogAttempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogAttempt").field("idempotency", &self.idempotency).finish_non_exhaustive()
+    }
+}
+
+/// Tells the attempt that its time is almost over, and does not renew its lease when it is.
+async fn limited(limit: Duration, lease: Arc<Lease>, cancelled: CancellationToken) {
+    sleep(limit * 9 / 10).await;
+    cancelled.cancel();
+    sleep(limit / 10).await;
+    tracing::warn!(target: TRACING_TARGET, ?limit, "an attempt runs longer than max_execution: its lease is not renewed any more");
+    lease.leave();
+}
+
+/// For how long it is tried at least to write the end of an attempt down.
+const MIN_TRIES: Duration = Duration::from_secs(10);
