@@ -363,6 +363,12 @@ const RULES: &[(&str, &str)] = &[
         "({r}.expires_at <= {now} AND NOT {held}
             AND NOT ({r}.state = 'in_progress' AND ({r}.lease_until > {now} OR {r}.unresolved > 0)))",
     ),
+    // What is freed long after it was made must not be forgotten in the same moment.
+    (
+        "{kept_on}",
+        "CASE WHEN {r}.expires_at <= {now} AND {r}.state <> 'completed'
+              THEN {now} + ({r}.expires_at - {r}.created_at) ELSE {r}.expires_at END",
+    ),
     ("{releasable}", "({resolvable} AND NOT {unrepeatable})"),
     ("{resolvable}", "({r}.state = 'held' OR {lapsed})"),
     ("{held}", "({r}.state = 'held' OR {due} OR {blocked})"),

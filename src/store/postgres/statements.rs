@@ -121,7 +121,7 @@ UPDATE {table} AS r SET
     max_abandoned  = CASE l.action WHEN 'anew' THEN $6::smallint ELSE r.max_abandoned END,
     lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE {lease_until} END,
     created_at     = CASE l.action WHEN 'anew' THEN {now} ELSE r.created_at END,
-    expires_at     = CASE l.action WHEN 'anew' THEN {expires_at} ELSE r.expires_at END,
+    expires_at     = CASE l.action WHEN 'anew' THEN {expires_at} WHEN 'takeover' THEN {kept_on} ELSE r.expires_at END,
     kept           = l.action <> 'anew' AND r.kept,
     unresolved     = CASE l.action WHEN 'anew' THEN 0 ELSE r.unresolved END,
     repeatable_until = CASE l.action WHEN 'anew' THEN NULL ELSE r.repeatable_until END,
@@ -164,7 +164,7 @@ const RELEASE: &str =
     "DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {mine} AND NOT r.kept RETURNING 1";
 
 const RELEASE_KEPT: &str = "
-UPDATE {table} AS r SET state = 'in_progress', attempt = NULL, lease_until = {now}
+UPDATE {table} AS r SET state = 'in_progress', attempt = NULL, lease_until = {now}, expires_at = {kept_on}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
@@ -186,7 +186,8 @@ const RESOLVE_RELEASE: &str = "
 DELETE FROM {table} AS r WHERE r.consumer = $1 AND r.key = $2 AND {releasable} AND NOT r.kept RETURNING 1";
 
 const RESOLVE_RELEASE_KEPT: &str = "
-UPDATE {table} AS r SET state = 'in_progress', attempt = NULL, abandoned = 0, lease_until = {now}
+UPDATE {table} AS r SET state = 'in_progress', attempt = NULL, abandoned = 0, lease_until = {now},
+    expires_at = {kept_on}
 WHERE r.consumer = $1 AND r.key = $2 AND {releasable}
 RETURNING 1";
 

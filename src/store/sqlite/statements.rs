@@ -113,7 +113,7 @@ ON CONFLICT (consumer, key) DO UPDATE SET
     max_abandoned  = CASE {action} WHEN 'anew' THEN excluded.max_abandoned ELSE {r}.max_abandoned END,
     lease_until    = CASE {action} WHEN 'hold' THEN {r}.lease_until ELSE excluded.lease_until END,
     created_at     = CASE {action} WHEN 'anew' THEN excluded.created_at ELSE {r}.created_at END,
-    expires_at     = CASE {action} WHEN 'anew' THEN excluded.expires_at ELSE {r}.expires_at END,
+    expires_at     = CASE {action} WHEN 'anew' THEN excluded.expires_at WHEN 'takeover' THEN {kept_on} ELSE {r}.expires_at END,
     kept           = {action} <> 'anew' AND {r}.kept,
     unresolved     = CASE {action} WHEN 'anew' THEN 0 ELSE {r}.unresolved END,
     repeatable_until = CASE {action} WHEN 'anew' THEN NULL ELSE {r}.repeatable_until END,
@@ -145,7 +145,7 @@ const RELEASE: &str =
     "DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} AND NOT {r}.kept RETURNING 1";
 
 const RELEASE_KEPT: &str = "
-UPDATE {table} SET state = 'in_progress', attempt = NULL, lease_until = {now}
+UPDATE {table} SET state = 'in_progress', attempt = NULL, lease_until = {now}, expires_at = {kept_on}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
@@ -167,7 +167,8 @@ const RESOLVE_RELEASE: &str = "
 DELETE FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {releasable} AND NOT {r}.kept RETURNING 1";
 
 const RESOLVE_RELEASE_KEPT: &str = "
-UPDATE {table} SET state = 'in_progress', attempt = NULL, abandoned = 0, lease_until = {now}
+UPDATE {table} SET state = 'in_progress', attempt = NULL, abandoned = 0, lease_until = {now},
+    expires_at = {kept_on}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {releasable}
 RETURNING 1";
 
