@@ -90,8 +90,8 @@ pub enum Lookup {
 /// [`list_intents`](crate::IdempotencyHandle::list_intents) and
 /// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent).
 ///
-/// Every node may run one: an intent is taken by one at a time. What one node had taken when it died is taken by another
-/// once the time for a whole batch is over.
+/// Every node may run one: an intent is taken by one at a time. What one node had taken and not looked up when it died or
+/// was drained is taken by another once the time for a whole batch is over, some 8 min with the defaults.
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")] {

@@ -139,6 +139,10 @@ impl Shared {
                 recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await
             }
             IntentState::Finalized(_) | IntentState::Open { .. } | IntentState::Dead { .. } => {
+                tracing::error!(
+                    target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
+                    "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
+                );
                 Ok(Fenced::Lost)
             }
         }

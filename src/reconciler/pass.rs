@@ -69,7 +69,8 @@ impl Reconciler {
             let taken = recovery.take_dangling(self.settings.batch.get(), pause).await?;
             let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch.get());
             // Whoever is late leaves the rest to those who take it next.
-            let in_time = || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout + TO_RECORD;
+            let in_time =
+                || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout.saturating_add(TO_RECORD);
             let may_begin = || !shared.draining.is_cancelled() && in_time();
             self.look_up_all(&recovery, taken, may_begin, &mut pass).await;
             if last {
@@ -168,14 +169,12 @@ impl Decision {
 impl Settings {
     /// What needs no look-up: a call that was not sent, and one that nobody has come to the end of looking up.
     fn without_asking(&self, intent: &Intent) -> Option<Decision> {
-        match intent.state {
-            IntentState::Open { sent: false } => {
-                Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent))
-            }
-            // The last permitted look-up may be the first that did not find it.
-            _ if intent.looks > self.max_lookups.saturating_add(1) => Some(self.nothing_learned(intent)),
-            _ => None,
+        if intent.state == (IntentState::Open { sent: false }) {
+            return Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent));
         }
+        // The last permitted look-up may be the first that did not find it.
+        let permitted = self.max_lookups.saturating_add(1);
+        (intent.looks > permitted).then(|| self.nothing_learned(intent))
     }
 
     fn decide(&self, intent: &Intent, lookup: Lookup) -> Decision {

@@ -90,7 +90,8 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn new(store: Arc<dyn Store>, bank: &Bank, reaper: Reaper) -> Self {
-        let layer = IdempotencyLayer::new(store).with_lease(LONG).with_reaper(reaper);
+        let layer =
+            IdempotencyLayer::new(store).with_lease(LONG).with_reaper(reaper).with_store_timeout(PATIENCE);
         let bank = bank.clone();
         let handler = move |idempotency: Idempotency| async move { pay_out(&bank, &idempotency).await };
         let handle = layer.handle();
