@@ -42,6 +42,10 @@ impl IdempotencyHandle {
         Self { shared: Arc::clone(shared) }
     }
 
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// Creates or migrates the tables, unless the store was told not to, and checks that it can be trusted. Optional:
     /// the first request does the same. Returns what an operator should know.
     ///
@@ -53,18 +57,25 @@ impl IdempotencyHandle {
     }
 
     /// Refuses new requests with a key (503 `shutting-down`) and waits until the running attempts have ended and their
-    /// responses are stored, but at most `limit`. Then the background tasks end. Call it after the server has stopped
+    /// responses are stored and the background tasks have ended too, but at most `limit`. Call it after the server has stopped
     /// accepting: a graceful shutdown alone does not wait for handlers whose client has left.
     ///
     /// # Errors
     ///
     /// [`DrainTimedOut`] if tasks were still running after `limit`.
     pub async fn drain(&self, limit: Duration) -> Result<(), DrainTimedOut> {
-        self.shared.draining.cancel();
-        self.shared.tasks.close();
-        let drained = tokio::time::timeout(limit, self.shared.tasks.wait()).await;
-        self.shared.stopped.cancel();
-        drained.map_err(|_| DrainTimedOut { running: self.shared.tasks.len(), limit })
+        let Shared { tasks, background, draining, stopped, .. } = &*self.shared;
+        draining.cancel();
+        tasks.close();
+        background.close();
+        let drained = tokio::time::timeout(limit, async {
+            tasks.wait().await;
+            stopped.cancel();
+            background.wait().await;
+        });
+        let drained = drained.await;
+        stopped.cancel();
+        drained.map_err(|_| DrainTimedOut { running: tasks.len() + background.len(), limit })
     }
 
     /// Looks one record up.

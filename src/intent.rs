@@ -3,6 +3,7 @@
 mod call;
 mod commands;
 mod error;
+mod operators;
 mod progress;
 
 use std::{
@@ -16,11 +17,12 @@ use uuid::{Builder, Uuid};
 
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) use self::progress::InPhase;
-pub(crate) use self::progress::Progress;
 pub use self::{
     call::{IntentBuilder, OpenIntent, Opened},
     error::IntentError,
+    operators::{IntentResolution, ResolveIntentOutcome},
 };
+pub(crate) use self::{commands::TURNED_UP, progress::Progress};
 use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, error::BoxError, response::Length};
 
 /// Names an intent, and is the idempotency key that its call is sent with to the upstream service.
@@ -160,7 +162,7 @@ impl From<&str> for Resource {
 /// Shows how long a payload is, and nothing of it.
 impl fmt::Debug for Resource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let payload = self.payload.as_ref().map(|payload| Length(payload));
+        let payload = self.payload.as_ref().map(Length);
         f.debug_struct("Resource").field("id", &self.id).field("payload", &payload).finish()
     }
 }
@@ -295,6 +297,20 @@ pub enum IntentFilter {
     Dead,
 }
 
+/// How many intents somebody has to look at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct IntentCounts {
+    /// Open ones, those included whose call is being made.
+    pub open: u64,
+    /// Open ones past their grace period.
+    pub dangling: u64,
+    /// Those that wait for an operator.
+    pub need_attention: u64,
+    /// How long ago the oldest open one was opened first.
+    pub oldest: Option<Duration>,
+}
+
 /// An intent that is to be opened before its call is made.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -393,8 +409,12 @@ pub enum IntentFence {
         /// Whether it was open, and not dead.
         open: bool,
     },
-    /// No attempt with a live lease is calling, and it is not finalized.
+    /// The attempt that called last does not own the record with a live lease, and the intent is not finalized. What is to
+    /// be [looked up again](IntentUpdate::LookAgain), as if for the first time, is open or dead as
+    /// [absent](IntentUpdate::Absent).
     Operator,
+    /// The intent is finalized or dead, and needs attention.
+    Attention,
 }
 
 impl Intent {

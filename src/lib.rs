@@ -22,8 +22,10 @@ mod intent_log;
 mod kept_request;
 mod key;
 mod layer;
+mod metrics;
 mod policy;
 mod reaper;
+mod reconciler;
 mod record;
 mod rejection;
 mod renewal;
@@ -51,8 +53,9 @@ pub use idempotency::Idempotency;
 #[cfg(feature = "axum")]
 pub use idempotency::MissingIdempotency;
 pub use intent::{
-    CallFailure, CallId, Intent, IntentBuilder, IntentError, IntentFence, IntentFilter, IntentState,
-    IntentUpdate, OpenIntent, OpenOutcome, Opened, Opening, Resource, UpstreamKey,
+    CallFailure, CallId, Intent, IntentBuilder, IntentCounts, IntentError, IntentFence, IntentFilter,
+    IntentResolution, IntentState, IntentUpdate, OpenIntent, OpenOutcome, Opened, Opening,
+    ResolveIntentOutcome, Resource, UpstreamKey,
 };
 pub use intent_log::{IntentLog, IntentLogError, LogAttempt, LogOutcome};
 pub use kept_request::{KeptRequest, KeptRequests, RequestUpdate, UnreadableRequest};
@@ -60,6 +63,7 @@ pub use key::{IdempotencyKey, InvalidKey, KeySyntax};
 pub use layer::IdempotencyLayer;
 pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
 pub use reaper::Reaper;
+pub use reconciler::{Lookup, Reconcile, ReconcilePass, Reconciler};
 pub use record::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId,
     RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome,

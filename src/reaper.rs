@@ -1,11 +1,15 @@
-//! Purges records that count as absent.
+//! Purges records that count as absent, and what has hung on records that are gone.
 
 use std::{
     sync::{Arc, Weak, atomic::Ordering},
     time::Duration,
 };
 
-use crate::{AttemptId, TRACING_TARGET, shared::Shared};
+use crate::{
+    AttemptId, StoreError, TRACING_TARGET,
+    metrics::{self, Purged},
+    shared::Shared,
+};
 
 /// Whether and how often expired records are purged in the background.
 ///
@@ -19,6 +23,7 @@ pub struct Reaper(Option<Schedule>);
 struct Schedule {
     interval: Duration,
     batch: u32,
+    intent_retention: Duration,
 }
 
 impl Default for Reaper {
@@ -41,10 +46,24 @@ impl Reaper {
             !interval.is_zero() && batch > 0,
             "a reaper needs an interval and a batch above zero; or use Reaper::off()"
         );
-        Self(Some(Schedule { interval, batch }))
+        Self(Some(Schedule { interval, batch, intent_retention: INTENT_RETENTION }))
     }
 
-    /// Purges nothing by itself: a job calls [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge).
+    /// For how long settled intents and finished phases whose record is gone are kept, counted from when they were opened or
+    /// finished: they tell what was done in the name of a request. Those whose record is there always stay, and so do those
+    /// that are open or need attention. Default: 90 days.
+    ///
+    /// A reaper that is off stays so.
+    #[must_use]
+    pub fn with_intent_retention(mut self, retention: Duration) -> Self {
+        if let Some(schedule) = &mut self.0 {
+            schedule.intent_retention = retention;
+        }
+        self
+    }
+
+    /// Purges nothing by itself: a job calls [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
+    /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled).
     #[must_use]
     pub fn off() -> Self {
         Self(None)
@@ -56,16 +75,36 @@ impl Reaper {
         if !shared.reaper_runs.load(Ordering::Relaxed) && !shared.reaper_runs.swap(true, Ordering::Relaxed) {
             // Made here, because a runtime that goes down may drop the task before it has begun.
             let alive = Alive(Arc::downgrade(shared));
-            tokio::spawn(alive.run(schedule));
+            shared.background.spawn(alive.run(schedule));
         }
     }
 }
 
-async fn purge_all(shared: &Shared, batch: u32) {
+async fn purge_all(shared: &Shared, schedule: Schedule) {
+    let Schedule { batch, intent_retention, .. } = schedule;
+    let store = &shared.store;
+    purge_by(shared, batch, Purged::Records, || {
+        let store = Arc::clone(store);
+        async move { store.purge(batch).await }
+    })
+    .await;
+    // After the records, on which intents and phases hang.
+    let Some(recovery) = store.recovery() else { return };
+    purge_by(shared, batch, Purged::Settled, || {
+        let recovery = Arc::clone(&recovery);
+        async move { recovery.purge_settled(intent_retention, batch).await }
+    })
+    .await;
+}
+
+/// Purges in batches until there is nothing left.
+async fn purge_by<F>(shared: &Shared, batch: u32, what: Purged, purge: impl Fn() -> F)
+where
+    F: Future<Output = Result<u64, StoreError>> + Send + 'static,
+{
     let mut purged = 0;
     while !shared.stopped.is_cancelled() {
-        let store = Arc::clone(&shared.store);
-        match shared.run_to_end(async move { store.purge(batch).await }).await {
+        match shared.run_to_end(purge()).await {
             Ok(count) => {
                 purged += count;
                 if count < u64::from(batch) {
@@ -74,14 +113,15 @@ async fn purge_all(shared: &Shared, batch: u32) {
             }
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::warn!(target: TRACING_TARGET, error, "expired records could not be purged; trying again later");
+                tracing::warn!(target: TRACING_TARGET, error, "what has expired could not be purged; trying again later");
                 break;
             }
         }
         tokio::task::yield_now().await;
     }
+    metrics::purged(what, purged);
     if purged > 0 {
-        tracing::debug!(target: TRACING_TARGET, purged, "purged");
+        tracing::debug!(target: TRACING_TARGET, purged, ?what, "purged");
     }
 }
 
@@ -95,7 +135,7 @@ impl Alive {
                 return;
             }
             if let Some(shared) = self.0.upgrade() {
-                purge_all(&shared, schedule.batch).await;
+                purge_all(&shared, schedule).await;
             }
         }
     }
@@ -114,3 +154,5 @@ pub(crate) fn jittered(interval: Duration) -> Duration {
     let random = AttemptId::random().as_uuid().as_bytes()[0];
     interval * 3 / 4 + interval / 2 * u32::from(random) / 255
 }
+
+const INTENT_RETENTION: Duration = Duration::from_secs(90 * 24 * 60 * 60);

@@ -27,6 +27,8 @@ pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
     /// Everything that must not be cut off: attempts, claims, the ends of attempts.
     pub(crate) tasks: TaskTracker,
+    /// What runs for as long as the layer does.
+    pub(crate) background: TaskTracker,
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
     /// Guarded requests are refused.
@@ -72,6 +74,7 @@ impl Shared {
         Arc::new(Self {
             store,
             tasks,
+            background: TaskTracker::new(),
             renewer,
             running,
             draining: CancellationToken::new(),
@@ -239,6 +242,14 @@ impl Shared {
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
         self.tasks.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
+    }
+
+    /// Runs to its end as a background task, whoever stops waiting.
+    pub(crate) async fn in_background<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.background.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
 }
 

@@ -2,18 +2,43 @@
 
 #![allow(clippy::wildcard_enum_match_arm, reason = "a fault changes one thing and leaves the rest as it is")]
 
+#[path = "support/broken_intents/mod.rs"]
+mod broken_intents;
 #[path = "support/broken_store/mod.rs"]
 mod broken_store;
 
 use std::{collections::BTreeSet, sync::Arc};
 
+use broken_intents::{IntentFault, IntentStorage};
 use broken_store::{Fault, Storage};
-use tower_idempotency::store::conformance::rules;
+use tower_idempotency::store::conformance::{Fixture, rules};
+
+/// A fault, and the stores that have it.
+trait Broken: Copy + Eq + Send + 'static {
+    const NONE: Self;
+    fn fixture(self) -> Arc<dyn Fixture>;
+}
+
+impl Broken for Fault {
+    const NONE: Self = Self::None;
+
+    fn fixture(self) -> Arc<dyn Fixture> {
+        Arc::new(Storage::new(self))
+    }
+}
+
+impl Broken for IntentFault {
+    const NONE: Self = Self::None;
+
+    fn fixture(self) -> Arc<dyn Fixture> {
+        Arc::new(IntentStorage::new(self))
+    }
+}
 
 /// Names of those of the rules that a store with this fault breaks. What a fault opens may be a race, which is lost by
 /// chance: a rule gets several goes at it.
-fn broken(fault: Fault, names: &[&str]) -> BTreeSet<&'static str> {
-    let goes = if fault == Fault::None { 1 } else { 5 };
+fn broken(fault: impl Broken, names: &[&str]) -> BTreeSet<&'static str> {
+    let goes = if fault == Broken::NONE { 1 } else { 5 };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let mut broken = BTreeSet::new();
     for _ in 0..goes {
@@ -23,10 +48,10 @@ fn broken(fault: Fault, names: &[&str]) -> BTreeSet<&'static str> {
     broken
 }
 
-async fn broken_at_once(fault: Fault, names: &[&str]) -> BTreeSet<&'static str> {
+async fn broken_at_once(fault: impl Broken, names: &[&str]) -> BTreeSet<&'static str> {
     let rules = rules().into_iter().filter(|rule| names.contains(&rule.name()));
     let checks = rules.map(|rule| {
-        let check = tokio::spawn(async move { rule.check(Arc::new(Storage::new(fault))).await });
+        let check = tokio::spawn(async move { rule.check(fault.fixture()).await });
         (rule.name(), check)
     });
     let mut broken = BTreeSet::new();
@@ -45,29 +70,32 @@ fn all_rules() -> Vec<&'static str> {
 #[test]
 fn a_store_without_a_fault_breaks_no_rule() {
     assert_eq!(broken(Fault::None, &all_rules()), BTreeSet::new());
+    assert_eq!(broken(IntentFault::None, &INTENT_FAULTS.concat()), BTreeSet::new());
 }
 
 #[test]
 fn every_rule_is_proved_by_a_fault() {
-    let proved: BTreeSet<&str> = FAULTS.iter().flat_map(|(_, rules)| rules.iter().copied()).collect();
+    let proofs = FAULTS.iter().chain(INTENT_FAULTS);
+    let proved: BTreeSet<&str> = proofs.flat_map(|rules| rules.iter().copied()).collect();
     assert_eq!(proved, all_rules().into_iter().collect());
 }
 
 macro_rules! faults {
-    ($($test:ident: $fault:ident => [$($rule:ident),+],)+) => {
+    ($list:ident: $faults:ident; $($test:ident: $fault:ident => [$($rule:ident),+],)+) => {
         $(
             #[test]
             fn $test() {
                 let expected = [$(stringify!($rule)),+];
-                assert_eq!(broken(Fault::$fault, &expected), BTreeSet::from(expected));
+                assert_eq!(broken($faults::$fault, &expected), BTreeSet::from(expected));
             }
         )+
 
-        const FAULTS: &[(Fault, &[&str])] = &[$((Fault::$fault, &[$(stringify!($rule)),+])),+];
+        const $list: &[&[&str]] = &[$(&[$(stringify!($rule)),+]),+];
     };
 }
 
 faults! {
+    FAULTS: Fault;
     claim_looks_then_writes: ClaimLooksThenWrites => [of_many_simultaneous_claims_exactly_one_wins, of_many_simultaneous_different_requests_exactly_one_wins],
     takeover_looks_then_writes: TakeoverLooksThenWrites => [a_lapsed_lease_is_taken_over_by_exactly_one, an_expired_key_is_won_by_exactly_one, of_many_simultaneous_claims_of_an_expired_key_exactly_one_wins, of_many_simultaneous_takeovers_exactly_one_wins, a_completion_and_a_takeover_exclude_each_other],
     completion_looks_then_writes: CompletionLooksThenWrites => [a_completion_and_a_takeover_exclude_each_other],
@@ -144,4 +172,30 @@ faults! {
     completion_tears_the_response: CompletionTearsTheResponse => [retries_during_a_completion_see_all_of_it_or_nothing],
     second_handle_sees_nothing: SecondHandleSeesNothing => [the_first_claim_of_a_key_makes_its_record],
     few_keys_fit: FewKeysFit => [simultaneous_claims_of_different_keys_are_all_won],
+}
+
+faults! {
+    INTENT_FAULTS: IntentFault;
+    subject_is_forgotten: SubjectIsForgotten => [an_intent_is_kept_as_it_was_opened],
+    repeated_opening_is_a_new_call: RepeatedOpeningIsANewCall => [a_repeated_opening_by_the_same_call_is_opened_again],
+    opening_unfenced: OpeningUnfenced => [an_opening_needs_the_record_and_a_live_lease],
+    arguments_are_not_compared: ArgumentsAreNotCompared => [an_opening_with_other_arguments_is_never_opened],
+    everything_is_repeatable: EverythingIsRepeatable => [an_open_intent_is_called_again_while_its_upstream_recognizes_it, an_intent_that_was_not_sent_is_called_again, a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled],
+    nothing_is_repeatable: NothingIsRepeatable => [an_open_intent_is_called_again_while_its_upstream_recognizes_it, a_lapsed_record_whose_intents_may_be_called_again_is_taken_over],
+    not_sent_is_forgotten: NotSentIsForgotten => [an_intent_that_was_not_sent_is_called_again, a_lapsed_record_whose_intents_may_be_called_again_is_taken_over],
+    settled_is_opened_again: SettledIsOpenedAgain => [a_settled_intent_is_not_called_again, a_released_record_with_an_intent_goes_on],
+    absent_is_refused: AbsentIsRefused => [an_absent_intent_is_called_again],
+    call_is_no_fence: CallIsNoFence => [an_update_is_fenced_by_its_call],
+    lookup_is_fenced_by_its_call_alone: LookupIsFencedByItsCallAlone => [an_update_of_a_lookup_is_fenced_by_all_that_was_seen],
+    operator_is_not_fenced: OperatorIsNotFenced => [an_operator_spares_calls_under_way_and_finalized_intents],
+    open_intents_do_not_hold: OpenIntentsDoNotHold => [a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled],
+    open_intents_hold_for_good: OpenIntentsHoldForGood => [a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled],
+    release_deletes: ReleaseDeletes => [a_released_record_with_an_intent_goes_on],
+    takeover_passes_openings: TakeoverPassesOpenings => [an_opening_and_a_takeover_exclude_each_other],
+    purge_deletes_unresolved: PurgeDeletesUnresolved => [a_purge_spares_records_with_open_intents],
+    eviction_takes_intents_along: EvictionTakesIntentsAlong => [an_intent_is_settled_after_its_record_has_gone],
+    calls_under_way_are_taken: CallsUnderWayAreTaken => [intents_are_taken_once_they_are_due_and_their_attempt_has_ended],
+    taken_is_not_put_off: TakenIsNotPutOff => [an_intent_is_taken_by_one_at_a_time, intents_are_taken_once_they_are_due_and_their_attempt_has_ended],
+    attention_is_not_listed: AttentionIsNotListed => [intents_are_listed_and_counted_by_what_they_wait_for],
+    settled_are_never_purged: SettledAreNeverPurged => [settled_intents_are_purged_without_their_record],
 }

@@ -37,7 +37,7 @@ impl Node {
         node.app.handle.prepare().await.unwrap();
         assert_eq!(node.once_back("warm").await.status, 201);
         // A connection goes back to its pool a moment after its last answer.
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
         node
     }
 

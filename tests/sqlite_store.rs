@@ -28,7 +28,7 @@ async fn sqlite_migrates_twice_and_from_many_stores_at_once() {
         .fetch_one(&file.pool())
         .await
         .unwrap();
-    assert_eq!(versions, 1);
+    assert_eq!(versions, 2);
     win(&store, &claim("k")).await;
 }
 
@@ -54,7 +54,9 @@ async fn sqlite_says_which_file_to_run_when_it_may_not() {
     let store = SqliteStore::new(file.pool()).with_table_creation(TableCreation::Manual);
     must_name(&store.prepare().await.unwrap_err(), "migrations/sqlite/0001_records.sql");
     must_name(&store.claim(&claim("k")).await.unwrap_err(), "migrations/sqlite/0001_records.sql");
-    sqlx::raw_sql(FILE).execute(&file.pool()).await.unwrap();
+    sqlx::raw_sql(FILES[0]).execute(&file.pool()).await.unwrap();
+    must_name(&store.prepare().await.unwrap_err(), "migrations/sqlite/0002_intents.sql");
+    sqlx::raw_sql(FILES[1]).execute(&file.pool()).await.unwrap();
     store.prepare().await.unwrap();
     win(&store, &claim("k")).await;
 }
@@ -111,4 +113,7 @@ async fn sqlite_rejects_names_that_would_need_quoting() {
     }
 }
 
-const FILE: &str = include_str!("../migrations/sqlite/0001_records.sql");
+const FILES: [&str; 2] = [
+    include_str!("../migrations/sqlite/0001_records.sql"),
+    include_str!("../migrations/sqlite/0002_intents.sql"),
+];

@@ -68,6 +68,7 @@ macro_rules! on {
         }
     };
 }
+pub(crate) use on;
 
 impl Charges {
     /// Connects, and creates the table if it is missing.
@@ -88,17 +89,20 @@ impl Charges {
                 return Err("DATABASE_URL must begin with sqlite: or postgres:".into());
             }
         };
-        match &charges {
-            Self::Sqlite(pool) => {
-                sqlx::query(CREATE_TABLE).execute(pool).await?;
-            }
+        charges.create(CREATE_TABLE).await?;
+        Ok(charges)
+    }
+
+    /// Runs this, which creates a table if it is missing.
+    pub(crate) async fn create(&self, table: &str) -> sqlx::Result<()> {
+        match self {
+            Self::Sqlite(pool) => sqlx::raw_sql(AssertSqlSafe(table)).execute(pool).await.map(drop),
             // Two servers that start at once would both find no table; the lock lets one go first.
             Self::Postgres(pool) => {
-                let create = format!("SELECT pg_advisory_xact_lock(1); {CREATE_TABLE}");
-                sqlx::raw_sql(AssertSqlSafe(create)).execute(pool).await?;
+                let create = format!("SELECT pg_advisory_xact_lock(1); {table}");
+                sqlx::raw_sql(AssertSqlSafe(create)).execute(pool).await.map(drop)
             }
         }
-        Ok(charges)
     }
 
     /// Begins the transaction of the request with these extensions.

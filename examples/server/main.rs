@@ -28,8 +28,19 @@
 //! `?simulate=500`, `503` and `panic` fail *after* the charge was written: it is rolled back, such results are not kept,
 //! and a retry runs again. `?simulate=402` declines the card before anything is written, and that answer is kept.
 //!
+//! `POST /payouts` calls a bank through an intent: a transfer is made once, and found again, whatever happens in between.
+//!
+//! ```sh
+//! curl -i localhost:3000/payouts -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: payout-1' \
+//!   --json '{"recipient": "DE02", "amount": 2000}'
+//! ```
+//!
+//! `?upstream=5xx`, `reset`, `timeout` and others make the bank misbehave at the first call, see the example `payout`.
+//!
 //! | variable | default | |
 //! |---|---|---|
+//! | `UPSTREAM_URL` | a bank in this process, which forgets everything when it ends | a bank like that of the example `payout` |
+//! | `UPSTREAM_TIMEOUT_MS` | 5000 | how long a payout waits for the bank; twice that later it is looked up |
 //! | `DATABASE_URL` | `sqlite:payments.sqlite` | or `postgres://user@host/database` |
 //! | `PORT` | 3000 | |
 //! | `LEASE_MS` | 30000 | how long retries get 409 after a crash |
@@ -39,7 +50,10 @@
 //! | `ABANDONED` | `retry` | `hold`: store 5xx, and after a crash or a panic never run again (409) |
 //! | `RUST_LOG` | `info` | |
 
+#[path = "../payout/bank.rs"]
+mod bank;
 mod charges;
+mod payouts;
 
 use std::{error::Error, net::Ipv4Addr, process::ExitCode, str::FromStr, time::Duration};
 
@@ -52,7 +66,9 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use bank::Bank;
 use charges::{Charge, Charges};
+use payouts::Payouts;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPolicy, TransactionOptions};
@@ -80,10 +96,14 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     let idempotency = idempotency_layer(&charges)?;
     let handle = idempotency.handle();
     handle.prepare().await?;
+    let payouts = payouts(&charges).await?;
+    handle.start_reconciler(payouts.reconciler())?;
+    println!("payouts go through the bank at {}", payouts.bank_url());
 
     let app = Router::new()
         .route("/charges", post(create_charge).get(list_charges))
         .route("/charges/{id}", get(show_charge))
+        .merge(payouts.router())
         .layer(idempotency)
         // Added last, so it is outside: the idempotency layer has to know whose key it is.
         .layer(middleware::from_fn(authenticate))
@@ -131,6 +151,15 @@ fn idempotency_layer(charges: &Charges) -> Result<IdempotencyLayer, Box<dyn Erro
         Some("hold") => Ok(layer.with_policy(ResultPolicy::at_most_once())),
         Some(other) => Err(format!("ABANDONED is {other:?}: use retry or hold").into()),
     }
+}
+
+async fn payouts(charges: &Charges) -> Result<Payouts, Box<dyn Error>> {
+    let bank = match variable::<String>("UPSTREAM_URL")? {
+        Some(url) => Bank::at(url),
+        None => Bank::open().await?,
+    };
+    let timeout = Duration::from_millis(variable("UPSTREAM_TIMEOUT_MS")?.unwrap_or(5000).max(1));
+    Ok(Payouts::open(charges.clone(), bank, timeout).await?)
 }
 
 /// Knows the consumers by their API keys, and tells the layers inside.

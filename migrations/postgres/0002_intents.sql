@@ -49,6 +49,10 @@ CREATE INDEX idempotency_intents_record_id ON idempotency_intents (record_id);
 -- Those that somebody has to look at: a handful of rows in a table of any size.
 CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE look_at IS NOT NULL;
 
+-- Those that are old enough to be purged. With a million settled ones a purge that finds nothing takes 3 ms; with BRIN
+-- 2 ms, but 650 ms over rows that no vacuum has summarized yet; without an index 4 s.
+CREATE INDEX idempotency_intents_created_at ON idempotency_intents (created_at);
+
 CREATE TABLE idempotency_phases (
     record_id   uuid             NOT NULL,                    -- the record whose request it is a step of
     consumer    text COLLATE "C" NOT NULL,                    -- consumer of that record
@@ -59,6 +63,8 @@ CREATE TABLE idempotency_phases (
     finished_at timestamptz      NOT NULL,
     PRIMARY KEY (record_id, name)
 );
+
+CREATE INDEX idempotency_phases_finished_at ON idempotency_phases (finished_at);
 
 CREATE TABLE idempotency_requests (
     record_id  uuid             NOT NULL PRIMARY KEY,         -- the record of the request

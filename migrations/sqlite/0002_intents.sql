@@ -46,6 +46,9 @@ CREATE INDEX idempotency_intents_record_id ON idempotency_intents (record_id);
 -- Those that somebody has to look at: a handful of rows in a table of any size.
 CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE look_at IS NOT NULL;
 
+-- Those that are old enough to be purged.
+CREATE INDEX idempotency_intents_created_at ON idempotency_intents (created_at);
+
 CREATE TABLE idempotency_phases (
     record_id   BLOB                NOT NULL,                  -- the record whose request it is a step of
     consumer    TEXT COLLATE BINARY NOT NULL,                  -- consumer of that record
@@ -56,6 +59,8 @@ CREATE TABLE idempotency_phases (
     finished_at INTEGER             NOT NULL,
     PRIMARY KEY (record_id, name)
 ) STRICT;
+
+CREATE INDEX idempotency_phases_finished_at ON idempotency_phases (finished_at);
 
 CREATE TABLE idempotency_requests (
     record_id  BLOB                NOT NULL PRIMARY KEY,       -- the record of the request

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::{IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, UpstreamKey};
 use crate::{
-    Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET,
+    Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET, metrics,
     shared::{Shared, flatten, no_answer},
 };
 
@@ -130,6 +130,7 @@ impl Shared {
         match found.state {
             IntentState::Finalized(recorded) if recorded.id == resource.id => Ok(Fenced::Applied),
             IntentState::Dead { absent: true, .. } => {
+                metrics::turned_up();
                 tracing::error!(
                     target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
                     "{TURNED_UP}"

@@ -108,7 +108,7 @@ impl PostgresStore {
         }
     }
 
-    /// Names the tables `<prefix>_records` and `<prefix>_migrations`. Default: `idempotency`.
+    /// Names the tables `<prefix>_records`, `<prefix>_intents` and so on. Default: `idempotency`.
     ///
     /// # Errors
     ///

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    Attempt, Consumer, Fenced, IdempotencyKey, Intent, IntentFence, IntentFilter, IntentUpdate, KeptRequest,
-    OpenOutcome, Opening, RecordId, RequestUpdate, StoreError, UpstreamKey,
+    Attempt, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate,
+    KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate, StoreError, UpstreamKey,
 };
 
 /// Keeps intents, finished phases and kept requests beside the records of a [`Store`](crate::Store).
@@ -71,6 +71,13 @@ pub trait RecoveryStore: Debug + Send + Sync {
     ///
     /// Any; nothing is changed.
     async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError>;
+
+    /// Counts the intents that somebody has to look at, in a time that does not depend on how many are settled.
+    ///
+    /// # Errors
+    ///
+    /// Any; nothing is changed.
+    async fn count_intents(&self) -> Result<IntentCounts, StoreError>;
 
     /// The result of a finished phase. Waits for a transaction that is finishing it.
     ///

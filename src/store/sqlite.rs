@@ -82,7 +82,7 @@ impl SqliteStore {
         }
     }
 
-    /// Names the tables `<prefix>_records` and `<prefix>_migrations`. Default: `idempotency`.
+    /// Names the tables `<prefix>_records`, `<prefix>_intents` and so on. Default: `idempotency`.
     ///
     /// # Errors
     ///

@@ -9,7 +9,7 @@ use axum::http::{HeaderName, StatusCode, header};
 use sqlx::Postgres;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, Consumer, ConsumerExtractor, Fingerprinter, IdempotencyKey,
-    IdempotencyLayer, KeptRequests, MemoryStore, RecoveryStore, RejectionCode, Store,
+    IdempotencyLayer, KeptRequests, MemoryStore, RejectionCode,
 };
 
 use crate::{

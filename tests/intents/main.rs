@@ -3,9 +3,19 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[path = "../transactions/bank.rs"]
+#[allow(dead_code, unused_imports, unused_macros, reason = "the tests of transactions use the rest of it")]
+mod bank;
+
+mod cases;
 mod completer;
+mod hooked;
 mod intent_log;
 mod kept_requests;
+mod network;
+mod payouts;
 mod phases;
+mod reconciler;
 mod shop;
-mod smoke;
+mod site;
+mod survival;

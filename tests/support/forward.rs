@@ -37,3 +37,41 @@ macro_rules! forward_store {
     )*};
 }
 pub(crate) use forward_store;
+
+/// In an `impl RecoveryStore` of `async_trait`: the calls about anything but one intent, which pass on to this field.
+#[allow(unused_macros, reason = "few tests have a store of their own with intents")]
+macro_rules! forward_recovery {
+    ($field:ident) => {
+        $crate::support::forward::forward_store! { $field:
+            take_dangling<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::Intent>;
+            get_intent<>(intent: tower_idempotency::UpstreamKey) -> Option<tower_idempotency::Intent>;
+            list_intents<>(filter: tower_idempotency::IntentFilter, limit: u32) -> Vec<tower_idempotency::Intent>;
+            count_intents<>() -> tower_idempotency::IntentCounts;
+            find_phase<'a, 'b>(
+                attempt: &'a tower_idempotency::Attempt,
+                record: tower_idempotency::RecordId,
+                name: &'b str
+            ) -> Option<bytes::Bytes>;
+            keep_request<'a, 'b>(
+                attempt: &'a tower_idempotency::Attempt,
+                record: tower_idempotency::RecordId,
+                request: &'b bytes::Bytes,
+                after: std::time::Duration
+            ) -> tower_idempotency::Fenced;
+            keep_record<'a, 'b>(
+                consumer: &'a tower_idempotency::Consumer,
+                key: &'b tower_idempotency::IdempotencyKey,
+                record: tower_idempotency::RecordId
+            ) -> tower_idempotency::Fenced;
+            take_abandoned<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::KeptRequest>;
+            update_request<'a>(
+                record: tower_idempotency::RecordId,
+                update: &'a tower_idempotency::RequestUpdate
+            ) -> ();
+            list_requests<>(limit: u32) -> Vec<tower_idempotency::KeptRequest>;
+            purge_settled<>(retention: std::time::Duration, limit: u32) -> u64;
+        }
+    };
+}
+#[allow(unused_imports, reason = "as above")]
+pub(crate) use forward_recovery;

@@ -15,6 +15,7 @@ pub mod schema;
 pub mod served;
 pub mod server;
 pub mod sqlite;
+pub mod upstream;
 pub mod watched;
 
 use std::{

@@ -49,7 +49,7 @@ impl Server {
     /// Starts the example and waits until it answers. Without a database URL it keeps a SQLite file in its own folder.
     #[track_caller]
     pub fn start(database_url: Option<&str>, variables: &[(&str, &str)]) -> Self {
-        Self::start_program(Program::new(executable(), &[]), database_url, variables)
+        Self::start_program(Program::new(executable("server"), &[]), database_url, variables)
     }
 
     /// Starts another program and waits until it answers.
@@ -192,15 +192,15 @@ fn spawn(program: &Program, folder: &TempDir, port: u16, variables: &[(String, S
     command.spawn().expect("the server can be run")
 }
 
-/// Cargo puts tests into `target/PROFILE/deps` and examples into `target/PROFILE/examples`.
+/// The program of an example. Cargo puts tests into `target/PROFILE/deps` and examples into `target/PROFILE/examples`.
 #[track_caller]
-fn executable() -> PathBuf {
+pub fn executable(example: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
     let profile =
         test.parent().and_then(|deps| deps.parent()).expect("a test is in a folder of the target folder");
-    let server = profile.join("examples/server");
-    assert!(server.exists(), "{} is missing: run 'cargo build --example server'", server.display());
-    server
+    let program = profile.join("examples").join(example);
+    assert!(program.exists(), "{} is missing: run 'cargo build --example {example}'", program.display());
+    program
 }
 
 fn is_healthy(address: SocketAddr) -> bool {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -11,7 +11,7 @@ use sqlx::{
     sqlite::SqlitePoolOptions,
 };
 use tokio::{sync::oneshot, task::JoinHandle, time::sleep};
-use tower_idempotency::{IdempotencyLayer, PostgresStore, SqliteStore, StoredBody, StoredResponse};
+use tower_idempotency::{IdempotencyLayer, PostgresStore, SqliteStore, Store, StoredBody, StoredResponse};
 
 use crate::{client::Reply, report::Check};
 
@@ -65,6 +65,27 @@ impl Books {
         let mut entries = self.select("COALESCE(c.number, 0) <> 1 OR r.key IS NULL").await?;
         entries.retain(|entry| !entry.charges.is_empty() || entry.is_success());
         Ok(entries)
+    }
+
+    /// The store of the servers, for this process.
+    pub fn store(&self) -> Arc<dyn Store> {
+        match self {
+            Self::Postgres(pool) => Arc::new(PostgresStore::new(pool.clone())),
+            Self::Sqlite(pool) => Arc::new(SqliteStore::new(pool.clone())),
+        }
+    }
+
+    /// The open intents of this key are past their grace period.
+    pub async fn let_dangle(&self, key: &str) {
+        let update = |past| {
+            let set = format!("UPDATE idempotency_intents SET dangling_at = {past}, look_at = {past}");
+            AssertSqlSafe(format!("{set} WHERE key = $1 AND look_at IS NOT NULL"))
+        };
+        let updated = match self {
+            Self::Postgres(pool) => sqlx::query(update("'epoch'")).bind(key).execute(pool).await.map(drop),
+            Self::Sqlite(pool) => sqlx::query(update("0")).bind(key).execute(pool).await.map(drop),
+        };
+        updated.expect("the database answers");
     }
 
     pub async fn entry(&self, key: &str) -> Option<Entry> {

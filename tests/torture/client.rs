@@ -28,10 +28,13 @@ pub struct Client {
     refusals: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 
-/// A request for a charge.
+/// A request for a charge or a payout.
 #[derive(Clone, Debug)]
 pub struct Order {
     pub key: String,
+    path: &'static str,
+    /// Whether it may be refused because its outcome is unknown, until somebody has found out.
+    may_be_unknown: bool,
     headers: Vec<(&'static str, String)>,
 }
 
@@ -44,12 +47,28 @@ pub struct Reply {
 
 impl Order {
     pub fn new(key: impl Into<String>) -> Self {
-        Self { key: key.into(), headers: Vec::new() }
+        Self { key: key.into(), path: "/charges", may_be_unknown: false, headers: Vec::new() }
+    }
+
+    pub fn payout(key: impl Into<String>) -> Self {
+        Self { path: "/payouts", ..Self::new(key) }
+    }
+
+    pub fn that_may_be_unknown(self) -> Self {
+        Self { may_be_unknown: true, ..self }
     }
 
     pub fn with(mut self, header: &'static str, value: impl Display) -> Self {
         self.headers.push((header, format!("{value}")));
         self
+    }
+}
+
+impl Order {
+    /// Refusals that say that the request can be sent again.
+    fn expects(&self, answer: &Answer) -> bool {
+        let unknown = self.may_be_unknown && answer.is_refused("outcome-unknown");
+        answer.status == 503 || answer.is_refused("in-progress") || unknown
     }
 }
 
@@ -61,7 +80,7 @@ impl Client {
 
     /// Sends the request once. Without a whole answer: why.
     pub async fn send(&self, address: SocketAddr, order: &Order) -> Result<Reply, String> {
-        let mut request = Request::post(format!("http://{address}/charges"))
+        let mut request = Request::post(format!("http://{address}{}", order.path))
             .header("idempotency-key", &order.key)
             .header(header::CONTENT_TYPE, "application/json");
         for (name, value) in &order.headers {
@@ -93,7 +112,7 @@ impl Client {
                     let refusal =
                         format!("{} {}", answer.status, answer.code.as_deref().unwrap_or("handler"));
                     self.count(&refusal);
-                    if !is_expected(&answer) {
+                    if !order.expects(&answer) {
                         return Err(format!("{refusal}: {:?}", answer.body));
                     }
                     seen.push(refusal);
@@ -125,11 +144,6 @@ impl Client {
         }
         refusals.iter().map(|(refusal, count)| format!("{refusal} × {count}")).collect::<Vec<_>>().join(", ")
     }
-}
-
-/// Refusals that say that the request can be sent again.
-fn is_expected(answer: &Answer) -> bool {
-    answer.status == 503 || answer.is_refused("in-progress")
 }
 
 /// Grows with the number of tries.

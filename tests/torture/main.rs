@@ -18,10 +18,12 @@ mod freezes;
 mod kills;
 mod lanes;
 mod mutant;
+mod payout;
 mod report;
 mod role;
 mod storm;
 mod trap;
+mod upstream;
 
 use std::{process::ExitCode, time::Instant};
 
@@ -56,6 +58,7 @@ async fn main() -> ExitCode {
             "storm" => storm::run(&run).await,
             "mutant" => mutant::run(&run).await,
             "commits" => commits::run(&run).await,
+            "upstream" => upstream::run(&run).await,
             _ => freezes::run(&run).await,
         }
         println!("({part} took {} s)", began.elapsed().as_secs());
@@ -136,4 +139,4 @@ impl Random {
 }
 
 const SERVE: &str = "--serve";
-const PARTS: [&str; 5] = ["kills", "storm", "mutant", "commits", "freezes"];
+const PARTS: [&str; 6] = ["kills", "storm", "mutant", "commits", "freezes", "upstream"];

@@ -1,5 +1,6 @@
-//! The same storm over a crate whose fence was taken away must find double effects: a harness that cannot see the
-//! fault proves nothing.
+//! The same storm over a crate whose fence was taken away must find double effects, and the same lost answers over a crate
+//! that forgets a record on which an intent hangs must find double transfers: a harness that cannot see the fault proves
+//! nothing.
 
 use std::{
     fs,
@@ -10,10 +11,25 @@ use std::{
 
 use tokio::task::block_in_place;
 
-use crate::{Random, Run, SERVE, report::Check, storm::Storm, support::server::Program};
+use crate::{Random, Run, SERVE, report::Check, storm::Storm, support::server::Program, upstream};
 
 pub async fn run(run: &Run) {
-    let program = block_in_place(build);
+    let source = block_in_place(Source::copy);
+    without_fence(run, block_in_place(|| source.build(&WITHOUT_FENCE))).await;
+    always_deleting(run, block_in_place(|| source.build(&ALWAYS_DELETING))).await;
+}
+
+/// Releasing deletes every record, also one on which an intent hangs: the retry gets another upstream key.
+async fn always_deleting(run: &Run, program: Program) {
+    let check = Check::new("mutant: with a release that always deletes, double transfers are found");
+    let (found, payouts) = upstream::doubles(program, run.count(20)).await;
+    println!("mutant: {found} of {payouts} payouts were made twice");
+    check.that(found > 0, "-", "a harness that cannot see the fault proves nothing");
+    check.print();
+}
+
+/// Every attempt may complete, release and lock every record.
+async fn without_fence(run: &Run, program: Program) {
     let storm = Storm {
         keys: run.count(200),
         clients_per_key: 5,
@@ -39,23 +55,51 @@ pub async fn run(run: &Run) {
     check.print();
 }
 
-/// Builds the crate without its fence, as this program was built, beside the target folder's own contents.
-fn build() -> Program {
-    let program = std::env::current_exe().expect("a program knows its own path");
-    let profile = program.ancestors().nth(2).expect("cargo puts tests into PROFILE/deps");
-    let folder = profile.with_file_name("mutant");
-    let source = folder.join("source");
-    let _ = fs::remove_dir_all(&source);
-    fs::create_dir_all(&source).expect("the target folder can be written to");
-    lend_dependencies(profile, &folder.join("target/debug"));
-    let origin = Path::new(env!("CARGO_MANIFEST_DIR"));
-    copy(
-        ["Cargo.toml", "Cargo.lock", "README.md", "src", "tests", "benches", "examples", "migrations"]
-            .map(|name| origin.join(name)),
-        &source,
-    );
-    mutate(&source.join("src/store/sql.rs"));
-    Program::new(cargo(&source, &folder.join("target")), &[SERVE])
+/// What is wrong with a crate.
+struct Mutation {
+    name: &'static str,
+    file: &'static str,
+    text: &'static str,
+    replacement: &'static str,
+}
+
+/// A copy of the crate, beside the target folder's own contents.
+struct Source {
+    crate_root: PathBuf,
+    target: PathBuf,
+}
+
+impl Source {
+    fn copy() -> Self {
+        let program = std::env::current_exe().expect("a program knows its own path");
+        let profile = program.ancestors().nth(2).expect("cargo puts tests into PROFILE/deps");
+        let folder = profile.with_file_name("mutant");
+        let source = Self { crate_root: folder.join("source"), target: folder.join("target") };
+        let _ = fs::remove_dir_all(&source.crate_root);
+        fs::create_dir_all(&source.crate_root).expect("the target folder can be written to");
+        lend_dependencies(profile, &source.target.join("debug"));
+        let origin = Path::new(env!("CARGO_MANIFEST_DIR"));
+        copy(
+            ["Cargo.toml", "Cargo.lock", "README.md", "src", "tests", "benches", "examples", "migrations"]
+                .map(|name| origin.join(name)),
+            &source.crate_root,
+        );
+        source
+    }
+
+    /// Builds the crate with this mutation alone, as this program was built.
+    fn build(&self, mutation: &Mutation) -> Program {
+        let Mutation { name, file, text, replacement } = mutation;
+        let file = self.crate_root.join(file);
+        let sane = fs::read_to_string(&file).expect("the source can be read");
+        assert_eq!(sane.matches(text).count(), 1, "{text} is not where it was: change the mutant too");
+        fs::write(&file, sane.replace(text, replacement)).expect("the copy can be written");
+        let built = cargo(&self.crate_root, &self.target);
+        fs::write(&file, sane).expect("the copy can be written");
+        let program = self.target.with_file_name(name);
+        fs::copy(built, &program).expect("the program can be copied");
+        Program::new(program, &[SERVE])
+    }
 }
 
 /// What was compiled for this program need not be compiled again. If it cannot be linked it is.
@@ -65,13 +109,6 @@ fn lend_dependencies(profile: &Path, target: &Path) {
         let _ =
             Command::new("cp").args(["-al", "--"]).args(folders).arg(target).stderr(Stdio::null()).status();
     }
-}
-
-/// Every attempt may complete, release and lock every record.
-fn mutate(file: &Path) {
-    let sql = fs::read_to_string(file).expect("the source can be read");
-    assert_eq!(sql.matches(FENCE).count(), 1, "the fence is not where it was: change the mutant too");
-    fs::write(file, sql.replace(FENCE, NO_FENCE)).expect("the copy can be written");
 }
 
 fn cargo(source: &Path, target: &Path) -> PathBuf {
@@ -101,7 +138,17 @@ fn copy(from: impl IntoIterator<Item = PathBuf>, to: &Path) {
     assert!(status.is_ok_and(|status| status.success()), "the sources can be copied");
 }
 
-const FENCE: &str = r#"("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))")"#;
-/// Every statement has the attempt as a parameter, whose type has to be known.
-const NO_FENCE: &str = r#"("{mine}", "({r}.attempt = {attempt} OR TRUE)")"#;
+const WITHOUT_FENCE: Mutation = Mutation {
+    name: "without-fence",
+    file: "src/store/sql.rs",
+    text: r#"("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))")"#,
+    // Every statement has the attempt as a parameter, whose type has to be known.
+    replacement: r#"("{mine}", "({r}.attempt = {attempt} OR TRUE)")"#,
+};
+const ALWAYS_DELETING: Mutation = Mutation {
+    name: "always-deleting",
+    file: "src/store/postgres/statements.rs",
+    text: "{mine} AND NOT r.kept",
+    replacement: "{mine}",
+};
 const ROUNDS: usize = 5;

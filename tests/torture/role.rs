@@ -24,6 +24,7 @@ use tower_idempotency::{
 use uuid::Uuid;
 
 use crate::{
+    payout,
     support::required_env,
     trap::{Point, Trap, Trapped},
 };
@@ -132,6 +133,7 @@ fn sqlite_pool(url: &str, trap: &Trap) -> sqlx::SqlitePool {
 fn router<DB: Charges>(layer: IdempotencyLayer, trap: Trap) -> Router {
     Router::new()
         .route("/charges", post(charge::<DB>))
+        .merge(payout::router::<DB>())
         .layer(layer)
         .layer(middleware::from_fn_with_state(trap, set_trap))
         .route("/healthz", get(|| async { "ok" }))
@@ -150,8 +152,8 @@ async fn set_trap(State(trap): State<Trap>, mut request: Request, next: Next) ->
 }
 
 /// What a request asks of its handler besides a charge.
-struct Directions {
-    idempotency: Idempotency,
+pub struct Directions {
+    pub idempotency: Idempotency,
     trap: Trap,
     sleep_inside: Duration,
     /// Whether to change a row that all such requests change.
@@ -178,7 +180,7 @@ impl<S: Sync> FromRequestParts<S> for Directions {
 }
 
 impl Directions {
-    fn reach(&self, point: Point) {
+    pub fn reach(&self, point: Point) {
         self.trap.reach(self.idempotency.key().as_str(), point);
     }
 }
@@ -195,7 +197,7 @@ async fn charge<DB: Charges>(directions: Directions, mut tx: Tx<DB>) -> Response
 }
 
 /// A database that charges are written to.
-trait Charges: Database {
+pub trait Charges: Database {
     fn write(
         connection: &mut Self::Connection,
         directions: &Directions,

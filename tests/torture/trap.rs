@@ -12,11 +12,12 @@ use bytes::Bytes;
 use http::Extensions;
 use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, IdempotencyKey, RecoveryStore, RenewOutcome, Renewal,
-    Store, StoreError, StoreTransaction, TransactionError, TransactionLimits, TransactionUsage,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IdempotencyKey, IntentFence, IntentUpdate,
+    OpenOutcome, Opening, RecoveryStore, RenewOutcome, Renewal, Store, StoreError, StoreTransaction,
+    TransactionError, TransactionLimits, TransactionUsage, UpstreamKey,
 };
 
-use crate::support::forward::forward_store;
+use crate::support::forward::{forward_recovery, forward_store};
 
 /// A point of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,14 @@ pub enum Point {
     Claimed,
     /// The handler was called and has no transaction yet.
     Entered,
+    /// The intent is about to be opened.
+    Opening,
+    /// The intent is committed, and the upstream was not called.
+    Opened,
+    /// The upstream has answered, which nobody has recorded.
+    Answered,
+    /// What the upstream has answered is recorded.
+    Finalized,
     /// The transaction has begun.
     Begun,
     /// The handler has written.
@@ -38,9 +47,13 @@ pub enum Point {
 }
 
 impl Point {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 11] = [
         Self::Claimed,
         Self::Entered,
+        Self::Opening,
+        Self::Opened,
+        Self::Answered,
+        Self::Finalized,
         Self::Begun,
         Self::Written,
         Self::Returned,
@@ -52,6 +65,10 @@ impl Point {
         match self {
             Self::Claimed => "claimed",
             Self::Entered => "entered",
+            Self::Opening => "opening",
+            Self::Opened => "opened",
+            Self::Answered => "answered",
+            Self::Finalized => "finalized",
             Self::Begun => "begun",
             Self::Written => "written",
             Self::Returned => "returned",
@@ -150,11 +167,31 @@ impl<S: Store> Store for Trapped<S> {
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
-        self.inner.recovery()
+        Some(Arc::new(Trapped::new(self.inner.recovery()?, self.trap.clone())))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
         self.inner.purge(limit).await
+    }
+}
+
+#[async_trait::async_trait]
+impl RecoveryStore for Trapped<Arc<dyn RecoveryStore>> {
+    forward_recovery!(inner);
+
+    async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
+        self.trap.reach(opening.attempt.key.as_str(), Point::Opening);
+        self.inner.open_intent(opening).await
+    }
+
+    async fn update_intent(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: &IntentUpdate,
+        attention: Option<&str>,
+    ) -> Result<Fenced, StoreError> {
+        self.inner.update_intent(intent, fence, update, attention).await
     }
 }
 

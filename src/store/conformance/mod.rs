@@ -31,6 +31,8 @@
 //! The tests run on a runtime of this crate's own: the crate that holds them needs `async-trait` for its fixture, but
 //! neither tokio nor its macros.
 //!
+//! The rules of [`RecoveryStore`](crate::RecoveryStore) pass for a store that has none.
+//!
 //! [`rules`] is the same list as values, for another test harness.
 //!
 //! The rules use leases and retentions of a few hundred milliseconds where they must run out and of a minute where
@@ -46,6 +48,8 @@ mod completion;
 mod expiry;
 mod fencing;
 mod identity;
+mod intents;
+mod lookups;
 mod operators;
 mod purge;
 mod renewal;
@@ -64,6 +68,8 @@ pub use completion::*;
 pub use expiry::*;
 pub use fencing::*;
 pub use identity::*;
+pub use intents::*;
+pub use lookups::*;
 pub use operators::*;
 pub use purge::*;
 pub use renewal::*;
@@ -299,6 +305,27 @@ macro_rules! __for_each_conformance_rule {
             a_clock_that_is_ahead_steals_no_lease
             a_clock_that_is_ahead_expires_nothing
             a_clock_that_is_ahead_makes_no_lease_longer
+            an_intent_is_kept_as_it_was_opened
+            a_repeated_opening_by_the_same_call_is_opened_again
+            an_opening_needs_the_record_and_a_live_lease
+            an_opening_with_other_arguments_is_never_opened
+            an_open_intent_is_called_again_while_its_upstream_recognizes_it
+            an_intent_that_was_not_sent_is_called_again
+            a_settled_intent_is_not_called_again
+            an_absent_intent_is_called_again
+            an_update_is_fenced_by_its_call
+            an_update_of_a_lookup_is_fenced_by_all_that_was_seen
+            an_operator_spares_calls_under_way_and_finalized_intents
+            a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled
+            a_lapsed_record_whose_intents_may_be_called_again_is_taken_over
+            a_released_record_with_an_intent_goes_on
+            an_opening_and_a_takeover_exclude_each_other
+            a_purge_spares_records_with_open_intents
+            an_intent_is_settled_after_its_record_has_gone
+            intents_are_taken_once_they_are_due_and_their_attempt_has_ended
+            an_intent_is_taken_by_one_at_a_time
+            intents_are_listed_and_counted_by_what_they_wait_for
+            settled_intents_are_purged_without_their_record
         }
     };
 }

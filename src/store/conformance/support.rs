@@ -68,6 +68,10 @@ impl Handle {
         Self(store)
     }
 
+    pub(super) fn store(&self) -> &Arc<dyn Store> {
+        &self.0
+    }
+
     pub(super) async fn prepare(&self) -> Vec<String> {
         expected(self.0.prepare().await, "prepare")
     }
@@ -172,7 +176,7 @@ impl Handle {
     }
 }
 
-fn expected<T>(result: Result<T, StoreError>, call: &str) -> T {
+pub(super) fn expected<T>(result: Result<T, StoreError>, call: &str) -> T {
     result.unwrap_or_else(|error| panic!("{call} failed: {error} ({error:?})"))
 }
 

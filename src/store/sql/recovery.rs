@@ -12,9 +12,9 @@ use super::{
     decoding, instant, number, span,
 };
 use crate::{
-    Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentFence, IntentFilter,
-    IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate, Resource,
-    StoreError, UpstreamKey, store::RecoveryStore,
+    Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence,
+    IntentFilter, IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate,
+    Resource, StoreError, UpstreamKey, store::RecoveryStore,
 };
 
 /// What a database does for recovery.
@@ -101,7 +101,8 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::text(opening.subject.as_deref()))
             .with(Value::Uuid(opening.call.as_uuid()))
             .with(Value::Span(opening.repeatable_for))
-            .with(Value::Span(opening.dangling_after));
+            .with(Value::Span(opening.dangling_after))
+            .with(Value::Flag(opening.repeatable_for.is_zero()));
         let opened = of_record(&statements.opened, &attempt.consumer, &attempt.key, *record_id)
             .with(Value::Uuid(attempt.id.as_uuid()))
             .with(Value::Uuid(upstream_key.as_uuid()));
@@ -169,6 +170,14 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         };
         let rows = self.0.read(OPERATION, Call::new(Arc::clone(sql)).with(Value::Int(limit.into()))).await?;
         Self::intents(OPERATION, &rows)
+    }
+
+    async fn count_intents(&self) -> Result<IntentCounts, StoreError> {
+        const OPERATION: &str = "count intents";
+        let call = Call::new(Arc::clone(&self.0.statements().await?.count));
+        let rows = self.0.read(OPERATION, call).await?;
+        let counts = rows.first().map(counts).transpose();
+        Ok(counts.map_err(|source| E::error(OPERATION, source))?.unwrap_or_default())
     }
 
     async fn find_phase(
@@ -297,17 +306,14 @@ fn changed<'a>(
             let state = if open { "open" } else { "dead" };
             (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(looks))
         }
-        IntentFence::Operator => (Value::Null, Value::Null, -1),
+        IntentFence::Operator => (Value::Text("operator"), Value::Null, -1),
+        IntentFence::Attention => (Value::Text("attention"), Value::Null, -1),
     };
-    let resource = match update {
-        IntentUpdate::Finalize(resource) => Some(resource),
-        _ => None,
-    };
-    let (state_after, reason) = match update {
-        IntentUpdate::Finalize(_) => (Some("finalized"), None),
-        IntentUpdate::Refuse(reason) => (Some("dead"), Some(reason.as_str())),
-        IntentUpdate::Absent(_) => (Some("dead"), Some(ABSENT)),
-        IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => (None, None),
+    let (state_after, resource, reason) = match update {
+        IntentUpdate::Finalize(resource) => (Some("finalized"), Some(resource), None),
+        IntentUpdate::Refuse(reason) => (Some("dead"), None, Some(reason.as_str())),
+        IntentUpdate::Absent(_) => (Some("dead"), None, Some(ABSENT)),
+        IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => (None, None, None),
     };
     let (look, after, absences) = match update {
         _ if attention.is_some() => ("attention", Duration::ZERO, -1),
@@ -377,6 +383,16 @@ fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
     })
 }
 
+fn counts(row: &impl Fields) -> Result<IntentCounts, sqlx::Error> {
+    let count = |name| number(row.int(name)?.unwrap_or_default());
+    Ok(IntentCounts {
+        open: count("open")?,
+        dangling: count("dangling")?,
+        need_attention: count("need_attention")?,
+        oldest: row.int("oldest")?.map(span),
+    })
+}
+
 fn kept_request(row: &impl Fields) -> Result<KeptRequest, sqlx::Error> {
     let required = |value: Option<String>| value.ok_or(sqlx::Error::RowNotFound);
     Ok(KeptRequest {
@@ -403,6 +419,7 @@ pub(in crate::store) struct Statements {
     list_dangling: Arc<str>,
     list_attention: Arc<str>,
     list_dead: Arc<str>,
+    count: Arc<str>,
     find_phase: Arc<str>,
     keep_request: Arc<str>,
     keep_record: Arc<str>,
@@ -456,6 +473,7 @@ impl Statements {
             ),
             list_attention: list("i.look_at IS NOT NULL AND i.attention IS NOT NULL", "i.created_at"),
             list_dead: list("i.state = 'dead'", "i.created_at DESC"),
+            count: render(COUNT),
             find_phase: render("SELECT p.result FROM {phases} AS p WHERE p.record_id = $1 AND p.name = $2"),
             keep_request: render(KEEP_REQUEST),
             keep_record: render(KEEP_RECORD),
@@ -507,7 +525,8 @@ const LOCK: &str = "SELECT 1 FROM {records} AS r WHERE r.consumer = $1 AND r.key
 const OPEN: &str = "
 INSERT INTO {intents} AS i (id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, state, sent,
     sent_before, absent, attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, look_at, looks, absences)
-SELECT $5, $3, $1, $2, $6, $7, $8, $9, $10, 'open', TRUE, FALSE, FALSE, $4, $11, 1, {now} + $12, {now}, {now}, {now} + $13,
+SELECT $5, $3, $1, $2, $6, $7, $8, $9, $10, 'open', TRUE, FALSE, FALSE, $4, $11, 1,
+    CASE WHEN $14 THEN {now} ELSE {now} + $12 END, {now}, {now}, {now} + $13,
     {now} + $13, 0, 0
 FROM {records} AS r WHERE {owned}
 ON CONFLICT (id) DO UPDATE SET
@@ -544,9 +563,12 @@ UPDATE {intents} AS i SET
     payload     = COALESCE($6, i.payload),
     reason      = CASE WHEN $2 IS NULL THEN i.reason ELSE $7 END,
     look_at     = CASE $8 WHEN 'keep' THEN i.look_at WHEN 'after' THEN {now} + $9 WHEN 'attention' THEN {far} END,
+    looks       = CASE WHEN $12 = 'operator' AND $8 = 'after' THEN 0 ELSE i.looks END,
     absences    = CASE WHEN $10 < 0 THEN i.absences ELSE $10 END,
     attention   = $11
-WHERE i.id = $1 AND ($13 IS NULL AND i.state <> 'finalized' AND NOT {in_flight}
+WHERE i.id = $1 AND ($12 = 'operator' AND i.state <> 'finalized' AND NOT {in_flight}
+        AND ($8 <> 'after' OR i.state = 'open' OR i.absent)
+    OR $12 = 'attention' AND i.state <> 'open' AND i.attention IS NOT NULL
     OR i.call = $13 AND i.state = $12 AND (i.state = 'open' OR i.absent) AND ($14 < 0 OR i.looks = $14))
 RETURNING 1";
 
@@ -566,6 +588,13 @@ WITH due AS (
 UPDATE {intents} AS i SET look_at = {now} + $2, looks = i.looks + 1
 FROM due WHERE i.{place} = due.place
 RETURNING {returned}";
+
+const COUNT: &str = "
+SELECT count(*) FILTER (WHERE i.state = 'open') AS open,
+    count(*) FILTER (WHERE i.state = 'open' AND i.dangling_at <= {now}) AS dangling,
+    count(*) FILTER (WHERE i.attention IS NOT NULL) AS need_attention,
+    (SELECT {age} FROM {intents} AS i WHERE i.look_at IS NOT NULL AND i.state = 'open' ORDER BY i.created_at LIMIT 1) AS oldest
+FROM {intents} AS i WHERE i.look_at IS NOT NULL";
 
 const KEEP_REQUEST: &str = "
 INSERT INTO {requests} (record_id, consumer, key, request, tries, next_at)

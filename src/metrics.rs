@@ -1,0 +1,71 @@
+//! Counters and gauges of the background tasks. Without the feature `metrics` nothing is counted.
+//!
+//! The names and labels are listed in the chapter on metrics of the crate's docs; they are part of the public API.
+
+#[cfg(feature = "metrics")]
+mod names {
+    pub(super) const LOOKUPS: &str = "idempotency_intent_lookups_total";
+    pub(super) const TURNED_UP: &str = "idempotency_intents_turned_up_total";
+    pub(super) const OPEN: &str = "idempotency_intents_open";
+    pub(super) const DANGLING: &str = "idempotency_intents_dangling";
+    pub(super) const NEED_ATTENTION: &str = "idempotency_intents_need_attention";
+    pub(super) const OLDEST: &str = "idempotency_intents_oldest_seconds";
+    pub(super) const PURGED: &str = "idempotency_purged_total";
+}
+
+/// Whether anything is counted.
+pub(crate) const ENABLED: bool = cfg!(feature = "metrics");
+
+/// What the reaper has deleted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Purged {
+    Records,
+    Settled,
+}
+
+/// An intent was looked up, with this outcome.
+pub(crate) fn looked_up(outcome: &'static str) {
+    #[cfg(feature = "metrics")]
+    metrics::counter!(names::LOOKUPS, "outcome" => outcome).increment(1);
+    #[cfg(not(feature = "metrics"))]
+    let _ = outcome;
+}
+
+/// A resource was found whose intent had been declared absent.
+pub(crate) fn turned_up() {
+    #[cfg(feature = "metrics")]
+    metrics::counter!(names::TURNED_UP).increment(1);
+}
+
+/// How many intents there are now.
+pub(crate) fn intents(counts: &crate::IntentCounts) {
+    #[cfg(feature = "metrics")]
+    {
+        metrics::gauge!(names::OPEN).set(float(counts.open));
+        metrics::gauge!(names::DANGLING).set(float(counts.dangling));
+        metrics::gauge!(names::NEED_ATTENTION).set(float(counts.need_attention));
+        metrics::gauge!(names::OLDEST).set(counts.oldest.unwrap_or_default().as_secs_f64());
+    }
+    #[cfg(not(feature = "metrics"))]
+    let _ = counts;
+}
+
+/// So many rows were purged.
+pub(crate) fn purged(what: Purged, rows: u64) {
+    #[cfg(feature = "metrics")]
+    {
+        let what = match what {
+            Purged::Records => "records",
+            Purged::Settled => "settled",
+        };
+        metrics::counter!(names::PURGED, "what" => what).increment(rows);
+    }
+    #[cfg(not(feature = "metrics"))]
+    let _ = (what, rows);
+}
+
+#[cfg(feature = "metrics")]
+#[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
+fn float(count: u64) -> f64 {
+    count as f64
+}

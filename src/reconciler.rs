@@ -1,0 +1,283 @@
+//! Finds out what became of dangling intents.
+
+mod pass;
+mod task;
+
+use std::{error::Error, fmt, num::NonZero, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::{Intent, Resource};
+
+/// Asks upstream services what became of calls.
+///
+/// ```
+/// # use tower_idempotency::{Intent, Lookup, Reconcile, Resource};
+/// # #[derive(Debug)] struct Error;
+/// # struct Bank;
+/// # impl Bank {
+/// #     async fn transfer_by_reference(&self, _: String) -> Result<Option<String>, std::io::Error> { Ok(None) }
+/// # }
+/// struct Upstreams {
+///     bank: Bank,
+/// }
+///
+/// #[async_trait::async_trait]
+/// impl Reconcile for Upstreams {
+///     async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn std::error::Error + Send + Sync>> {
+///         Ok(match intent.name.as_str() {
+///             "bank.transfer" => {
+///                 match self.bank.transfer_by_reference(intent.upstream_key.to_string()).await? {
+///                     Some(id) => Lookup::Found(Resource::new(id)),
+///                     None => Lookup::NotFound,
+///                 }
+///             }
+///             _ => Lookup::Unknown,
+///         })
+///     }
+/// }
+/// ```
+///
+/// A closure that returns a future does it too: `|intent: Intent| async move { Ok(Lookup::Unknown) }`.
+#[async_trait]
+pub trait Reconcile: Send + Sync + 'static {
+    /// Looks one call up, by its [upstream key](Intent::upstream_key) or by what the upstream offers instead. It must not
+    /// change anything, and not make the call again: that is the next attempt's.
+    ///
+    /// # Errors
+    ///
+    /// An error, a panic and a time-out count as [`Lookup::Unknown`], and are logged.
+    async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn Error + Send + Sync>>;
+}
+
+#[async_trait]
+impl<F, Fut> Reconcile for F
+where
+    F: Fn(Intent) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Result<Lookup, Box<dyn Error + Send + Sync>>> + Send,
+{
+    async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn Error + Send + Sync>> {
+        self(intent.clone()).await
+    }
+}
+
+/// What an upstream service says of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "nothing else can be said of a call")]
+pub enum Lookup {
+    /// It has made this resource.
+    Found(Resource),
+    /// It has certainly not processed the call, and the call cannot still be under way to it.
+    NotFound,
+    /// It cannot tell at the moment.
+    Unknown,
+}
+
+/// Looks up what became of dangling intents: those that are open past their grace period and whose attempt does not own
+/// their record any more. Started with [`start_reconciler`](crate::IdempotencyHandle::start_reconciler).
+///
+/// | the look-up | what becomes of the intent |
+/// |---|---|
+/// | [`Found`](Lookup::Found) | finalized: the next attempt gets the resource, without a call |
+/// | [`NotFound`](Lookup::NotFound) | looked up once more [after a pause](Self::with_confirmation_after); not found again: dead, and the next attempt calls again with the same upstream key |
+/// | [`Unknown`](Lookup::Unknown), an error, a panic, a time-out | looked up again, after [longer and longer pauses](Self::with_backoff); after [so many look-ups](Self::with_max_lookups) it needs attention |
+///
+/// An intent whose call was certainly not sent is dead without a look-up. One that was not found is looked up a last time
+/// [later](Self::with_recheck_after). If the resource has turned up by then the intent is finalized and needs attention,
+/// because a retry in between may have made another one.
+///
+/// An intent that needs attention is never looked up again by itself: see
+/// [`list_intents`](crate::IdempotencyHandle::list_intents) and
+/// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent).
+///
+/// Every node may run one: an intent is taken by one at a time. What one node had taken when it died is taken by another
+/// once the time for a whole batch is over.
+///
+/// ```
+/// # #[cfg(feature = "sqlite")] {
+/// # use std::time::Duration;
+/// use tower_idempotency::{Intent, Lookup, Reconciler};
+///
+/// let ask = |intent: Intent| async move { Ok(Lookup::Unknown) };
+/// let reconciler = Reconciler::new(ask).with_lookup_timeout(Duration::from_secs(10));
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Reconciler {
+    upstreams: Arc<dyn Reconcile>,
+    settings: Settings,
+}
+
+#[derive(Clone, Debug)]
+struct Settings {
+    interval: Duration,
+    batch: NonZero<u32>,
+    concurrency: NonZero<u32>,
+    timeout: Duration,
+    confirm_after: Duration,
+    first_backoff: Duration,
+    max_backoff: Duration,
+    max_lookups: u32,
+    recheck_after: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(30),
+            batch: BATCH,
+            concurrency: CONCURRENCY,
+            timeout: Duration::from_secs(30),
+            confirm_after: Duration::from_secs(60),
+            first_backoff: Duration::from_secs(30),
+            max_backoff: Duration::from_secs(60 * 60),
+            max_lookups: 10,
+            recheck_after: Duration::from_secs(60 * 60),
+        }
+    }
+}
+
+impl Reconciler {
+    /// A reconciler that asks this.
+    #[must_use]
+    pub fn new(upstreams: impl Reconcile) -> Self {
+        Self { upstreams: Arc::new(upstreams), settings: Settings::default() }
+    }
+
+    /// The pause between two passes, with a jitter of a quarter; doubled up to eight times while the store fails. Default:
+    /// 30 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_interval(mut self, interval: Duration) -> Self {
+        assert!(!interval.is_zero(), "a reconciler needs a pause between two passes");
+        self.settings.interval = interval;
+        self
+    }
+
+    /// How many intents are taken at once. Default: 100.
+    #[must_use]
+    pub fn with_batch(mut self, batch: NonZero<u32>) -> Self {
+        self.settings.batch = batch;
+        self
+    }
+
+    /// How many look-ups run at once. Default: 8.
+    #[must_use]
+    pub fn with_concurrency(mut self, lookups: NonZero<u32>) -> Self {
+        self.settings.concurrency = lookups;
+        self
+    }
+
+    /// How long a look-up may take. Default: 30 s.
+    #[must_use]
+    pub fn with_lookup_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.timeout = timeout;
+        self
+    }
+
+    /// After what time a call that was not found is looked up again, to be sure. Longer than the upstream takes to show what
+    /// it has made. Default: 1 min.
+    #[must_use]
+    pub fn with_confirmation_after(mut self, pause: Duration) -> Self {
+        self.settings.confirm_after = pause;
+        self
+    }
+
+    /// After what time a call is looked up again of which nothing was learned: `first`, and twice as long each time, but not
+    /// longer than `max`. With a jitter of a quarter. Default: 30 s, and at most 1 h.
+    #[must_use]
+    pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
+        self.settings.first_backoff = first;
+        self.settings.max_backoff = max;
+        self
+    }
+
+    /// After how many look-ups without an answer an intent needs attention. Default: 10.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_max_lookups(mut self, lookups: u32) -> Self {
+        assert!(lookups > 0, "a reconciler needs at least one look-up for each intent");
+        self.settings.max_lookups = lookups;
+        self
+    }
+
+    /// After what time a call that was declared absent is looked up for the last time; zero: never. Default: 1 h.
+    #[must_use]
+    pub fn with_recheck_after(mut self, pause: Duration) -> Self {
+        self.settings.recheck_after = pause;
+        self
+    }
+}
+
+impl fmt::Debug for Reconciler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reconciler").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl Settings {
+    /// For how long nobody else may take a batch: until its last look-up has come to its time-out and is recorded.
+    fn taken_for(&self) -> Duration {
+        let rounds = self.batch.get().div_ceil(self.concurrency.get());
+        self.timeout.saturating_mul(rounds.saturating_add(1)).saturating_add(TO_RECORD)
+    }
+
+    fn backoff(&self, looks: u32) -> Duration {
+        let doubled = 2_u32.saturating_pow(looks.saturating_sub(1));
+        self.first_backoff.saturating_mul(doubled).min(self.max_backoff)
+    }
+}
+
+/// What one pass has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReconcilePass {
+    /// Intents whose resource was found, and that are finalized now.
+    pub found: u64,
+    /// Intents that were not found twice or certainly not sent, and that may be called again now.
+    pub absent: u64,
+    /// Intents that are looked up again later.
+    pub again: u64,
+    /// Intents that need attention now.
+    pub attention: u64,
+    /// Intents that were not found a last time.
+    pub closed: u64,
+    /// Intents that were called again, settled or looked up by others meanwhile.
+    pub lost: u64,
+    /// Intents whose look-up could not be recorded; they are looked up again.
+    pub unrecorded: u64,
+}
+
+const BATCH: NonZero<u32> = NonZero::new(100).unwrap();
+const CONCURRENCY: NonZero<u32> = NonZero::new(8).unwrap();
+/// How long it is tried to record a look-up.
+const TO_RECORD: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_taken_for_as_long_as_all_of_its_lookups_may_take() {
+        let mut settings = Settings { timeout: Duration::from_secs(10), ..Settings::default() };
+        let rounds = settings.batch.get().div_ceil(settings.concurrency.get());
+        assert!(settings.taken_for() >= settings.timeout * rounds + TO_RECORD);
+        settings.timeout = Duration::MAX;
+        assert_eq!(settings.taken_for(), Duration::MAX);
+    }
+
+    #[test]
+    fn the_backoff_doubles_up_to_its_maximum() {
+        let settings = Settings::default();
+        let backoffs = [1, 2, 3, 7, 8, 100, u32::MAX].map(|looks| settings.backoff(looks).as_secs());
+        assert_eq!(backoffs, [30, 60, 120, 1920, 3600, 3600, 3600]);
+    }
+}

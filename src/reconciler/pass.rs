@@ -1,0 +1,284 @@
+//! One pass: takes intents, looks them up, records what was learned.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Lookup, ReconcilePass, Reconciler, Settings, TO_RECORD};
+use crate::{
+    Fenced, Intent, IntentState, IntentUpdate, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET,
+    error::BoxError, intent::TURNED_UP, metrics, reaper::jittered, shared::Shared,
+};
+
+/// What a look-up came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Found,
+    TurnedUp,
+    Absent,
+    Again,
+    Attention,
+    Closed,
+    Lost,
+    Unrecorded,
+}
+
+impl Outcome {
+    /// Label of the metric.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Found => "found",
+            Self::TurnedUp => "turned_up",
+            Self::Absent => "absent",
+            Self::Again => "again",
+            Self::Attention => "attention",
+            Self::Closed => "closed",
+            Self::Lost => "lost",
+            Self::Unrecorded => "unrecorded",
+        }
+    }
+}
+
+impl ReconcilePass {
+    fn count(&mut self, outcome: Outcome) {
+        metrics::looked_up(outcome.label());
+        let count = match outcome {
+            Outcome::Found => &mut self.found,
+            Outcome::Absent => &mut self.absent,
+            Outcome::Again => &mut self.again,
+            Outcome::TurnedUp | Outcome::Attention => &mut self.attention,
+            Outcome::Closed => &mut self.closed,
+            Outcome::Lost => &mut self.lost,
+            Outcome::Unrecorded => &mut self.unrecorded,
+        };
+        *count += 1;
+    }
+}
+
+impl Reconciler {
+    pub(super) async fn pass(&self, shared: &Shared) -> Result<ReconcilePass, StoreError> {
+        let recovery = shared.recovery()?;
+        let mut pass = ReconcilePass::default();
+        let pause = self.settings.taken_for();
+        while !shared.draining.is_cancelled() {
+            let begun = Instant::now();
+            let taken = recovery.take_dangling(self.settings.batch.get(), pause).await?;
+            let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch.get());
+            // Whoever is late leaves the rest to those who take it next.
+            let in_time = || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout + TO_RECORD;
+            let may_begin = || !shared.draining.is_cancelled() && in_time();
+            self.look_up_all(&recovery, taken, may_begin, &mut pass).await;
+            if last {
+                break;
+            }
+        }
+        if metrics::ENABLED
+            && let Ok(counts) = recovery.count_intents().await
+        {
+            metrics::intents(&counts);
+        }
+        Ok(pass)
+    }
+
+    async fn look_up_all(
+        &self,
+        recovery: &Arc<dyn RecoveryStore>,
+        intents: Vec<Intent>,
+        may_begin: impl Fn() -> bool,
+        pass: &mut ReconcilePass,
+    ) {
+        let concurrency = usize::try_from(self.settings.concurrency.get()).unwrap_or(usize::MAX);
+        let mut waiting = intents.into_iter();
+        let mut running = JoinSet::new();
+        loop {
+            while running.len() < concurrency
+                && may_begin()
+                && let Some(intent) = waiting.next()
+            {
+                let (reconciler, recovery) = (self.clone(), Arc::clone(recovery));
+                running.spawn(async move { reconciler.look_up(&*recovery, intent).await });
+            }
+            match running.join_next().await {
+                Some(outcome) => pass.count(outcome.unwrap_or(Outcome::Unrecorded)),
+                None => return,
+            }
+        }
+    }
+
+    async fn look_up(&self, recovery: &dyn RecoveryStore, intent: Intent) -> Outcome {
+        let intent = Arc::new(intent);
+        let decision = match self.settings.without_asking(&intent) {
+            Some(decision) => decision,
+            None => {
+                let lookup = self.ask(&intent).await.unwrap_or_else(|error| {
+                    tracing::warn!(
+                        target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
+                        looks = intent.looks, error = &*error as &dyn std::error::Error, "a look-up failed"
+                    );
+                    Lookup::Unknown
+                });
+                self.settings.decide(&intent, lookup)
+            }
+        };
+        let outcome = match record(recovery, &intent, &decision).await {
+            Ok(Fenced::Applied) => decision.outcome,
+            Ok(Fenced::Lost) => Outcome::Lost,
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
+                    error = &error as &dyn std::error::Error, "a look-up could not be recorded; it is done again"
+                );
+                Outcome::Unrecorded
+            }
+        };
+        log(&intent, outcome, &decision);
+        outcome
+    }
+
+    /// Asks the user's code, in a task of its own: it may panic.
+    async fn ask(&self, intent: &Arc<Intent>) -> Result<Lookup, BoxError> {
+        let (upstreams, intent) = (Arc::clone(&self.upstreams), Arc::clone(intent));
+        let asked = tokio::spawn(async move { upstreams.reconcile(&intent).await });
+        timeout(self.settings.timeout, AbortOnDropHandle::new(asked)).await??
+    }
+}
+
+/// What is to be recorded of a look-up.
+#[derive(Debug)]
+struct Decision {
+    update: IntentUpdate,
+    attention: Option<String>,
+    outcome: Outcome,
+}
+
+impl Decision {
+    fn new(update: IntentUpdate, outcome: Outcome) -> Self {
+        Self { update, attention: None, outcome }
+    }
+
+    fn attention(update: IntentUpdate, attention: impl Into<String>, outcome: Outcome) -> Self {
+        Self { update, attention: Some(attention.into()), outcome }
+    }
+}
+
+impl Settings {
+    /// What needs no look-up: a call that was not sent, and one that nobody has come to the end of looking up.
+    fn without_asking(&self, intent: &Intent) -> Option<Decision> {
+        match intent.state {
+            IntentState::Open { sent: false } => {
+                Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent))
+            }
+            // The last permitted look-up may be the first that did not find it.
+            _ if intent.looks > self.max_lookups.saturating_add(1) => Some(self.nothing_learned(intent)),
+            _ => None,
+        }
+    }
+
+    fn decide(&self, intent: &Intent, lookup: Lookup) -> Decision {
+        let open = matches!(intent.state, IntentState::Open { .. });
+        match lookup {
+            Lookup::Found(resource) if open => {
+                Decision::new(IntentUpdate::Finalize(resource), Outcome::Found)
+            }
+            Lookup::Found(resource) => {
+                Decision::attention(IntentUpdate::Finalize(resource), TURNED_UP, Outcome::TurnedUp)
+            }
+            Lookup::NotFound if !open => Decision::new(IntentUpdate::Close, Outcome::Closed),
+            Lookup::NotFound if intent.absences > 0 => {
+                let recheck = Some(self.recheck_after).filter(|pause| !pause.is_zero());
+                Decision::new(IntentUpdate::Absent(recheck), Outcome::Absent)
+            }
+            Lookup::NotFound => {
+                let update = IntentUpdate::LookAgain { after: self.confirm_after, absences: 1 };
+                Decision::new(update, Outcome::Again)
+            }
+            Lookup::Unknown if intent.looks >= self.max_lookups => self.nothing_learned(intent),
+            Lookup::Unknown => {
+                let after = jittered(self.backoff(intent.looks)).min(self.max_backoff);
+                Decision::new(IntentUpdate::LookAgain { after, absences: 0 }, Outcome::Again)
+            }
+        }
+    }
+
+    /// Never a guess. What was declared absent stays so.
+    fn nothing_learned(&self, intent: &Intent) -> Decision {
+        if matches!(intent.state, IntentState::Dead { .. }) {
+            return Decision::new(IntentUpdate::Close, Outcome::Closed);
+        }
+        let attention = format!("looked up {} times without an answer", self.max_lookups.min(intent.looks));
+        let update = IntentUpdate::LookAgain { after: Duration::ZERO, absences: intent.absences };
+        Decision::attention(update, attention, Outcome::Attention)
+    }
+}
+
+/// Records it, unless the intent was called again, settled or looked up by others meanwhile.
+async fn record(
+    recovery: &dyn RecoveryStore,
+    intent: &Intent,
+    decision: &Decision,
+) -> Result<Fenced, StoreError> {
+    let give_up = Instant::now() + TO_RECORD;
+    let (key, fence, attention) = (intent.upstream_key, intent.lookup_fence(), decision.attention.as_deref());
+    let mut may_be_recorded = false;
+    loop {
+        match recovery.update_intent(key, fence, &decision.update, attention).await {
+            Ok(Fenced::Lost) if may_be_recorded => {
+                let found = recovery.get_intent(key).await?;
+                let own = found.is_some_and(|found| is_recorded(&found, intent, &decision.update));
+                return Ok(if own { Fenced::Applied } else { Fenced::Lost });
+            }
+            Err(error) if Instant::now() + PAUSE < give_up => {
+                may_be_recorded |= error.kind() == StoreErrorKind::Ambiguous;
+            }
+            recorded => return recorded,
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Whether the intent is what the update makes of it.
+fn is_recorded(found: &Intent, taken: &Intent, update: &IntentUpdate) -> bool {
+    let says_so = match (update, &found.state) {
+        (IntentUpdate::Finalize(resource), IntentState::Finalized(recorded)) => resource == recorded,
+        (IntentUpdate::Absent(_), IntentState::Dead { absent, .. }) => *absent,
+        _ => false,
+    };
+    says_so && (found.call, found.looks) == (taken.call, taken.looks)
+}
+
+fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {
+    let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
+    match (outcome, &decision.attention, &decision.update) {
+        (Outcome::TurnedUp, _, IntentUpdate::Finalize(resource)) => {
+            metrics::turned_up();
+            tracing::error!(
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, resource = resource.id, "{TURNED_UP}"
+            );
+        }
+        (Outcome::Attention, Some(what), _) => {
+            tracing::error!(
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, what,
+                "an intent needs attention: an operator must resolve it"
+            );
+        }
+        (Outcome::Found | Outcome::Absent, ..) => {
+            tracing::info!(
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, outcome = outcome.label(),
+                "a dangling intent is settled"
+            );
+        }
+        _ => {
+            tracing::debug!(
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, outcome = outcome.label(),
+                "an intent was looked up"
+            );
+        }
+    }
+}
+
+/// Between two tries to record a look-up.
+const PAUSE: Duration = Duration::from_secs(1);

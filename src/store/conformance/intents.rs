@@ -1,0 +1,313 @@
+//! Opening intents, and recording what became of them.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+
+use super::{Fixture, support::*};
+use crate::{
+    Claim, Fenced, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, RecordId,
+    RecoveryStore, Resource, UpstreamKey,
+    intent::{CallId, Place},
+};
+
+/// A store of records and of intents whose errors break the rule.
+#[derive(Clone, Debug)]
+pub(super) struct Recovery {
+    pub(super) store: Handle,
+    pub(super) intents: Arc<dyn RecoveryStore>,
+}
+
+impl Recovery {
+    /// `None` if the store keeps no intents.
+    pub(super) async fn of(fixture: &dyn Fixture) -> Option<Self> {
+        let store = handle(fixture).await;
+        let intents = store.store().recovery()?;
+        Some(Self { store, intents })
+    }
+
+    pub(super) async fn open(&self, opening: &Opening) -> OpenOutcome {
+        expected(self.intents.open_intent(opening).await, "open_intent")
+    }
+
+    /// Opens and must be allowed to call.
+    pub(super) async fn must_open(&self, opening: &Opening, why: &str) {
+        match self.open(opening).await {
+            OpenOutcome::Opened => {}
+            other => panic!("{why}: the intent should have been opened and was {other:?}"),
+        }
+    }
+
+    /// Opens and must be shown what is there instead of a call.
+    async fn must_not_call(&self, opening: &Opening, why: &str) -> Intent {
+        match self.open(opening).await {
+            OpenOutcome::Recorded(intent) => *intent,
+            other => panic!("{why}: the intent should have been shown and was {other:?}"),
+        }
+    }
+
+    /// Opens and must be told that the record is not the attempt's.
+    pub(super) async fn must_lose(&self, opening: &Opening, why: &str) {
+        match self.open(opening).await {
+            OpenOutcome::Lost => {}
+            other => panic!("{why}: the opening should have been lost and was {other:?}"),
+        }
+    }
+
+    pub(super) async fn find(&self, intent: UpstreamKey) -> Option<Intent> {
+        expected(self.intents.get_intent(intent).await, "get_intent")
+    }
+
+    pub(super) async fn get(&self, intent: UpstreamKey) -> Intent {
+        self.find(intent).await.unwrap_or_else(|| panic!("the intent is gone"))
+    }
+
+    pub(super) async fn update(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: IntentUpdate,
+    ) -> Fenced {
+        expected(self.intents.update_intent(intent, fence, &update, None).await, "update_intent")
+    }
+
+    pub(super) async fn must_update(&self, intent: UpstreamKey, fence: IntentFence, update: IntentUpdate) {
+        let shown = format!("{update:?}");
+        assert_eq!(self.update(intent, fence, update).await, Fenced::Applied, "{shown} with {fence:?}");
+    }
+
+    async fn must_not_update(&self, intent: UpstreamKey, fence: IntentFence, update: IntentUpdate) {
+        let (shown, before) = (format!("{update:?}"), self.get(intent).await);
+        assert_eq!(self.update(intent, fence, update).await, Fenced::Lost, "{shown} with {fence:?}");
+        assert_eq!(self.get(intent).await.state, before.state, "after {shown} with {fence:?}");
+    }
+
+    /// Takes what is due, at most 100, for a minute.
+    pub(super) async fn take(&self) -> Vec<Intent> {
+        expected(self.intents.take_dangling(100, LONG).await, "take_dangling")
+    }
+}
+
+/// An intent that dangles at once and whose upstream does not deduplicate, for a call that was not made yet.
+pub(super) fn opening_of(claim: &Claim, name: &str) -> Opening {
+    let mut opening =
+        Opening::new(claim.attempt.clone(), claim.record_id, name.to_owned(), &Place::Ordinal(1));
+    opening.arguments = Bytes::from_static(b"arguments");
+    opening.dangling_after = Duration::from_millis(1);
+    opening
+}
+
+/// Another call of the same intent.
+pub(super) fn next_call(opening: &Opening) -> Opening {
+    Opening { call: CallId::random(), ..opening.clone() }
+}
+
+pub(super) fn resource() -> Resource {
+    Resource::new("an id").with_payload("a payload")
+}
+
+pub(super) fn finalize() -> IntentUpdate {
+    IntentUpdate::Finalize(resource())
+}
+
+/// An intent is shown as it was opened, and its record counts it.
+pub async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let mut opening = Opening::new(
+        claim.attempt.clone(),
+        claim.record_id,
+        "näme".to_owned(),
+        &Place::Discriminator("' of \\".to_owned()),
+    );
+    opening.arguments = Bytes::from_static(&[0, 255, b'\'']);
+    opening.subject = Some("row 7".to_owned());
+    opening.dangling_after = LONG;
+    recovery.must_open(&opening, "a new intent").await;
+    let intent = recovery.get(opening.upstream_key).await;
+    assert_eq!((intent.record_id, &intent.consumer), (claim.record_id, &claim.attempt.consumer));
+    assert_eq!((&intent.key, &*intent.name), (&claim.attempt.key, "näme"));
+    assert_eq!((intent.discriminator.as_deref(), intent.ordinal), (Some("' of \\"), 0));
+    assert_eq!((&intent.arguments, &intent.subject), (&opening.arguments, &opening.subject));
+    assert_eq!((intent.attempt, intent.call, intent.calls), (claim.attempt.id, opening.call, 1));
+    assert_eq!((intent.state, intent.dangling), (IntentState::Open { sent: true }, false));
+    assert_eq!((intent.looks, intent.absences, intent.attention), (0, 0, None));
+    assert_eq!((intent.settled_at, intent.created_at), (None, intent.opened_at));
+    assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 1, "open intents");
+    recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
+    let intent = recovery.get(opening.upstream_key).await;
+    assert_eq!((intent.state, intent.settled_at.is_some()), (IntentState::Finalized(resource()), true));
+    assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 0, "open intents");
+}
+
+/// The reply to an opening may have been lost.
+pub async fn a_repeated_opening_by_the_same_call_is_opened_again(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    for time in ["first", "second"] {
+        recovery.must_open(&opening, time).await;
+    }
+    assert_eq!(recovery.get(opening.upstream_key).await.calls, 1, "calls");
+    assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 1, "open intents");
+}
+
+/// Only the attempt that owns the record with a live lease opens an intent, and otherwise nothing is recorded.
+pub async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.must_lose(&opening_of(&claim, "a"), "there is no record").await;
+    recovery.store.win(&claim, "first claim").await;
+    recovery.must_lose(&opening_of(&retry_of(&claim), "a"), "it is another attempt's and another id").await;
+    let other = Claim { record_id: claim.record_id, ..retry_of(&claim) };
+    recovery.must_lose(&opening_of(&other, "a"), "it is another attempt's").await;
+    let other = Claim { record_id: RecordId::random(), ..claim.clone() };
+    recovery.must_lose(&opening_of(&other, "a"), "it is another record").await;
+    recovery.store.complete_as_owner(&claim.attempt, response("r"), "by the owner").await;
+    recovery.must_lose(&opening_of(&claim, "a"), "it is completed").await;
+
+    let lapsing = Claim { lease: SHORT, ..claim_of("lapsing") };
+    recovery.store.win(&lapsing, "first claim").await;
+    run_out().await;
+    recovery.must_lose(&opening_of(&lapsing, "a"), "the lease has run out").await;
+    for claim in [&claim, &lapsing] {
+        assert_eq!(recovery.find(opening_of(claim, "a").upstream_key).await, None, "an intent that was lost");
+    }
+}
+
+/// An intent with other arguments is another call: it gets neither a call nor the outcome of the first.
+pub async fn an_opening_with_other_arguments_is_never_opened(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    recovery.must_open(&opening, "a new intent").await;
+    let key = opening.upstream_key;
+    let other = Opening { arguments: Bytes::from_static(b"others"), ..next_call(&opening) };
+    for update in [IntentUpdate::NotSent, IntentUpdate::Absent(None)] {
+        recovery.must_update(key, IntentFence::Call(opening.call), update).await;
+        let shown = recovery.must_not_call(&other, "other arguments").await;
+        assert_eq!((shown.arguments, shown.calls), (opening.arguments.clone(), 1), "what is shown");
+    }
+}
+
+/// An intent that is open is called again as long as its upstream is said to recognize it, counted from the first call.
+pub async fn an_open_intent_is_called_again_while_its_upstream_recognizes_it(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    for n in 0..20 {
+        let opening = opening_of(&claim, &format!("never {n}"));
+        recovery.must_open(&opening, "a new intent").await;
+        let shown = recovery.must_not_call(&next_call(&opening), "the upstream does not deduplicate").await;
+        assert_eq!((shown.state, shown.call), (IntentState::Open { sent: true }, opening.call));
+    }
+    let opening = Opening { repeatable_for: SHORT, ..opening_of(&claim, "for a while") };
+    recovery.must_open(&opening, "a new intent").await;
+    let again = Opening { repeatable_for: LONG, ..next_call(&opening) };
+    recovery.must_open(&again, "the upstream deduplicates").await;
+    let intent = recovery.get(opening.upstream_key).await;
+    assert_eq!((intent.call, intent.calls), (again.call, 2), "the last call, and how many");
+    run_out().await;
+    recovery.must_not_call(&next_call(&opening), "the upstream may have forgotten the first call").await;
+}
+
+/// An intent whose call has certainly not arrived is called again, unless an earlier call of it may have.
+pub async fn an_intent_that_was_not_sent_is_called_again(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let first = Opening { repeatable_for: SHORT, ..opening_of(&claim, "a") };
+    let second = next_call(&first);
+    let key = first.upstream_key;
+    recovery.must_open(&first, "a new intent").await;
+    recovery.must_update(key, IntentFence::Call(first.call), IntentUpdate::NotSent).await;
+    assert_eq!(recovery.get(key).await.state, IntentState::Open { sent: false });
+    run_out().await;
+    recovery.must_open(&second, "the first call was not sent").await;
+
+    let third = next_call(&first);
+    recovery.must_open(&third, "the upstream recognizes the second call").await;
+    recovery.must_update(key, IntentFence::Call(third.call), IntentUpdate::NotSent).await;
+    assert_eq!(
+        recovery.get(key).await.state,
+        IntentState::Open { sent: true },
+        "the second may have arrived"
+    );
+    run_out().await;
+    recovery.must_not_call(&next_call(&first), "the second call may have arrived").await;
+}
+
+/// What is finalized or refused is shown instead of another call, however often it is asked for.
+pub async fn a_settled_intent_is_not_called_again(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let refused = IntentState::Dead { reason: "no".to_owned(), absent: false };
+    let cases = [
+        ("a", finalize(), IntentState::Finalized(resource())),
+        ("b", IntentUpdate::Refuse("no".to_owned()), refused),
+    ];
+    for (name, update, state) in cases {
+        let opening = Opening { repeatable_for: LONG, ..opening_of(&claim, name) };
+        recovery.must_open(&opening, "a new intent").await;
+        recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), update).await;
+        for call in [opening.clone(), next_call(&opening)] {
+            assert_eq!(recovery.must_not_call(&call, "it is settled").await.state, state);
+        }
+    }
+}
+
+/// What the upstream did not know is called again with the same key, as if for the first time.
+pub async fn an_absent_intent_is_called_again(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    let key = opening.upstream_key;
+    recovery.must_open(&opening, "a new intent").await;
+    recovery.must_update(key, IntentFence::Call(opening.call), IntentUpdate::Absent(Some(LONG))).await;
+    assert!(matches!(recovery.get(key).await.state, IntentState::Dead { absent: true, .. }));
+    assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 0, "open intents");
+    let again = next_call(&opening);
+    recovery.must_open(&again, "the upstream does not know it").await;
+    let intent = recovery.get(key).await;
+    assert_eq!((intent.state, intent.calls), (IntentState::Open { sent: true }, 2));
+    assert_eq!((intent.settled_at, intent.absences, intent.looks), (None, 0, 0));
+    assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 1, "open intents");
+    recovery.must_not_call(&next_call(&opening), "the second call may have arrived").await;
+}
+
+/// What became of a call is recorded while it is the last one and the intent is open; or, if that is so, absent.
+pub async fn an_update_is_fenced_by_its_call(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let opening = Opening { repeatable_for: LONG, ..opening_of(&claim, "a") };
+    let (key, call) = (opening.upstream_key, opening.call);
+    let nothing = recovery.update(key, IntentFence::Call(call), finalize()).await;
+    assert_eq!(nothing, Fenced::Lost, "there is no such intent");
+    recovery.must_open(&opening, "a new intent").await;
+    recovery.must_not_update(key, IntentFence::Call(CallId::random()), finalize()).await;
+    recovery.must_not_update(key, IntentFence::AbsentCall(call), finalize()).await;
+    recovery.must_update(key, IntentFence::Call(call), IntentUpdate::Absent(None)).await;
+    recovery.must_not_update(key, IntentFence::Call(call), finalize()).await;
+    recovery.must_not_update(key, IntentFence::AbsentCall(CallId::random()), finalize()).await;
+    recovery.must_update(key, IntentFence::AbsentCall(call), finalize()).await;
+    let refused = || IntentUpdate::Refuse("no".to_owned());
+    for fence in [IntentFence::Call(call), IntentFence::AbsentCall(call)] {
+        recovery.must_not_update(key, fence, refused()).await;
+    }
+
+    let first = Opening { repeatable_for: LONG, ..opening_of(&claim, "called again") };
+    recovery.must_open(&first, "a new intent").await;
+    recovery.must_open(&next_call(&first), "the upstream deduplicates").await;
+    recovery.must_not_update(first.upstream_key, IntentFence::Call(first.call), refused()).await;
+
+    let dead = opening_of(&claim, "refused");
+    recovery.must_open(&dead, "a new intent").await;
+    recovery.must_update(dead.upstream_key, IntentFence::Call(dead.call), refused()).await;
+    recovery.must_not_update(dead.upstream_key, IntentFence::AbsentCall(dead.call), finalize()).await;
+}

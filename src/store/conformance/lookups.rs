@@ -1,0 +1,338 @@
+//! Intents and the records that they hang on, look-ups, operators, and the purge.
+
+use std::time::Duration;
+
+use super::{
+    Fixture,
+    intents::{Recovery, finalize, next_call, opening_of},
+    support::*,
+};
+use crate::{
+    Claim, ClaimOutcome, Fenced, Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome,
+    Opening, RecordState,
+};
+
+impl Recovery {
+    /// A record with an open intent, and with an attempt whose lease has run out.
+    async fn abandoned(&self, key: &str, repeatable_for: Duration) -> (Claim, Opening) {
+        let claim = Claim { lease: SHORT, max_abandoned: 100, ..claim_of(key) };
+        self.store.win(&claim, "first claim").await;
+        let opening = Opening { repeatable_for, ..opening_of(&claim, "a") };
+        self.must_open(&opening, "a new intent").await;
+        run_out().await;
+        (claim, opening)
+    }
+
+    /// Takes the one intent that is due.
+    async fn take_one(&self, why: &str) -> Intent {
+        let mut taken = self.take().await;
+        assert_eq!(taken.len(), 1, "{why}: intents that are due");
+        taken.remove(0)
+    }
+
+    async fn listed(&self, filter: IntentFilter) -> Vec<String> {
+        let intents = expected(self.intents.list_intents(filter, 100).await, "list_intents");
+        intents.into_iter().map(|intent| intent.name).collect()
+    }
+
+    async fn purge_settled(&self, retention: Duration) -> u64 {
+        expected(self.intents.purge_settled(retention, 100).await, "purge_settled")
+    }
+}
+
+/// What a look-up has found out is recorded unless the intent was called again, settled or taken again meanwhile.
+pub async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let (claim, opening) = recovery.abandoned("k", LONG).await;
+    let key = opening.upstream_key;
+    let taken_again =
+        |seen: &Intent| IntentFence::Lookup { call: seen.call, looks: seen.looks - 1, open: true };
+    let seen = recovery.take_one("it dangles").await;
+    assert_eq!(recovery.update(key, taken_again(&seen), finalize()).await, Fenced::Lost, "fewer look-ups");
+    let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 1 };
+    recovery.must_update(key, seen.lookup_fence(), again).await;
+    assert_eq!(recovery.get(key).await.absences, 1, "how often it was not found");
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let next = recovery.take_one("it is to be looked up again").await;
+    assert_eq!((next.looks, next.absences), (2, 1), "look-ups, and how often it was not found");
+    assert_eq!(recovery.update(key, seen.lookup_fence(), finalize()).await, Fenced::Lost, "taken again");
+
+    let retry = Claim { lease: LONG, ..retry_of(&claim) };
+    recovery.store.win(&retry, "its intent may be called again").await;
+    let call = Opening { attempt: retry.attempt.clone(), ..next_call(&opening) };
+    recovery.must_open(&call, "the upstream deduplicates").await;
+    let absent = IntentUpdate::Absent(None);
+    assert_eq!(recovery.update(key, next.lookup_fence(), absent).await, Fenced::Lost, "called again");
+    recovery.must_update(key, IntentFence::Call(call.call), IntentUpdate::Absent(None)).await;
+    let found = IntentFence::Lookup { call: call.call, looks: 0, open: true };
+    assert_eq!(recovery.update(key, found, finalize()).await, Fenced::Lost, "it is not open any more");
+    let found = IntentFence::Lookup { call: call.call, looks: 0, open: false };
+    recovery.must_update(key, found, finalize()).await;
+}
+
+/// An operator settles what no attempt with a live lease may be calling, and never again what is finalized.
+pub async fn an_operator_spares_calls_under_way_and_finalized_intents(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = Claim { lease: SHORT, ..claim_of("k") };
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    let key = opening.upstream_key;
+    recovery.must_open(&opening, "a new intent").await;
+    let by_hand = |update| recovery.update(key, IntentFence::Operator, update);
+    assert_eq!(by_hand(finalize()).await, Fenced::Lost, "its attempt may be calling");
+    assert_eq!(recovery.update(key, IntentFence::Attention, IntentUpdate::Close).await, Fenced::Lost, "open");
+    run_out().await;
+    recovery.take_one("it dangles").await;
+    let again = || IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
+    assert_eq!(by_hand(again()).await, Fenced::Applied, "to be looked up again");
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert_eq!(recovery.take_one("it is to be looked up").await.looks, 1, "look-ups since");
+    assert_eq!(by_hand(IntentUpdate::Refuse("no".to_owned())).await, Fenced::Applied, "refused");
+    assert_eq!(by_hand(again()).await, Fenced::Lost, "a refused one is not looked up");
+    assert_eq!(by_hand(finalize()).await, Fenced::Applied, "finalized");
+    for update in [IntentUpdate::Absent(None), IntentUpdate::Refuse("no".to_owned()), again()] {
+        assert_eq!(by_hand(update).await, Fenced::Lost, "it is finalized");
+    }
+}
+
+/// A record is held as long as one of its intents is open that may not be called again, and claimable by itself after.
+pub async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    for (key, update) in [("found", finalize()), ("absent", IntentUpdate::Absent(None))] {
+        let (claim, opening) = recovery.abandoned(key, Duration::ZERO).await;
+        let retry = retry_of(&claim);
+        let found = recovery.store.be_refused(&retry, "the outcome of a call is unknown").await;
+        assert_eq!((found.state, found.unresolved), (RecordState::Held, 1), "what a claim is shown");
+        let shown = recovery.store.get(&claim, "it is held").await;
+        assert_eq!((shown.state, shown.attempt_number), (RecordState::Held, 1), "what get shows");
+        recovery.must_update(opening.upstream_key, IntentFence::Operator, update).await;
+        let won = recovery.store.win(&retry, "its intent is settled").await;
+        assert_eq!(won, (claim.record_id, 2), "the same record, the next attempt");
+    }
+}
+
+/// An intent that may be called again does not keep the next attempt from the record; one that may not does.
+pub async fn a_lapsed_record_whose_intents_may_be_called_again_is_taken_over(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let (claim, _) = recovery.abandoned("deduplicated", LONG).await;
+    assert_eq!(recovery.store.win(&retry_of(&claim), "it may be called again").await.1, 2);
+
+    let claim = Claim { lease: SHORT, ..claim_of("not sent") };
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    recovery.must_open(&opening, "a new intent").await;
+    recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), IntentUpdate::NotSent).await;
+    let (for_a_while, other) = recovery.abandoned("for a while", SHORT * 3).await;
+    assert_eq!(recovery.store.win(&retry_of(&claim), "its call was not sent").await.1, 2);
+
+    recovery.must_lose(&next_call(&other), "its lease has run out").await;
+    tokio::time::sleep(SHORT * 3).await;
+    let found =
+        recovery.store.be_refused(&retry_of(&for_a_while), "the upstream may have forgotten it").await;
+    assert_eq!(found.state, RecordState::Held, "what a claim is shown");
+}
+
+/// A record with an intent stays when it is given back, with all that hangs on it.
+pub async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    recovery.must_open(&opening, "a new intent").await;
+    recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
+    assert_eq!(recovery.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
+    recovery.store.be_refused(&other_request(&claim), "the record keeps its fingerprint").await;
+    let retry = retry_of(&claim);
+    assert_eq!(recovery.store.win(&retry, "it was released").await, (claim.record_id, 2), "id and number");
+    let mut shown = opening_of(&retry, "a");
+    (shown.record_id, shown.upstream_key) = (claim.record_id, opening.upstream_key);
+    assert!(
+        matches!(recovery.open(&shown).await, OpenOutcome::Recorded(intent)
+        if matches!(intent.state, IntentState::Finalized(_))),
+        "the outcome of the first attempt"
+    );
+}
+
+/// Of an owner that opens an intent at the end of its lease and an attempt that takes the record over, one succeeds.
+pub async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
+    let Some(owner) = Recovery::of(fixture).await else { return };
+    let Some(taker) = Recovery::of(fixture).await else { return };
+    let lease = Duration::from_millis(60);
+    for group in 0..10_u32 {
+        let rounds = (0..20_u32).map(|n| {
+            let (owner, taker) = (owner.clone(), taker.clone());
+            let claim = Claim { lease, ..claim_of(&format!("k {group} {n}")) };
+            async move {
+                owner.store.win(&claim, "first claim").await;
+                tokio::time::sleep(lease * 2 * n / 20).await;
+                let (opening, retry) = (opening_of(&claim, "a"), retry_of(&claim));
+                let open = {
+                    let (owner, opening) = (owner.clone(), opening.clone());
+                    async move { owner.open(&opening).await }
+                };
+                let take = {
+                    let (taker, retry) = (taker.clone(), retry.clone());
+                    async move { taker.store.claim(&retry).await }
+                };
+                let (opened, taken) = both_at_once(n as usize, open, take).await;
+                let (opened, taken) =
+                    (matches!(opened, OpenOutcome::Opened), matches!(taken, ClaimOutcome::Won { .. }));
+                assert!(!(opened && taken), "an intent was opened and its record taken over");
+                tokio::time::sleep(lease).await;
+                if opened {
+                    let found = taker.store.be_refused(&retry, "an intent is open").await;
+                    assert_eq!(found.unresolved, 1, "open intents");
+                }
+                if taken {
+                    owner.must_lose(&opening, "the record was taken over").await;
+                }
+                (opened, taken)
+            }
+        });
+        let outcomes = at_once(rounds).await;
+        let opened = outcomes.iter().filter(|(opened, _)| *opened).count();
+        let taken = outcomes.iter().filter(|(_, taken)| *taken).count();
+        assert!(opened + taken > 0, "neither an opening nor a takeover succeeds");
+    }
+}
+
+/// A record is not purged before its intents are settled.
+pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let mut keys = Vec::new();
+    for (key, repeatable_for) in [("once", Duration::ZERO), ("deduplicated", LONG)] {
+        let claim = Claim { lease: SHORT, retention: SHORT, ..claim_of(key) };
+        recovery.store.win(&claim, "first claim").await;
+        let opening = Opening { repeatable_for, ..opening_of(&claim, "a") };
+        recovery.must_open(&opening, "a new intent").await;
+        keys.push(opening.upstream_key);
+    }
+    run_out().await;
+    assert_eq!(recovery.store.purge(100).await, 0, "purged records with open intents");
+    for key in keys {
+        recovery.must_update(key, IntentFence::Operator, finalize()).await;
+    }
+    assert_eq!(recovery.store.purge(100).await, 2, "purged records whose intents are settled");
+}
+
+/// What hung on a record that was evicted is settled alone, and does not touch the record that has the key now.
+pub async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let (old, opening) = recovery.abandoned("k", Duration::ZERO).await;
+    assert!(recovery.store.evict(&old).await, "there was a record to evict");
+    let new = Claim { lease: LONG, ..retry_of(&old) };
+    recovery.store.win(&new, "it was evicted").await;
+    recovery.must_open(&opening_of(&new, "a"), "a new intent").await;
+    let seen = recovery.take_one("its record has gone").await;
+    assert_eq!(seen.upstream_key, opening.upstream_key, "what is due");
+    recovery.must_update(opening.upstream_key, seen.lookup_fence(), finalize()).await;
+    assert_eq!(recovery.store.get(&new, "it is in progress").await.unresolved, 1, "open intents");
+}
+
+/// Intents are taken for a look-up when they dangle and no attempt can be calling any more, each for a while.
+pub async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let due = opening_of(&claim, "due");
+    recovery.must_open(&due, "a new intent").await;
+    let later = Opening { dangling_after: LONG, ..opening_of(&claim, "later") };
+    recovery.must_open(&later, "a new intent").await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert_eq!(recovery.take().await, [], "intents that are taken from their owner");
+    assert_eq!(recovery.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
+    let taken = recovery.take_one("its attempt has ended").await;
+    assert_eq!((taken.upstream_key, taken.looks), (due.upstream_key, 1), "what is taken");
+    assert!(taken.dangling, "what is taken dangles");
+    assert_eq!(recovery.take().await, [], "intents that are taken a second time");
+    recovery
+        .must_update(due.upstream_key, taken.lookup_fence(), IntentUpdate::Absent(Some(Duration::ZERO)))
+        .await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let last = recovery.take_one("it is to be looked up a last time").await;
+    recovery.must_update(due.upstream_key, last.lookup_fence(), IntentUpdate::Close).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert_eq!(recovery.take().await, [], "intents that are taken when all is known");
+}
+
+/// Whoever takes intents at the same time as others gets those that the others do not get.
+pub async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    for n in 0..60 {
+        recovery.must_open(&opening_of(&claim, &format!("a {n}")), "a new intent").await;
+    }
+    recovery.store.release(&claim.attempt).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let tasks = (0..6).map(|_| {
+        let recovery = recovery.clone();
+        async move {
+            let mut taken = Vec::new();
+            for _ in 0..12 {
+                taken.extend(expected(recovery.intents.take_dangling(5, LONG).await, "take_dangling"));
+            }
+            taken
+        }
+    });
+    let mut taken: Vec<_> = at_once(tasks).await.into_iter().flatten().collect();
+    assert!(taken.iter().all(|intent| intent.looks == 1), "an intent was taken twice");
+    taken.sort_by_key(|intent| intent.upstream_key.as_uuid());
+    taken.dedup_by_key(|intent| intent.upstream_key);
+    assert_eq!(taken.len(), 60, "intents that were taken, of 60");
+}
+
+/// An operator sees what is open, what dangles, what needs attention and what is dead, and how much there is.
+pub async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    for name in ["attention", "dangling", "dead", "finalized", "open"] {
+        let mut opening = opening_of(&claim, name);
+        if name == "open" {
+            opening.dangling_after = LONG;
+        }
+        recovery.must_open(&opening, "a new intent").await;
+        let (key, fence) = (opening.upstream_key, IntentFence::Call(opening.call));
+        match name {
+            "attention" => {
+                let update = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
+                let updated = recovery.intents.update_intent(key, fence, &update, Some("look at it")).await;
+                assert_eq!(expected(updated, "update_intent"), Fenced::Applied, "needs attention");
+            }
+            "dead" => recovery.must_update(key, fence, IntentUpdate::Refuse("no".to_owned())).await,
+            "finalized" => recovery.must_update(key, fence, finalize()).await,
+            _ => {}
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(recovery.listed(IntentFilter::Open).await, ["attention", "dangling", "open"]);
+    assert_eq!(recovery.listed(IntentFilter::Dangling).await, ["attention", "dangling"]);
+    assert_eq!(recovery.listed(IntentFilter::NeedsAttention).await, ["attention"]);
+    assert_eq!(recovery.listed(IntentFilter::Dead).await, ["dead"]);
+    let counts = expected(recovery.intents.count_intents().await, "count_intents");
+    assert_eq!((counts.open, counts.dangling, counts.need_attention), (3, 2, 1), "{counts:?}");
+    assert!(counts.oldest.is_some_and(|oldest| oldest >= Duration::from_millis(20)), "{counts:?}");
+    recovery.store.release(&claim.attempt).await;
+    let taken = recovery.take_one("what needs attention is not looked up").await;
+    assert_eq!(taken.name, "dangling", "what is taken");
+}
+
+/// Settled intents that are old enough are purged once their record has gone; open ones never are.
+pub async fn settled_intents_are_purged_without_their_record(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let [settled, open] = ["settled", "open"].map(|name| opening_of(&claim, name));
+    for opening in [&settled, &open] {
+        recovery.must_open(opening, "a new intent").await;
+    }
+    recovery.must_update(settled.upstream_key, IntentFence::Call(settled.call), finalize()).await;
+    run_out().await;
+    assert_eq!(recovery.purge_settled(SHORT).await, 0, "purged intents whose record is there");
+    assert!(recovery.store.evict(&claim).await, "there was a record to evict");
+    assert_eq!(recovery.purge_settled(LONG).await, 0, "purged intents that are not old enough");
+    assert_eq!(recovery.purge_settled(SHORT).await, 1, "purged intents, of which one is settled");
+    assert!(recovery.find(settled.upstream_key).await.is_none(), "a purged intent");
+    assert!(recovery.find(open.upstream_key).await.is_some(), "an open intent");
+}

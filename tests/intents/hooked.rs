@@ -1,0 +1,149 @@
+//! A store that opens and settles intents as the test says.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytes::Bytes;
+use http::Extensions;
+use tower_idempotency::{
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome, Opening,
+    RecoveryStore, RenewOutcome, Renewal, Store, StoreError, StoreErrorKind, StoreTransaction,
+    TransactionLimits, UpstreamKey,
+};
+
+use crate::{
+    bank::Gate,
+    support::forward::{forward_recovery, forward_store},
+};
+
+/// What becomes of a call that opens or settles an intent.
+#[derive(Clone, Debug)]
+pub(crate) enum Hook {
+    /// It fails, as if the store could not be reached.
+    Fail,
+    /// It is carried out, and its reply is lost.
+    LoseReply,
+    /// It waits at the gate first.
+    WaitBefore(Gate),
+    /// It waits at the gate once it is carried out.
+    WaitAfter(Gate),
+}
+
+/// A store behind which another one works. Clones share their hooks, each of which is for one call, in order.
+#[derive(Clone, Debug)]
+pub(crate) struct Hooked {
+    store: Arc<dyn Store>,
+    hooks: Arc<Hooks>,
+}
+
+#[derive(Debug, Default)]
+struct Hooks {
+    opening: Mutex<VecDeque<Hook>>,
+    settling: Mutex<VecDeque<Hook>>,
+}
+
+impl Hooked {
+    pub(crate) fn new(store: &Arc<dyn Store>) -> Self {
+        Self { store: Arc::clone(store), hooks: Arc::default() }
+    }
+
+    pub(crate) fn on_opening(self, hook: Hook) -> Self {
+        push(&self.hooks.opening, hook);
+        self
+    }
+
+    pub(crate) fn on_settling(self, hook: Hook) -> Self {
+        push(&self.hooks.settling, hook);
+        self
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for Hooked {
+    forward_store!(store);
+
+    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        self.store.claim(claim).await
+    }
+
+    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
+        self.store.renew(renewals).await
+    }
+
+    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
+        self.store.complete(attempt, response).await
+    }
+
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        limits: &TransactionLimits,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        self.store.transaction(attempt, limits, extensions)
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        let store = self.store.recovery()?;
+        Some(Arc::new(HookedRecovery { store, hooks: Arc::clone(&self.hooks) }))
+    }
+
+    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
+        self.store.purge(limit).await
+    }
+}
+
+#[derive(Debug)]
+struct HookedRecovery {
+    store: Arc<dyn RecoveryStore>,
+    hooks: Arc<Hooks>,
+}
+
+#[async_trait::async_trait]
+impl RecoveryStore for HookedRecovery {
+    forward_recovery!(store);
+
+    async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
+        carry_out(&self.hooks.opening, self.store.open_intent(opening)).await
+    }
+
+    async fn update_intent(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: &IntentUpdate,
+        attention: Option<&str>,
+    ) -> Result<Fenced, StoreError> {
+        carry_out(&self.hooks.settling, self.store.update_intent(intent, fence, update, attention)).await
+    }
+}
+
+async fn carry_out<T>(
+    hooks: &Mutex<VecDeque<Hook>>,
+    call: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    let hook = hooks.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    match hook {
+        None => call.await,
+        Some(Hook::Fail) => Err(StoreError::new(StoreErrorKind::Unavailable, "told to fail")),
+        Some(Hook::LoseReply) => {
+            call.await?;
+            Err(StoreError::new(StoreErrorKind::Ambiguous, "told to lose the reply"))
+        }
+        Some(Hook::WaitBefore(gate)) => {
+            gate.pass().await;
+            call.await
+        }
+        Some(Hook::WaitAfter(gate)) => {
+            let reply = call.await;
+            gate.pass().await;
+            reply
+        }
+    }
+}
+
+fn push(hooks: &Mutex<VecDeque<Hook>>, hook: Hook) {
+    hooks.lock().unwrap_or_else(PoisonError::into_inner).push_back(hook);
+}

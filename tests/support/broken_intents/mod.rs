@@ -1,0 +1,89 @@
+//! The SQLite store, whose intents have one fault that a test chooses.
+
+#![allow(unreachable_pub, reason = "a test binary has no users")]
+
+mod recovery;
+mod store;
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::{AssertSqlSafe, SqlitePool};
+use tempfile::TempDir;
+use tower_idempotency::{SqliteStore, Store, store::conformance::Fixture};
+
+/// What is wrong with the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IntentFault {
+    None,
+    SubjectIsForgotten,
+    RepeatedOpeningIsANewCall,
+    OpeningUnfenced,
+    ArgumentsAreNotCompared,
+    EverythingIsRepeatable,
+    NothingIsRepeatable,
+    NotSentIsForgotten,
+    SettledIsOpenedAgain,
+    AbsentIsRefused,
+    CallIsNoFence,
+    LookupIsFencedByItsCallAlone,
+    OperatorIsNotFenced,
+    OpenIntentsDoNotHold,
+    OpenIntentsHoldForGood,
+    ReleaseDeletes,
+    TakeoverPassesOpenings,
+    PurgeDeletesUnresolved,
+    EvictionTakesIntentsAlong,
+    CallsUnderWayAreTaken,
+    TakenIsNotPutOff,
+    AttentionIsNotListed,
+    SettledAreNeverPurged,
+}
+
+/// Storage of the store, and the fault of every handle to it.
+#[derive(Debug)]
+pub struct IntentStorage {
+    folder: TempDir,
+    fault: IntentFault,
+}
+
+impl IntentStorage {
+    pub fn new(fault: IntentFault) -> Self {
+        Self { folder: TempDir::new().unwrap(), fault }
+    }
+}
+
+#[async_trait::async_trait]
+impl Fixture for IntentStorage {
+    async fn open(&self) -> Arc<dyn Store> {
+        let options = sqlx::sqlite::SqliteConnectOptions::new()
+            .filename(self.folder.path().join("test.db"))
+            .create_if_missing(true);
+        let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(4).connect_lazy_with(options);
+        let faulty = Faulty { inner: SqliteStore::new(pool.clone()), pool, fault: self.fault };
+        Arc::new(faulty)
+    }
+
+    async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
+        self.open().await
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Faulty {
+    inner: SqliteStore,
+    pool: SqlitePool,
+    fault: IntentFault,
+}
+
+impl Faulty {
+    fn has(&self, fault: IntentFault) -> bool {
+        self.fault == fault
+    }
+
+    /// Runs the statement if the store has this fault.
+    async fn spoil(&self, fault: IntentFault, sql: &str) {
+        if self.has(fault) {
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&self.pool).await.unwrap();
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Payouts of the server: its handler calls an upstream through an intent and then writes what came of it through the
+//! transaction of its attempt.
+
+use std::{net::SocketAddr, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{Extensions, HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
+    routing::post,
+};
+use tower_idempotency::{IntentError, Resource, Tx};
+
+use crate::{
+    role::{Charges, Directions},
+    support::upstream::UpstreamClient,
+    trap::Point,
+};
+
+/// The upstream that the environment names.
+#[derive(Clone, Debug)]
+struct Service {
+    client: UpstreamClient,
+    deduplicates: bool,
+}
+
+/// Payouts, if the environment names an upstream.
+pub fn router<DB: Charges>() -> Router {
+    let Ok(address) = std::env::var(UPSTREAM) else { return Router::new() };
+    let address: SocketAddr = address.parse().expect("the upstream is named by its address");
+    let deduplicates = std::env::var_os(DEDUPLICATES).is_some();
+    let service = Service { client: UpstreamClient::new(address), deduplicates };
+    Router::new().route("/payouts", post(pay_out::<DB>)).with_state(service)
+}
+
+impl Service {
+    async fn pay(&self, directions: &Directions) -> Result<Resource, IntentError> {
+        let idempotency = &directions.idempotency;
+        let reference = idempotency.key().as_str();
+        let mut intent = idempotency.intent("bank.transfer").with_arguments(reference);
+        intent = intent.with_timeout(TIMEOUT).with_grace(GRACE);
+        if self.deduplicates {
+            intent = intent.deduplicates_for(GRACE);
+        }
+        let call = async |key| {
+            directions.reach(Point::Opened);
+            let answer = self.client.transfer(key, reference).await;
+            directions.reach(Point::Answered);
+            answer
+        };
+        intent.call(call).await
+    }
+}
+
+async fn pay_out<DB: Charges>(
+    State(service): State<Service>,
+    directions: Directions,
+    headers: HeaderMap,
+    extensions: Extensions,
+) -> Response {
+    let id = match service.pay(&directions).await {
+        Ok(transfer) => transfer.id,
+        Err(error) => return error.into_response(),
+    };
+    directions.reach(Point::Finalized);
+    if headers.contains_key(FAIL_AFTER_CALL) {
+        return (StatusCode::SERVICE_UNAVAILABLE, "told to fail").into_response();
+    }
+    let mut tx = match Tx::<DB>::begin(&extensions).await {
+        Ok(tx) => tx,
+        Err(error) => return error.into_response(),
+    };
+    if let Err(error) = DB::write(&mut tx, &directions, &id).await {
+        return (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response();
+    }
+    directions.reach(Point::Written);
+    (StatusCode::CREATED, [("x-charge", id.clone())], format!("charge {id}")).into_response()
+}
+
+pub const UPSTREAM: &str = "UPSTREAM";
+pub const DEDUPLICATES: &str = "UPSTREAM_DEDUPLICATES";
+pub const FAIL_AFTER_CALL: &str = "x-fail-after-call";
+
+/// Longer than a machine is busy: only an upstream that does not answer at all comes to it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Intents dangle when the harness says so.
+const GRACE: Duration = Duration::from_secs(60 * 60);
