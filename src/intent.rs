@@ -162,7 +162,7 @@ impl From<&str> for Resource {
 /// Shows how long a payload is, and nothing of it.
 impl fmt::Debug for Resource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let payload = self.payload.as_ref().map(|payload| Length(payload));
+        let payload = self.payload.as_ref().map(Length);
         f.debug_struct("Resource").field("id", &self.id).field("payload", &payload).finish()
     }
 }

@@ -9,6 +9,9 @@ mod bank;
 
 mod cases;
 mod hooked;
+mod network;
+mod payouts;
 mod phases;
+mod reconciler;
 mod site;
 mod survival;

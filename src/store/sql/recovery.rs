@@ -290,15 +290,11 @@ fn changed<'a>(
         IntentFence::Operator => (Value::Text("operator"), Value::Null, -1),
         IntentFence::Attention => (Value::Text("attention"), Value::Null, -1),
     };
-    let resource = match update {
-        IntentUpdate::Finalize(resource) => Some(resource),
-        _ => None,
-    };
-    let (state_after, reason) = match update {
-        IntentUpdate::Finalize(_) => (Some("finalized"), None),
-        IntentUpdate::Refuse(reason) => (Some("dead"), Some(reason.as_str())),
-        IntentUpdate::Absent(_) => (Some("dead"), Some(ABSENT)),
-        IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => (None, None),
+    let (state_after, resource, reason) = match update {
+        IntentUpdate::Finalize(resource) => (Some("finalized"), Some(resource), None),
+        IntentUpdate::Refuse(reason) => (Some("dead"), None, Some(reason.as_str())),
+        IntentUpdate::Absent(_) => (Some("dead"), None, Some(ABSENT)),
+        IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => (None, None, None),
     };
     let (look, after, absences) = match update {
         _ if attention.is_some() => ("attention", Duration::ZERO, -1),

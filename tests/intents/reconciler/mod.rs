@@ -1,0 +1,6 @@
+//! Dangling intents are looked up.
+
+mod background;
+mod lookups;
+mod operators;
+mod purging;
