@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::{
+    runtime::Handle,
     sync::oneshot,
     time::{Instant, sleep, timeout},
 };
@@ -29,7 +30,7 @@ impl Shared {
         limit: Duration,
     ) -> Result<OpenOutcome, StoreError> {
         let recovery = self.recovery()?;
-        let (sender, mut receiver) = oneshot::channel();
+        let (sender, mut receiver) = oneshot::channel::<Delivery>();
         self.tasks.spawn(Arc::clone(self).open_for(recovery, opening, sender));
         let answer = match timeout(limit, &mut receiver).await {
             Ok(answer) => answer.ok(),
@@ -38,14 +39,14 @@ impl Shared {
                 receiver.try_recv().ok()
             }
         };
-        answer.unwrap_or_else(|| Err(no_answer(limit)))
+        answer.and_then(Delivery::accept).unwrap_or_else(|| Err(no_answer(limit)))
     }
 
     async fn open_for(
         self: Arc<Self>,
         recovery: Arc<dyn RecoveryStore>,
         opening: Opening,
-        caller: oneshot::Sender<Result<OpenOutcome, StoreError>>,
+        caller: oneshot::Sender<Delivery>,
     ) {
         let mut pause = FIRST_PAUSE;
         let outcome = loop {
@@ -57,20 +58,16 @@ impl Shared {
             sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         };
-        let may_be_open = match &outcome {
-            Ok(OpenOutcome::Opened) => true,
-            Ok(OpenOutcome::Recorded(_) | OpenOutcome::Lost) => false,
-            Err(error) => error.kind() == StoreErrorKind::Ambiguous,
-        };
-        if caller.send(outcome).is_err() && may_be_open {
-            let give_up = Instant::now() + WITHDRAWAL_LIMIT;
-            let fence = IntentFence::Call(opening.call);
-            let withdrawn =
-                self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await;
-            if let Err(error) = withdrawn {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
-            }
+        // If nobody waits any more it is dropped here.
+        let _ = caller.send(Delivery { shared: self, opening, outcome: Some(outcome) });
+    }
+
+    async fn withdraw(self: Arc<Self>, opening: Opening) {
+        let (fence, give_up) = (IntentFence::Call(opening.call), Instant::now() + WITHDRAWAL_LIMIT);
+        let withdrawn = self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await;
+        if let Err(error) = withdrawn {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
         }
     }
 
@@ -145,6 +142,36 @@ impl Shared {
                 );
                 Ok(Fenced::Lost)
             }
+        }
+    }
+}
+
+/// What became of an opening, on its way to the handler. If the handler is dropped before it looks, nobody makes the call,
+/// and an intent that may be open is withdrawn.
+struct Delivery {
+    shared: Arc<Shared>,
+    opening: Opening,
+    /// None once the handler has it.
+    outcome: Option<Result<OpenOutcome, StoreError>>,
+}
+
+impl Delivery {
+    fn accept(mut self) -> Option<Result<OpenOutcome, StoreError>> {
+        self.outcome.take()
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        let may_be_open = match &self.outcome {
+            Some(Ok(OpenOutcome::Opened)) => true,
+            Some(Err(error)) => error.kind() == StoreErrorKind::Ambiguous,
+            Some(Ok(OpenOutcome::Recorded(_) | OpenOutcome::Lost)) | None => false,
+        };
+        // A runtime that goes down leaves it to the reconciler.
+        if may_be_open && let Ok(runtime) = Handle::try_current() {
+            let withdrawal = Arc::clone(&self.shared).withdraw(self.opening.clone());
+            self.shared.tasks.spawn_on(withdrawal, &runtime);
         }
     }
 }

@@ -7,6 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use http::Extensions;
+use tokio::sync::Notify;
 use tower_idempotency::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome, Opening,
     RecoveryStore, RenewOutcome, Renewal, Store, StoreError, StoreErrorKind, StoreTransaction,
@@ -29,6 +30,8 @@ pub(crate) enum Hook {
     WaitBefore(Gate),
     /// It waits at the gate once it is carried out.
     WaitAfter(Gate),
+    /// It is carried out, and this is notified just before its reply arrives.
+    NotifyAfter(Arc<Notify>),
 }
 
 /// A store behind which another one works. Clones share their hooks, each of which is for one call, in order.
@@ -139,6 +142,11 @@ async fn carry_out<T>(
         Some(Hook::WaitAfter(gate)) => {
             let reply = call.await;
             gate.pass().await;
+            reply
+        }
+        Some(Hook::NotifyAfter(notify)) => {
+            let reply = call.await;
+            notify.notify_waiters();
             reply
         }
     }

@@ -182,9 +182,18 @@ impl<DB: Db> Site<DB> {
         }
     }
 
-    /// Checks that the request succeeds now, with the one transfer that there is, and is replayed.
+    /// Checks that the request succeeds at once, with the one transfer that there is, and is replayed.
     pub(crate) async fn assert_succeeds(&self, node: &Node, key: &str) {
-        let answer = self.send_until_created(node, key).await;
+        self.assert_success(node, key, node.send(key).await).await;
+    }
+
+    /// The same, as soon as what goes on in the background has come to its end.
+    pub(crate) async fn assert_succeeds_at_last(&self, node: &Node, key: &str) {
+        self.assert_success(node, key, self.send_until_created(node, key).await).await;
+    }
+
+    async fn assert_success(&self, node: &Node, key: &str, answer: Answer) {
+        assert_answer(&answer, 201);
         let transfers = self.upstream.transfers();
         assert!(answer.body == transfers[0].id && transfers.len() == 1, "{answer:?} {transfers:?}");
         assert!(!answer.is_replay());

@@ -37,6 +37,7 @@ on_both_stores!(
     a_loop_calls_again_what_an_upstream_recognizes,
     a_handler_dropped_before_its_intent_is_open,
     a_handler_dropped_once_its_intent_is_open,
+    a_handler_dropped_just_as_its_intent_is_open,
     a_handler_dropped_during_its_call,
     a_handler_dropped_while_its_call_is_settled,
     intents_of_one_name_keep_their_order,
@@ -47,7 +48,7 @@ async fn survives<DB: Db>(site: &Site<DB>, node: &Node) {
     let first = node.send("k").await;
     assert!(first.status.is_server_error(), "{first:?}");
     assert_eq!((site.upstream.calls(), site.bank.charges().await), (1, 0), "{first:?}");
-    site.assert_succeeds(node, "k").await;
+    site.assert_succeeds_at_last(node, "k").await;
     site.assert_paid_once(1).await;
     assert_eq!((site.bank.charges().await, site.intent().await.calls), (1, 1));
 }
@@ -278,15 +279,15 @@ fn looping<DB: Db>(site: &Site<DB>, tries: usize) -> Node {
 }
 
 /// A node whose handler pays, and is dropped when this is notified.
-fn droppable<DB: Db>(site: &Site<DB>, store: Hooked) -> (Node, Arc<Notify>) {
-    let dropping = Arc::new(Notify::new());
-    let (payer, drops) = (site.payer(), Arc::clone(&dropping));
+fn droppable<DB: Db>(site: &Site<DB>, store: Hooked, dropping: &Arc<Notify>) -> Node {
+    let (payer, drops) = (site.payer(), Arc::clone(dropping));
     let cut = move |request: Request, next: Next| {
         let drops = Arc::clone(&drops);
         async move {
             tokio::select! {
-                response = next.run(request) => response,
+                biased;
                 () = drops.notified() => StatusCode::REQUEST_TIMEOUT.into_response(),
+                response = next.run(request) => response,
             }
         }
     };
@@ -295,12 +296,13 @@ fn droppable<DB: Db>(site: &Site<DB>, store: Hooked) -> (Node, Arc<Notify>) {
         async move { answer(payer.pay(&idempotency).await) }
     };
     let store: Arc<dyn Store> = Arc::new(store);
-    (node(layer(&store), pay, |router| router.layer(middleware::from_fn(cut))), dropping)
+    node(layer(&store), pay, |router| router.layer(middleware::from_fn(cut)))
 }
 
 /// Sends a request whose handler is dropped once it is at the gate, which opens after that.
 async fn drop_at<DB: Db>(site: &Site<DB>, gate: &Gate, store: Hooked) -> Node {
-    let (node, dropping) = droppable(site, store);
+    let dropping = Arc::new(Notify::new());
+    let node = droppable(site, store, &dropping);
     let first = node.start("k");
     gate.entered().await;
     dropping.notify_waiters();
@@ -313,7 +315,7 @@ async fn a_handler_dropped_before_its_intent_is_open<DB: Db>() {
     let (site, gate) = (not_deduplicating::<DB>().await, Gate::new());
     let store = Hooked::new(&site.bank.store).on_opening(Hook::WaitBefore(gate.clone()));
     let node = drop_at(&site, &gate, store).await;
-    site.assert_succeeds(&node, "k").await;
+    site.assert_succeeds_at_last(&node, "k").await;
     site.assert_paid_once(1).await;
 }
 
@@ -322,14 +324,26 @@ async fn a_handler_dropped_once_its_intent_is_open<DB: Db>() {
     let store = Hooked::new(&site.bank.store).on_opening(Hook::WaitAfter(gate.clone()));
     let node = drop_at(&site, &gate, store).await;
     // It is withdrawn: nobody has to look it up.
-    site.assert_succeeds(&node, "k").await;
+    site.assert_succeeds_at_last(&node, "k").await;
+    site.assert_paid_once(1).await;
+}
+
+/// It is told so, and dropped before it can look.
+async fn a_handler_dropped_just_as_its_intent_is_open<DB: Db>() {
+    let (site, dropping) = (not_deduplicating::<DB>().await, Arc::new(Notify::new()));
+    let store = Hooked::new(&site.bank.store).on_opening(Hook::NotifyAfter(Arc::clone(&dropping)));
+    let node = droppable(&site, store, &dropping);
+    assert_answer(&node.send("k").await, 408);
+    assert_eq!(site.upstream.calls(), 0);
+    site.assert_succeeds_at_last(&node, "k").await;
     site.assert_paid_once(1).await;
 }
 
 async fn a_handler_dropped_during_its_call<DB: Db>() {
     for site in Site::<DB>::both().await {
         site.upstream.then(Act::after(Ending::Silence));
-        let (node, dropping) = droppable(&site, Hooked::new(&site.bank.store));
+        let dropping = Arc::new(Notify::new());
+        let node = droppable(&site, Hooked::new(&site.bank.store), &dropping);
         let first = node.start("k");
         site.upstream.until_called(1).await;
         dropping.notify_waiters();
@@ -338,7 +352,7 @@ async fn a_handler_dropped_during_its_call<DB: Db>() {
             node.send_until_ended("k").await.assert_refused(RejectionCode::OutcomeUnknown);
             site.reconcile().await;
         }
-        site.assert_succeeds(&node, "k").await;
+        site.assert_succeeds_at_last(&node, "k").await;
         site.assert_paid_once(1 + usize::from(site.upstream.deduplicates())).await;
     }
 }
@@ -347,7 +361,7 @@ async fn a_handler_dropped_while_its_call_is_settled<DB: Db>() {
     let (site, gate) = (not_deduplicating::<DB>().await, Gate::new());
     let store = Hooked::new(&site.bank.store).on_settling(Hook::WaitBefore(gate.clone()));
     let node = drop_at(&site, &gate, store).await;
-    site.assert_succeeds(&node, "k").await;
+    site.assert_succeeds_at_last(&node, "k").await;
     site.assert_paid_once(1).await;
     assert!(site.recovery().list_intents(IntentFilter::Open, 1).await.unwrap().is_empty());
 }

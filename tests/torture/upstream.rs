@@ -237,7 +237,9 @@ impl Site {
         let order = match case {
             Case::Killed(point) => Order::payout(key).with(KILL_AT, point.name()),
             Case::HandlerFails => Order::payout(key).with(FAIL_AFTER_CALL, "yes"),
-            _ => Order::payout(key),
+            Case::KilledWhileCalled | Case::KilledWhileMade | Case::ServerError | Case::Reset => {
+                Order::payout(key)
+            }
         };
         if let Some(act) = act(case) {
             self.upstream.then_for(key, act);
