@@ -12,6 +12,7 @@ use tokio::{
 use crate::{
     Attempt, Fingerprint, Record, Rejection, StoreError, StoreTransaction, TRACING_TARGET,
     TransactionErrorKind, TransactionUsage,
+    intent::Progress,
     renewal::Lease,
     running::Entered,
     settings::Settings,
@@ -25,6 +26,7 @@ pub(crate) struct Closing {
     pub(crate) attempt: Attempt,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) lease: Lease,
+    pub(crate) progress: Arc<Progress>,
     pub(crate) _entered: Entered,
 }
 
@@ -130,6 +132,12 @@ impl Closing {
     }
 
     async fn end(self: Arc<Self>, end: End) -> Result<Closed, StoreError> {
+        self.progress.phases_ended().await;
+        if let Some(rejection) = self.progress.held() {
+            self.log_held();
+            self.write_down(&End::Hold).await?;
+            return Ok(Closed::Refused(rejection));
+        }
         let ended = self.write_down(&end).await?;
         if matches!(ended, Ended::Absent | Ended::Lost(_)) {
             tracing::warn!(
@@ -184,6 +192,10 @@ impl Closing {
         transaction: Arc<dyn StoreTransaction>,
         response: Bytes,
     ) -> Result<Closed, StoreError> {
+        self.progress.phases_ended().await;
+        if self.progress.held().is_some() {
+            return self.roll_back(transaction, End::Hold, oneshot::channel().0).await;
+        }
         self.lease.leave();
         let Err(error) = transaction.commit(response).await else { return Ok(Closed::AsJudged) };
         if error.kind() == TransactionErrorKind::Ended {

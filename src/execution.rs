@@ -160,6 +160,7 @@ impl Execution {
             attempt: self.attempt.clone(),
             fingerprint: self.fingerprint.clone(),
             lease,
+            progress: Arc::clone(&self.progress),
             _entered: entered,
         }
     }

@@ -143,13 +143,23 @@ impl Idempotency {
 
     /// The transaction has the record locked, which an intent changes.
     pub(crate) fn refuse_inside_transaction(&self) -> Result<(), IntentError> {
-        let transaction = self.0.offered.get().and_then(|offered| offered.transaction.as_ref());
-        match transaction.map(|transaction| transaction.usage()) {
-            None | Some(TransactionUsage::Unused) => Ok(()),
-            Some(TransactionUsage::Open | TransactionUsage::InUse) => Err(IntentError::Misused(
+        if self.transaction_is_open() {
+            return Err(IntentError::Misused(
                 "after the handler's transaction has begun an intent or a phase would wait for it: they come before Tx::begin",
-            )),
+            ));
         }
+        Ok(())
+    }
+
+    /// Whoever changes the record waits for this attempt.
+    pub(crate) fn has_its_record_locked(&self) -> bool {
+        self.transaction_is_open() || self.progress().is_phase_open()
+    }
+
+    fn transaction_is_open(&self) -> bool {
+        let transaction = self.0.offered.get().and_then(|offered| offered.transaction.as_ref());
+        let usage = transaction.map(|transaction| transaction.usage());
+        matches!(usage, Some(TransactionUsage::Open | TransactionUsage::InUse))
     }
 
     pub(crate) fn attempt(&self) -> &Attempt {

@@ -166,6 +166,8 @@ pub enum TransactionUsage {
     Open,
     /// The handler has it.
     InUse,
+    /// It is being committed or rolled back, or that is done.
+    Ended,
 }
 
 /// A transaction could not be begun, committed or rolled back.

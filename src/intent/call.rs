@@ -11,7 +11,7 @@ use super::{
     UpstreamKey,
     progress::{Entered, check_name},
 };
-use crate::{Fenced, Idempotency, TRACING_TARGET, fingerprint::canonical_digest};
+use crate::{Fenced, Idempotency, TRACING_TARGET, fingerprint::canonical_digest, shared::flatten};
 
 /// A call to an upstream service that is about to be made: what it is and how the upstream behaves. Made by
 /// [`Idempotency::intent`].
@@ -77,16 +77,17 @@ impl IntentBuilder {
     }
 
     /// The upstream recognizes the [upstream key](UpstreamKey) for this long and performs a call once: a call whose outcome
-    /// is unknown is made again with the same key, as long as nine tenths of this are not over. Default: it does not, and
-    /// such a call holds the key until it is reconciled.
+    /// is unknown is made again with the same key, as long as that comes well before the end: a tenth of this, or the
+    /// [grace period](Self::with_grace) if that is longer. Default: it does not, and such a call holds the key until it is
+    /// reconciled.
     pub fn deduplicates_for(mut self, window: Duration) -> Self {
         self.deduplicates_for = window;
         self
     }
 
-    /// How long [`call`](Self::call) waits for the upstream. Default: 30 s.
+    /// How long [`call`](Self::call) waits for the upstream, at most a day. Default: 30 s.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.timeout = timeout.min(MAX_TIMEOUT);
         self
     }
 
@@ -101,8 +102,10 @@ impl IntentBuilder {
         self.grace.max(self.timeout.saturating_mul(2))
     }
 
-    fn is_repeatable(&self) -> bool {
-        !self.deduplicates_for.is_zero()
+    /// From when it is opened: a call may leave until it dangles.
+    fn repeatable_for(&self) -> Duration {
+        let margin = (self.deduplicates_for / 10).max(self.dangling_after());
+        self.deduplicates_for.saturating_sub(margin)
     }
 
     /// Opens the intent, makes the call and settles the intent by what the call came to:
@@ -146,7 +149,7 @@ impl IntentBuilder {
     where
         F: AsyncFnOnce(UpstreamKey) -> Result<Resource, CallFailure>,
     {
-        let (limit, repeatable) = (self.timeout, self.is_repeatable());
+        let (limit, repeatable) = (self.timeout, !self.repeatable_for().is_zero());
         let intent = match self.open().await? {
             Opened::Call(intent) => intent,
             Opened::Finalized(resource) => return Ok(resource),
@@ -179,18 +182,17 @@ impl IntentBuilder {
     ///
     /// [`IntentError`]; then no call may be made.
     pub async fn open(self) -> Result<Opened, IntentError> {
-        let repeatable = self.is_repeatable();
         self.idempotency.refuse_inside_transaction()?;
         check_name(&self.name)?;
         self.discriminator.as_deref().map_or(Ok(()), check_name)?;
-        let dangling_after = self.dangling_after();
+        let (dangling_after, repeatable_for) = (self.dangling_after(), self.repeatable_for());
         let arguments = self.arguments.map_err(IntentError::Misused)?;
-        let entered = self.idempotency.progress().enter(&self.name, self.discriminator)?;
+        let entered = self.idempotency.progress().enter(&self.name, self.discriminator, &arguments)?;
         let (attempt, record_id) = (self.idempotency.attempt().clone(), self.idempotency.record_id());
         let opening = Opening {
             arguments: arguments.clone(),
             subject: self.subject,
-            repeatable_for: self.deduplicates_for / 10 * 9,
+            repeatable_for,
             dangling_after,
             ..Opening::new(attempt, record_id, self.name, entered.place())
         };
@@ -216,13 +218,13 @@ impl IntentBuilder {
                 );
                 Err(IntentError::OtherArguments)
             }
-            OpenOutcome::Recorded(intent) => recorded(&entered, *intent, repeatable),
+            OpenOutcome::Recorded(intent) => recorded(&entered, *intent),
         }
     }
 }
 
 /// What an earlier attempt, or an earlier call, has left.
-fn recorded(entered: &Entered, intent: Intent, repeatable: bool) -> Result<Opened, IntentError> {
+fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
     match intent.state {
         IntentState::Finalized(resource) => {
             entered.settled();
@@ -235,13 +237,8 @@ fn recorded(entered: &Entered, intent: Intent, repeatable: bool) -> Result<Opene
         // One that may be called again was, at the same moment, by somebody else.
         IntentState::Open { sent: false } | IntentState::Dead { absent: true, .. } => Err(IntentError::Lost),
         IntentState::Open { sent: true } => {
-            let source = format!(
-                "an earlier call may have arrived, and the upstream {} recognize it",
-                match repeatable {
-                    true => "may not any more",
-                    false => "does not",
-                }
-            );
+            let source =
+                "an earlier call may have arrived, and the upstream does not recognize it, or not any more";
             Err(IntentError::Unknown { repeatable: false, source: Some(source.into()) })
         }
     }
@@ -266,6 +263,9 @@ impl OpenIntent {
     }
 
     /// The upstream has made the resource.
+    ///
+    /// While a phase or the transaction of the handler is open, which have the record locked, this returns at once, and it
+    /// is recorded after them.
     ///
     /// # Errors
     ///
@@ -322,15 +322,18 @@ impl OpenIntent {
     }
 
     async fn settle(self, update: IntentUpdate) -> Result<(), IntentError> {
-        self.idempotency.refuse_inside_transaction()?;
         let shared = self.idempotency.shared();
         let wait = self.idempotency.settings().settle_wait();
         let give_up = Instant::now() + self.idempotency.settings().timing.max_execution.max(wait);
         let settles = matches!(update, IntentUpdate::Finalize(_) | IntentUpdate::Refuse(_));
-        let settled = shared.settle_intent(self.key, self.fence, update, wait, give_up).await;
+        let task = shared.settle_intent(self.key, self.fence, update, give_up);
         if settles {
             self.entered.settled();
         }
+        if self.idempotency.has_its_record_locked() {
+            return Ok(());
+        }
+        let settled = flatten(timeout(wait, task).await, wait);
         match settled.map_err(IntentError::NotRecorded)? {
             Fenced::Applied => Ok(()),
             Fenced::Lost => Err(IntentError::Lost),
@@ -353,4 +356,5 @@ fn log_unsettled(error: &IntentError) {
 }
 
 const TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 const GRACE: Duration = Duration::from_secs(5 * 60);

@@ -5,13 +5,14 @@ use std::{sync::Arc, time::Duration};
 use tokio::{
     runtime::Handle,
     sync::oneshot,
+    task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 
 use super::{IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, UpstreamKey};
 use crate::{
     Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET, metrics,
-    shared::{Shared, flatten, no_answer},
+    shared::{Shared, no_answer},
 };
 
 impl Shared {
@@ -48,10 +49,11 @@ impl Shared {
         opening: Opening,
         caller: oneshot::Sender<Delivery>,
     ) {
-        let mut pause = FIRST_PAUSE;
+        let (mut pause, mut unanswered) = (FIRST_PAUSE, false);
         let outcome = loop {
             let outcome = recovery.open_intent(&opening).await;
             let ambiguous = outcome.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Ambiguous);
+            unanswered |= ambiguous;
             if !ambiguous || caller.is_closed() {
                 break outcome;
             }
@@ -59,30 +61,43 @@ impl Shared {
             pause = (pause * 2).min(MAX_PAUSE);
         };
         // If nobody waits any more it is dropped here.
-        let _ = caller.send(Delivery { shared: self, opening, outcome: Some(outcome) });
+        let _ = caller.send(Delivery { shared: self, opening, unanswered, outcome: Some(outcome) });
     }
 
-    async fn withdraw(self: Arc<Self>, opening: Opening) {
-        let (fence, give_up) = (IntentFence::Call(opening.call), Instant::now() + WITHDRAWAL_LIMIT);
-        let withdrawn = self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await;
-        if let Err(error) = withdrawn {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
+    /// Records that no call was made. An opening that had no answer may be carried out later still.
+    async fn withdraw(self: Arc<Self>, opening: Opening, unanswered: bool) {
+        let (fence, until) = (IntentFence::Call(opening.call), Instant::now() + LATE);
+        let mut pause = FIRST_LATE_PAUSE;
+        loop {
+            let give_up = Instant::now() + WITHDRAWAL_LIMIT;
+            match self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await {
+                Ok(Fenced::Lost) if unanswered && Instant::now() < until => {
+                    let _ = timeout(pause, self.draining.cancelled()).await;
+                    if self.draining.is_cancelled() {
+                        return;
+                    }
+                    pause *= 2;
+                }
+                Ok(Fenced::Lost | Fenced::Applied) => return,
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
+                    return;
+                }
+            }
         }
     }
 
-    /// Records what became of a call, waiting at most `limit`; after that it goes on until `give_up`.
-    pub(super) async fn settle_intent(
+    /// Records what became of a call, trying again until `give_up`.
+    pub(super) fn settle_intent(
         self: &Arc<Self>,
         intent: UpstreamKey,
         fence: IntentFence,
         update: IntentUpdate,
-        limit: Duration,
         give_up: Instant,
-    ) -> Result<Fenced, StoreError> {
+    ) -> JoinHandle<Result<Fenced, StoreError>> {
         let this = Arc::clone(self);
-        let task = self.tasks.spawn(async move { this.settle_until(intent, fence, update, give_up).await });
-        flatten(timeout(limit, task).await, limit)
+        self.tasks.spawn(async move { this.settle_until(intent, fence, update, give_up).await })
     }
 
     async fn settle_until(
@@ -120,10 +135,17 @@ impl Shared {
         if recovery.update_intent(intent, fence, update, None).await? == Fenced::Applied {
             return Ok(Fenced::Applied);
         }
-        let (IntentUpdate::Finalize(resource), IntentFence::Call(call)) = (update, fence) else {
-            return Ok(Fenced::Lost);
-        };
+        let IntentFence::Call(call) = fence else { return Ok(Fenced::Lost) };
         let Some(found) = recovery.get_intent(intent).await? else { return Ok(Fenced::Lost) };
+        let resource = match update {
+            IntentUpdate::Finalize(resource) => resource,
+            IntentUpdate::Refuse(_)
+                if found.call == call && matches!(found.state, IntentState::Dead { absent: false, .. }) =>
+            {
+                return Ok(Fenced::Applied);
+            }
+            _ => return Ok(Fenced::Lost),
+        };
         match found.state {
             IntentState::Finalized(recorded) if recorded.id == resource.id => Ok(Fenced::Applied),
             IntentState::Dead { absent: true, .. } => {
@@ -151,26 +173,26 @@ impl Shared {
 struct Delivery {
     shared: Arc<Shared>,
     opening: Opening,
+    /// An opening had no answer, and may be carried out after those that had one.
+    unanswered: bool,
     /// None once the handler has it.
     outcome: Option<Result<OpenOutcome, StoreError>>,
 }
 
 impl Delivery {
     fn accept(mut self) -> Option<Result<OpenOutcome, StoreError>> {
-        self.outcome.take()
+        let outcome = self.outcome.take();
+        self.unanswered &= !matches!(outcome, Some(Ok(OpenOutcome::Opened)));
+        outcome
     }
 }
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        let may_be_open = match &self.outcome {
-            Some(Ok(OpenOutcome::Opened)) => true,
-            Some(Err(error)) => error.kind() == StoreErrorKind::Ambiguous,
-            Some(Ok(OpenOutcome::Recorded(_) | OpenOutcome::Lost)) | None => false,
-        };
+        let may_be_open = self.unanswered || matches!(self.outcome, Some(Ok(OpenOutcome::Opened)));
         // A runtime that goes down leaves it to the reconciler.
         if may_be_open && let Ok(runtime) = Handle::try_current() {
-            let withdrawal = Arc::clone(&self.shared).withdraw(self.opening.clone());
+            let withdrawal = Arc::clone(&self.shared).withdraw(self.opening.clone(), self.unanswered);
             self.shared.tasks.spawn_on(withdrawal, &runtime);
         }
     }
@@ -180,5 +202,8 @@ pub(crate) const TURNED_UP: &str = "a resource turned up that the upstream had n
 
 /// For how long it is tried to record that a call was not made.
 const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(10 * 60);
+/// For how long an opening without an answer may still be carried out.
+const LATE: Duration = Duration::from_secs(30);
+const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_secs(1);

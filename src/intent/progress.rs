@@ -5,6 +5,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use bytes::Bytes;
+use tokio_util::task::TaskTracker;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+use tokio_util::task::task_tracker::TrackedFuture;
+
 use super::{IntentError, Place};
 use crate::Rejection;
 
@@ -12,6 +17,8 @@ use crate::Rejection;
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     state: Mutex<State>,
+    /// Ends of phases, which may find out that the key must be held.
+    ends_of_phases: TaskTracker,
 }
 
 #[derive(Debug, Default)]
@@ -26,10 +33,21 @@ struct State {
     held: Option<Rejection>,
 }
 
+const UNSETTLED: &str = "an intent of this name is open in this attempt: tell them apart with IntentBuilder::of, make one call \
+    after the other is settled, or give the arguments of a call that is tried again";
+
 #[derive(Debug)]
 struct Current {
     ordinal: u32,
+    arguments: Bytes,
     settled: bool,
+}
+
+impl Current {
+    /// Whether asking again can only mean the same call.
+    fn is_asked_again(&self, arguments: &Bytes) -> bool {
+        !arguments.is_empty() && self.arguments == *arguments
+    }
 }
 
 impl Progress {
@@ -37,11 +55,12 @@ impl Progress {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins with an intent. By order of calls, one that is not settled comes again.
+    /// Begins with an intent. By order of calls, one that is not settled comes again if it has the same arguments.
     pub(super) fn enter(
         self: &Arc<Self>,
         name: &str,
         discriminator: Option<String>,
+        arguments: &Bytes,
     ) -> Result<Entered, IntentError> {
         let mut state = self.state();
         if state.phase_open {
@@ -52,19 +71,20 @@ impl Progress {
         let place = match discriminator {
             Some(discriminator) => Place::Discriminator(discriminator),
             None => {
-                let first = Current { ordinal: 1, settled: false };
-                let current = state.current.entry(name.to_owned()).or_insert(first);
-                if current.settled {
-                    *current = Current { ordinal: current.ordinal.saturating_add(1), settled: false };
-                }
-                Place::Ordinal(current.ordinal)
+                let ordinal = match state.current.get(name) {
+                    None => 1,
+                    Some(last) if last.settled => last.ordinal.saturating_add(1),
+                    Some(last) if last.is_asked_again(arguments) => last.ordinal,
+                    Some(_) => return Err(IntentError::Misused(UNSETTLED)),
+                };
+                let current = Current { ordinal, arguments: arguments.clone(), settled: false };
+                state.current.insert(name.to_owned(), current);
+                Place::Ordinal(ordinal)
             }
         };
         let identity = (name.to_owned(), place);
         if !state.calling.insert(identity.clone()) {
-            return Err(IntentError::Misused(
-                "two intents of one name at once: tell them apart with IntentBuilder::of, or make one call after the other",
-            ));
+            return Err(IntentError::Misused(UNSETTLED));
         }
         Ok(Entered { progress: Arc::clone(self), identity })
     }
@@ -72,6 +92,22 @@ impl Progress {
     /// The key is to be held with this answer, whatever the handler answers.
     pub(crate) fn hold(&self, rejection: Rejection) {
         self.state().held.get_or_insert(rejection);
+    }
+
+    /// Runs the end of a phase to its end, which the end of the attempt waits for.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn track<F: Future>(&self, end: F) -> TrackedFuture<F> {
+        self.ends_of_phases.track_future(end)
+    }
+
+    pub(crate) async fn phases_ended(&self) {
+        self.ends_of_phases.close();
+        self.ends_of_phases.wait().await;
+    }
+
+    /// Whether a phase is open, which has the record locked.
+    pub(crate) fn is_phase_open(&self) -> bool {
+        self.state().phase_open
     }
 
     pub(crate) fn held(&self) -> Option<Rejection> {
@@ -100,10 +136,6 @@ impl Progress {
         }
         state.phase_open = true;
         Ok(InPhase(Arc::clone(self)))
-    }
-
-    pub(crate) fn is_phase_open(&self) -> bool {
-        self.state().phase_open
     }
 }
 

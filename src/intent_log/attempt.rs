@@ -102,10 +102,6 @@ impl LogAttempt {
     pub async fn complete(mut self, result: impl Into<Bytes> + Send) -> Result<Bytes, IntentLogError> {
         let Some(ending) = self.ending.take() else { return Err(IntentLogError::Lost) };
         let (result, fingerprint) = (result.into(), ending.fingerprint.clone());
-        if ending.progress.held().is_some() {
-            ending.end(End::Hold).await?;
-            return Err(IntentLogError::Held);
-        }
         match ending.end(End::Complete(response_of(result.clone()))).await? {
             Ended::Done => Ok(result),
             Ended::Lost(record) if record.fingerprint == fingerprint => match &record.state {
@@ -124,10 +120,6 @@ impl LogAttempt {
     /// [`Held`](IntentLogError::Held) if it is held instead.
     pub async fn release(mut self) -> Result<(), IntentLogError> {
         let Some(ending) = self.ending.take() else { return Ok(()) };
-        if ending.progress.held().is_some() {
-            ending.end(End::Hold).await?;
-            return Err(IntentLogError::Held);
-        }
         ending.end(End::Release).await.map(drop)
     }
 }
@@ -138,9 +130,11 @@ impl Drop for LogAttempt {
         if Handle::try_current().is_err() {
             return;
         }
-        let directive = ending.settings.policy.without_result();
-        let held = directive == Directive::Hold || ending.progress.held().is_some();
-        drop(ending.end_in_background(if held { End::Hold } else { End::Release }));
+        let end = match ending.settings.policy.without_result() {
+            Directive::Hold => End::Hold,
+            Directive::Release | Directive::Store => End::Release,
+        };
+        drop(ending.end_in_background(end));
     }
 }
 
@@ -148,22 +142,26 @@ impl Ending {
     async fn end(self, end: End) -> Result<Ended, IntentLogError> {
         let limit = self.settings.settle_wait();
         let task = self.end_in_background(end);
-        flatten(timeout(limit, task).await, limit).map_err(IntentLogError::from)
+        flatten(timeout(limit, task).await, limit)?.ok_or(IntentLogError::Held)
     }
 
-    fn end_in_background(self, end: End) -> JoinHandle<Result<Ended, StoreError>> {
+    fn end_in_background(self, end: End) -> JoinHandle<Result<Option<Ended>, StoreError>> {
         let tasks = self.shared.tasks.clone();
         tasks.spawn(self.write_down(end))
     }
 
     /// A method, so that the whole attempt lives until its end is stored: also what keeps others of this process away.
-    async fn write_down(self, end: End) -> Result<Ended, StoreError> {
+    /// `None` if it is held instead.
+    async fn write_down(self, end: End) -> Result<Option<Ended>, StoreError> {
+        self.progress.phases_ended().await;
+        let held = self.progress.held().is_some();
+        let end = if held { End::Hold } else { end };
         let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
         let ended = self.shared.end(&self.attempt, Some(&self.lease), &end, give_up).await;
         if let Err(error) = &ended {
             self.settings.log_failure(&self.attempt, error, "the end of an attempt is not stored");
         }
-        ended
+        ended.map(|ended| (!held).then_some(ended))
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{Connection, Database};
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
 
 use super::{Last, Slot, TxError};
 use crate::{
@@ -131,36 +131,50 @@ impl<DB: Database> Phase<'_, DB> {
         }
     }
 
-    fn start_roll_back(&mut self) -> Option<JoinHandle<()>> {
+    fn start_roll_back(&mut self) -> Option<JoinHandle<Result<(), TransactionError>>> {
         let slot = self.slot.take()?;
+        // Without a runtime nobody waits for it either.
+        Handle::try_current().is_ok().then(|| {
+            self.run_to_end(async move {
+                // After an error it is rolled back too.
+                slot.roll_back().await
+            })
+        })
+    }
+
+    /// In a task of its own, whoever stops waiting. The end of the attempt waits for it: if the step has ended its
+    /// transaction itself, the key is held.
+    fn run_to_end(
+        &self,
+        end: impl Future<Output = Result<(), TransactionError>> + Send + 'static,
+    ) -> JoinHandle<Result<(), TransactionError>> {
         let progress = Arc::clone(self.idempotency.progress());
-        Some(self.idempotency.shared().tasks.spawn(async move {
-            // After any other error it is rolled back too.
-            if let Err(error) = slot.roll_back().await
-                && error.kind() == TransactionErrorKind::Ended
-            {
-                progress.hold(error.kind().rejection());
+        let noting = {
+            let progress = Arc::clone(&progress);
+            async move {
+                let ended = end.await;
+                if let Err(error) = &ended
+                    && error.kind() == TransactionErrorKind::Ended
+                {
+                    progress.hold(error.kind().rejection());
+                }
+                ended
             }
-        }))
+        };
+        self.idempotency.shared().tasks.spawn(progress.track(noting))
     }
 
     async fn finish(&self, slot: Arc<Slot<DB>>, result: Bytes) -> Result<(), TransactionError> {
         let limit = self.idempotency.settings().settle_wait();
         let last = Last::Phase { name: self.name.clone(), result };
-        let task = self.idempotency.shared().tasks.spawn(async move { slot.finish(last).await });
+        let task = self.run_to_end(async move { slot.finish(last).await });
         let finished = match timeout(limit, task).await {
             Ok(finished) => finished.unwrap_or_else(|error| Err(unconfirmed().with_source(error))),
             Err(elapsed) => Err(unconfirmed().with_source(elapsed)),
         };
         match finished {
             Err(error) if error.kind() == TransactionErrorKind::Unconfirmed => self.resolve(error).await,
-            Err(error) => {
-                if error.kind() == TransactionErrorKind::Ended {
-                    self.idempotency.progress().hold(error.kind().rejection());
-                }
-                Err(error)
-            }
-            Ok(()) => Ok(()),
+            finished => finished,
         }
     }
 

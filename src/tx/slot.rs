@@ -273,7 +273,8 @@ impl<DB: Database> StoreTransaction for Slot<DB> {
         match *self.place() {
             Place::Unused => TransactionUsage::Unused,
             Place::Lent { .. } => TransactionUsage::InUse,
-            Place::Beginning | Place::Here { .. } | Place::Failed(_) | Place::Taken => TransactionUsage::Open,
+            Place::Beginning | Place::Here { .. } | Place::Failed(_) => TransactionUsage::Open,
+            Place::Taken => TransactionUsage::Ended,
         }
     }
 

@@ -9,6 +9,7 @@ mod bank;
 
 mod cases;
 mod completer;
+mod edges;
 mod hooked;
 mod intent_log;
 mod kept_requests;

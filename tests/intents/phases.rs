@@ -377,6 +377,10 @@ async fn a_phase_keeps_the_record_while_it_is_open_and_renews_its_lease<DB: Db>(
         .node_with(handler, |layer| layer.with_lease(Duration::from_millis(1000)).with_transactions(options));
     let router = node.router.clone();
     let running = tokio::spawn(async move { direct::send(&router, direct::charge("key")).await });
+    let key = IdempotencyKey::new("key").unwrap();
+    while node.handle.get(&consumer(), &key).await.unwrap().is_none() {
+        sleep(Duration::from_millis(10)).await;
+    }
     while !running.is_finished() {
         // Another process, which does not know what this one is running.
         let other = site.node(async |_: Idempotency| StatusCode::CREATED).send().await;

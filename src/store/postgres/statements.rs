@@ -249,7 +249,10 @@ const RECOVERY: &[(&str, &str)] = &[
     ("{opened_at}", "CAST(extract(epoch FROM i.opened_at) * 1000000 AS bigint) AS opened_at"),
     ("{settled_at}", "CAST(extract(epoch FROM i.settled_at) * 1000000 AS bigint) AS settled_at"),
     ("{age}", "CAST(extract(epoch FROM {now} - i.created_at) * 1000000 AS bigint) AS age"),
-    ("{now}", "statement_timestamp()"),
+    // After a lock was waited for, and not before; in a subquery, because an index is not asked for what changes from row
+    // to row.
+    ("{now}", "(SELECT clock_timestamp())"),
+    ("{never}", "'-infinity'"),
     ("{far}", "'infinity'"),
     ("{place}", "ctid"),
     ("{for_update}", "FOR NO KEY UPDATE"),

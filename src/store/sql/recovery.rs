@@ -91,6 +91,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
         let statements = self.0.statements().await?;
         let Opening { attempt, record_id, upstream_key, .. } = opening;
+        let subject = opening.subject.as_deref().map(storable);
         let open = of_record(&statements.open, &attempt.consumer, &attempt.key, *record_id)
             .with(Value::Uuid(attempt.id.as_uuid()))
             .with(Value::Uuid(upstream_key.as_uuid()))
@@ -98,7 +99,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::Text(&opening.discriminator))
             .with(Value::Int(opening.ordinal.into()))
             .with(Value::Bytes(&opening.arguments))
-            .with(Value::text(opening.subject.as_deref()))
+            .with(Value::text(subject.as_deref()))
             .with(Value::Uuid(opening.call.as_uuid()))
             .with(Value::Span(opening.repeatable_for))
             .with(Value::Span(opening.dangling_after))
@@ -135,7 +136,9 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         const OPERATION: &str = "update an intent";
         let statements = self.0.statements().await?;
         let Some(found) = self.show(OPERATION, intent).await? else { return Ok(Fenced::Lost) };
-        let change = changed(Call::new(Arc::clone(&statements.update)), intent, fence, update, attention);
+        let (update, attention) = (storable_update(update), attention.map(storable));
+        let call = Call::new(Arc::clone(&statements.update));
+        let change = changed(call, intent, fence, &update, attention.as_deref());
         let calls = vec![
             of_key(&statements.lock, &found.consumer, &found.key),
             change,
@@ -240,7 +243,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         let statements = self.0.statements().await?;
         let (after, attention) = match update {
             RequestUpdate::SendAgain(after) => (Some(*after), None),
-            RequestUpdate::NeedsAttention(what) => (None, Some(what.as_str())),
+            RequestUpdate::NeedsAttention(what) => (None, Some(storable(what))),
             RequestUpdate::Done => {
                 let call =
                     Call::new(Arc::clone(&statements.delete_request)).with(Value::Uuid(record.as_uuid()));
@@ -251,7 +254,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::Uuid(record.as_uuid()))
             .with(Value::Flag(after.is_some()))
             .with(Value::Span(after.unwrap_or_default()))
-            .with(Value::text(attention));
+            .with(Value::text(attention.as_deref()));
         self.0.write("update a request", vec![call]).await.map(drop)
     }
 
@@ -289,6 +292,24 @@ fn of_record<'a>(
     record: RecordId,
 ) -> Call<'a> {
     of_key(sql, consumer, key).with(Value::Uuid(record.as_uuid()))
+}
+
+/// Text may come from an upstream, and PostgreSQL stores no NUL.
+fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
+fn storable_update(update: &IntentUpdate) -> IntentUpdate {
+    match update {
+        IntentUpdate::Finalize(resource) => {
+            IntentUpdate::Finalize(Resource { id: storable(&resource.id), payload: resource.payload.clone() })
+        }
+        IntentUpdate::Refuse(reason) => IntentUpdate::Refuse(storable(reason)),
+        IntentUpdate::NotSent
+        | IntentUpdate::Absent(_)
+        | IntentUpdate::LookAgain { .. }
+        | IntentUpdate::Close => update.clone(),
+    }
 }
 
 /// The values of the statement that updates an intent.
@@ -504,7 +525,9 @@ const INTENT_RULES: &[(&str, &str)] = &[
     ("{unsent}", "(NOT i.sent OR i.state = 'dead')"),
     (
         "{callable}",
-        "(i.state = 'open' AND (NOT i.sent OR i.repeatable_until > {now}) OR i.state = 'dead' AND i.absent)",
+        "(i.state = 'open'
+            AND (NOT i.sent OR i.repeatable_until > {now} AND excluded.repeatable_until > {now})
+            OR i.state = 'dead' AND i.absent)",
     ),
     // Its attempt owns the record and may be calling.
     (
@@ -526,7 +549,7 @@ const OPEN: &str = "
 INSERT INTO {intents} AS i (id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, state, sent,
     sent_before, absent, attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, look_at, looks, absences)
 SELECT $5, $3, $1, $2, $6, $7, $8, $9, $10, 'open', TRUE, FALSE, FALSE, $4, $11, 1,
-    CASE WHEN $14 THEN {now} ELSE {now} + $12 END, {now}, {now}, {now} + $13,
+    CASE WHEN $14 THEN {never} ELSE {now} + $12 END, {now}, {now}, {now} + $13,
     {now} + $13, 0, 0
 FROM {records} AS r WHERE {owned}
 ON CONFLICT (id) DO UPDATE SET
@@ -537,7 +560,8 @@ ON CONFLICT (id) DO UPDATE SET
     attempt          = excluded.attempt,
     call             = excluded.call,
     calls            = i.calls + 1,
-    repeatable_until = CASE WHEN {unsent} THEN excluded.repeatable_until ELSE i.repeatable_until END,
+    repeatable_until = CASE WHEN {unsent} OR excluded.repeatable_until < i.repeatable_until
+                       THEN excluded.repeatable_until ELSE i.repeatable_until END,
     opened_at        = excluded.opened_at,
     dangling_at      = excluded.dangling_at,
     settled_at       = NULL,
@@ -577,7 +601,8 @@ UPDATE {records} AS r SET
     kept             = r.kept OR EXISTS (SELECT 1 FROM {intents} AS i WHERE i.record_id = r.id),
     unresolved       = (SELECT count(*) FROM {intents} AS i WHERE i.record_id = r.id AND i.state = 'open'),
     repeatable_until = (SELECT min(i.repeatable_until) FROM {intents} AS i
-                        WHERE i.record_id = r.id AND i.state = 'open' AND i.sent)
+                        WHERE i.record_id = r.id AND i.state = 'open' AND i.sent),
+    expires_at       = {kept_on}
 WHERE r.consumer = $1 AND r.key = $2 AND r.id = $3";
 
 const TAKE_DANGLING: &str = "

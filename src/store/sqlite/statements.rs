@@ -202,6 +202,7 @@ const RECOVERY: &[(&str, &str)] = &[
     ("{settled_at}", "i.settled_at * 1000 AS settled_at"),
     ("{age}", "({now} - i.created_at) * 1000 AS age"),
     ("{now}", NOW),
+    ("{never}", "0"),
     ("{far}", "9000000000000000"),
     ("{place}", "rowid"),
     ("{for_update}", ""),
