@@ -16,7 +16,7 @@ use sqlx::{Database, Pool, Sqlite};
 use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use tower_idempotency::{
     CallFailure, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, Intent, IntentFilter,
-    Lookup, Reaper, Reconcile, Reconciler, Record, Resource, Store, UpstreamKey,
+    Lookup, Reaper, Reconcile, Reconciler, Record, RejectionCode, Resource, Store, UpstreamKey,
 };
 
 use crate::support::{
@@ -98,11 +98,18 @@ impl Node {
         Self { router: Router::new().route("/charges", post(handler)).layer(layer), handle }
     }
 
-    /// Sends the request for a payout with this key.
+    /// Sends the request for a payout with this key, and again if a busy disk was too slow for the store.
     pub(crate) async fn pay(&self, key: &str) -> Answer {
-        tokio::time::timeout(PATIENCE, direct::send(&self.router, direct::charge(&format!("\"{key}\""))))
-            .await
-            .expect("an answer")
+        let request = || direct::charge(&format!("\"{key}\""));
+        let sent = async {
+            loop {
+                let answer = direct::send(&self.router, request()).await;
+                if answer.rejection != Some(RejectionCode::StoreUnavailable) {
+                    return answer;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, sent).await.expect("an answer")
     }
 
     pub(crate) fn start(&self, key: &'static str) -> JoinHandle<Answer> {
