@@ -2,6 +2,8 @@
 //!
 //! The upstream is in this process: it survives the servers, and knows how often it was called and what it has made.
 
+mod case;
+
 use std::{
     fmt,
     net::SocketAddr,
@@ -14,10 +16,11 @@ use rustix::process::Signal;
 use tokio::{task::block_in_place, time::sleep};
 use tower_idempotency::{IdempotencyHandle, IdempotencyLayer, Intent, Lookup, Reconciler, Resource};
 
+use self::case::Case;
 use crate::{
     Run,
     books::{Books, Ledger},
-    client::{Client, Order},
+    client::{Client, Order, Reply},
     lanes::{self, Todo},
     payout::{DEDUPLICATES, FAIL_AFTER_CALL, UPSTREAM},
     report::Check,
@@ -27,9 +30,8 @@ use crate::{
         schema::Schema,
         server::{Program, Server},
         sqlite::SqliteFile,
-        upstream::{Act, Ending, Upstream},
+        upstream::Upstream,
     },
-    trap::Point,
 };
 
 pub async fn run(run: &Run) {
@@ -50,84 +52,6 @@ pub async fn doubles(program: Program, times: usize) -> (usize, usize) {
     let keys = Case::LOST_ANSWERS.into_iter().flat_map(|case| (0..times).map(move |number| case.key(number)));
     let keys: Vec<_> = keys.collect();
     (keys.iter().filter(|key| site.upstream.transfers_for(key).len() > 1).count(), keys.len())
-}
-
-/// What happens to a payout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Case {
-    /// Its server kills itself at this point.
-    Killed(Point),
-    /// Its server is killed when the upstream has received the call, and has not made the transfer yet.
-    KilledWhileCalled,
-    /// Its server is killed when the upstream has made the transfer, and has not answered.
-    KilledWhileMade,
-    /// The upstream makes the transfer and answers 500.
-    ServerError,
-    /// The upstream makes the transfer and resets the connection.
-    Reset,
-    /// The handler fails after the call.
-    HandlerFails,
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Killed(point) => point.name(),
-            Self::KilledWhileCalled => "called",
-            Self::KilledWhileMade => "made",
-            Self::ServerError => "server-error",
-            Self::Reset => "reset",
-            Self::HandlerFails => "handler-fails",
-        })
-    }
-}
-
-impl Case {
-    const LOST_ANSWERS: [Self; 3] = [Self::ServerError, Self::Reset, Self::HandlerFails];
-    const ALL: [Self; 10] = [
-        Self::Killed(Point::Opening),
-        Self::Killed(Point::Opened),
-        Self::KilledWhileCalled,
-        Self::KilledWhileMade,
-        Self::Killed(Point::Answered),
-        Self::Killed(Point::Finalized),
-        Self::Killed(Point::Written),
-        Self::ServerError,
-        Self::Reset,
-        Self::HandlerFails,
-    ];
-
-    fn key(self, number: usize) -> String {
-        format!("{self}-{number}")
-    }
-
-    fn what(self) -> String {
-        match self {
-            Self::Killed(_) | Self::KilledWhileCalled | Self::KilledWhileMade => {
-                format!("killed at '{self}'")
-            }
-            Self::ServerError | Self::Reset | Self::HandlerFails => format!("'{self}'"),
-        }
-    }
-
-    /// How often the upstream was called when it has happened.
-    fn calls(self) -> usize {
-        usize::from(!matches!(self, Self::Killed(Point::Opening | Point::Opened)))
-    }
-
-    /// Whether the upstream has made the transfer when it has happened.
-    fn is_made(self) -> bool {
-        self.calls() > 0 && self != Self::KilledWhileCalled
-    }
-
-    /// Whether nobody has recorded what became of the call when it has happened.
-    fn is_unknown(self) -> bool {
-        match self {
-            Self::Killed(point) => matches!(point, Point::Opened | Point::Answered),
-            Self::KilledWhileCalled | Self::KilledWhileMade | Self::ServerError | Self::Reset => true,
-            Self::HandlerFails => false,
-        }
-    }
 }
 
 /// What the lanes of one database share.
@@ -233,7 +157,7 @@ impl Site {
     }
 
     /// Sends the request to which the case happens. Returns whether the server was killed.
-    async fn happen(&self, case: Case, key: &str, server: &mut Server) -> bool {
+    async fn happen(self: &Arc<Self>, case: Case, key: &str, server: &mut Server) -> bool {
         let order = match case {
             Case::Killed(point) => Order::payout(key).with(KILL_AT, point.name()),
             Case::HandlerFails => Order::payout(key).with(FAIL_AFTER_CALL, "yes"),
@@ -241,19 +165,10 @@ impl Site {
                 Order::payout(key)
             }
         };
-        if let Some(act) = act(case) {
+        if let Some(act) = case.act() {
             self.upstream.then_for(key, act);
         }
-        let (client, address) = (self.client.clone(), server.address());
-        // A request that was refused has not got as far as the call.
-        let request = tokio::spawn(async move {
-            loop {
-                match client.send(address, &order).await {
-                    Ok(reply) if reply.answer.is_refused("store-unavailable") => sleep(PAUSE).await,
-                    answered => return answered,
-                }
-            }
-        });
+        let request = tokio::spawn(Arc::clone(self).send_until_it_happens(case, order, server.address()));
         let killed = match case {
             Case::Killed(_) => {
                 let status = block_in_place(|| server.wait());
@@ -276,6 +191,27 @@ impl Site {
         killed
     }
 
+    /// A busy database may refuse a request before it has got as far as the case: then it is sent again.
+    async fn send_until_it_happens(
+        self: Arc<Self>,
+        case: Case,
+        order: Order,
+        address: SocketAddr,
+    ) -> Result<Reply, String> {
+        loop {
+            let answered = self.client.send(address, &order).await;
+            let Ok(Reply { answer, .. }) = &answered else { return answered };
+            let happened = !matches!(case, Case::Killed(_)) && self.upstream.calls_for(&order.key) > 0;
+            if happened || answer.status == 201 {
+                return answered;
+            }
+            if answer.is_refused("outcome-unknown") {
+                self.books.let_dangle(&order.key).await;
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
     /// Repeats the request until it succeeds, and checks what the upstream was asked for until then. An error says what is
     /// wrong with it.
     async fn make_up(&self, case: Case, key: &str, address: SocketAddr) -> Result<(), String> {
@@ -294,6 +230,10 @@ impl Site {
             calls = case.calls() + usize::from(!case.is_made());
         } else if case.is_unknown() {
             calls = case.calls() + 1;
+        } else if case.is_made() {
+            // A busy database may not have recorded it in time: then the handler has gone on, and it is looked up.
+            self.books.let_dangle(key).await;
+            order = order.that_may_be_unknown();
         }
         for _ in 0..2 {
             let until = Instant::now() + PATIENCE;
@@ -337,17 +277,6 @@ impl Site {
             return Err(format!("{made:?} after {asked:?}, {calls} calls were expected"));
         }
         Ok(())
-    }
-}
-
-/// What the upstream does with the first call.
-fn act(case: Case) -> Option<Act> {
-    match case {
-        Case::Killed(_) | Case::HandlerFails => None,
-        Case::KilledWhileCalled => Some(Act::before(Ending::Silence)),
-        Case::KilledWhileMade => Some(Act::after(Ending::Silence)),
-        Case::ServerError => Some(Act::after(Ending::Status(500))),
-        Case::Reset => Some(Act::after(Ending::Reset)),
     }
 }
 
