@@ -15,19 +15,24 @@ use axum::{
     response::IntoResponse,
     routing::post,
 };
-use sqlx::{Pool, Postgres, Sqlite};
+use sqlx::{Connection, PgConnection, Pool, Postgres, Sqlite, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
     CallFailure, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, Intent, IntentError,
-    IntentFence, IntentFilter, IntentState, IntentUpdate, Opened, Reaper, RejectionCode, Resolution,
-    Resource, ResultPolicy, Store, Tx, TxError,
+    IntentFence, IntentFilter, IntentUpdate, Opened, PostgresStore, Reaper, RejectionCode, Resolution,
+    ResolveOutcome, Resource, ResultPolicy, Store, Tx, TxError, store::ConnectionMode,
 };
 
-use crate::support::{
-    app::consumer,
-    db::Db,
-    direct::{self, Answer},
-    served::Count,
+use crate::{
+    hooked::{Hook, Hooked},
+    support::{
+        app::consumer,
+        db::Db,
+        direct::{self, Answer},
+        required_env,
+        schema::Schema,
+        served::Count,
+    },
 };
 
 struct Site<DB: Db> {
@@ -80,6 +85,18 @@ impl<DB: Db> Site<DB> {
 }
 
 impl Node {
+    async fn send_until_created(&self) -> Answer {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let answer = self.send().await;
+            if answer.status == StatusCode::CREATED {
+                return answer;
+            }
+            assert!(Instant::now() < deadline, "{answer:?}");
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     async fn send(&self) -> Answer {
         let sent = direct::send(&self.router, direct::charge("key"));
         timeout(Duration::from_secs(40), sent).await.expect("an answer")
@@ -183,7 +200,8 @@ async fn a_key_that_is_released_after_its_expiry_is_not_called_for_again<DB: Db>
     sleep(Duration::from_millis(1100)).await;
     node.send().await.assert_refused(RejectionCode::OutcomeUnknown);
     let key = IdempotencyKey::new("key").unwrap();
-    println!("{:?}", node.handle.resolve(&consumer(), &key, Resolution::Release).await);
+    let resolved = node.handle.resolve(&consumer(), &key, Resolution::Release).await.unwrap();
+    assert_eq!(resolved, ResolveOutcome::Resolved);
     let answer = node.send().await;
     assert_eq!(charges.get(), 1, "charged twice: {answer:?}");
 }
@@ -487,4 +505,87 @@ async fn a_reason_may_hold_what_a_database_cannot_store<DB: Db>(site: Site<DB>) 
         answer.rejection,
         open.len()
     );
+}
+
+/// The reply of the opening is lost, and then the server is away for a moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opening_without_reply_is_withdrawn_whatever_comes_after_it() {
+    let site = Site::<Sqlite>::open().await;
+    let store = Hooked::new(&site.store).on_opening(Hook::LoseReply).on_opening(Hook::Fail);
+    let calls = Count::default();
+    let counter = calls.clone();
+    let handler = async move |idempotency: Idempotency| {
+        let call = async |_| {
+            counter.add();
+            Ok(Resource::new("ch_1"))
+        };
+        let made = idempotency.intent("charge").call(call).await?;
+        Ok::<_, IntentError>((StatusCode::CREATED, made.id))
+    };
+    let layer = IdempotencyLayer::new(store);
+    let router = Router::new().route("/charges", post(handler)).layer(layer.clone());
+    let node = Node { router, handle: layer.handle() };
+    node.send().await.assert_refused(RejectionCode::StoreUnavailable);
+    assert_eq!(calls.get(), 0);
+    let answer = node.send_until_created().await;
+    assert_eq!((calls.get(), &answer.body[..]), (1, &b"ch_1"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_whose_reply_is_lost_is_recorded() {
+    let site = Site::<Sqlite>::open().await;
+    let store = Hooked::new(&site.store).on_settling(Hook::LoseReply);
+    let handler = async move |idempotency: Idempotency| {
+        let Opened::Call(open) = idempotency.intent("charge").open().await? else { panic!() };
+        open.dead("card declined").await?;
+        Ok::<_, IntentError>(StatusCode::PAYMENT_REQUIRED)
+    };
+    let router = Router::new().route("/charges", post(handler)).layer(IdempotencyLayer::new(store));
+    let answer = direct::send(&router, direct::charge("key")).await;
+    assert_eq!(answer.status, StatusCode::PAYMENT_REQUIRED, "{answer:?}");
+}
+
+/// Somebody has the record locked in a transaction of his own, in psql for example.
+async fn lock_records(schema: &str, for_how_long: Duration) {
+    let url = required_env("TEST_POSTGRES_URL");
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    let lock = format!("BEGIN; SELECT 1 FROM \"{schema}\".idempotency_records FOR UPDATE");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(lock)).execute(&mut connection).await.unwrap();
+    tokio::spawn(async move {
+        sleep(for_how_long).await;
+        sqlx::raw_sql("COMMIT").execute(&mut connection).await.unwrap();
+    });
+}
+
+/// Behind a transaction pooler no time-out of the server ends a statement that nobody waits for any more.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn an_opening_that_is_carried_out_late_is_withdrawn() {
+    let schema = Schema::create().await;
+    let pool = PgPoolOptions::new().max_connections(4);
+    let store = PostgresStore::new(pool.connect_lazy(&required_env("TEST_PGBOUNCER_URL")).unwrap())
+        .with_schema(&schema.name)
+        .unwrap()
+        .with_connection_mode(ConnectionMode::TransactionPooler)
+        .with_statement_timeout(Duration::from_secs(1));
+    let (calls, runs) = (Count::default(), Count::default());
+    let (counter, name) = (calls.clone(), schema.name.clone());
+    let handler = async move |idempotency: Idempotency| {
+        if runs.add() == 1 {
+            lock_records(&name, Duration::from_secs(5)).await;
+        }
+        let call = async |_| {
+            counter.add();
+            Ok(Resource::new("ch_1"))
+        };
+        let made = idempotency.intent("charge").call(call).await?;
+        Ok::<_, IntentError>((StatusCode::CREATED, made.id))
+    };
+    let layer = IdempotencyLayer::new(store).with_store_timeout(Duration::from_millis(500));
+    let router = Router::new().route("/charges", post(handler)).layer(layer.clone());
+    let node = Node { router, handle: layer.handle() };
+    node.send().await.assert_refused(RejectionCode::StoreUnavailable);
+    assert_eq!(calls.get(), 0);
+    node.send_until_created().await;
+    assert_eq!(calls.get(), 1);
 }
