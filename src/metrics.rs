@@ -10,6 +10,7 @@ mod names {
     pub(super) const DANGLING: &str = "idempotency_intents_dangling";
     pub(super) const NEED_ATTENTION: &str = "idempotency_intents_need_attention";
     pub(super) const OLDEST: &str = "idempotency_intents_oldest_seconds";
+    pub(super) const SENT_AGAIN: &str = "idempotency_requests_sent_again_total";
     pub(super) const PURGED: &str = "idempotency_purged_total";
 }
 
@@ -27,6 +28,14 @@ pub(crate) enum Purged {
 pub(crate) fn looked_up(outcome: &'static str) {
     #[cfg(feature = "metrics")]
     metrics::counter!(names::LOOKUPS, "outcome" => outcome).increment(1);
+    #[cfg(not(feature = "metrics"))]
+    let _ = outcome;
+}
+
+/// An abandoned request was looked after, with this outcome.
+pub(crate) fn sent_again(outcome: &'static str) {
+    #[cfg(feature = "metrics")]
+    metrics::counter!(names::SENT_AGAIN, "outcome" => outcome).increment(1);
     #[cfg(not(feature = "metrics"))]
     let _ = outcome;
 }

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use super::{Completer, send::Passed};
 use crate::{
     Fenced, KeptRequest, Record, RecordState, RejectionCode, RequestUpdate, StoreError, TRACING_TARGET,
-    shared::Shared,
+    metrics, shared::Shared,
 };
 
 /// What one look for abandoned requests came to: how many requests each.
@@ -168,15 +168,16 @@ impl Completer {
 
 impl CompleterPass {
     fn add(&mut self, fate: Option<&Fate>) {
-        let count = match fate {
-            Some(Fate::Completed) => &mut self.completed,
-            Some(Fate::SendAgain(_)) => &mut self.send_again,
-            Some(Fate::Held) => &mut self.held,
-            Some(Fate::Gone) => &mut self.gone,
-            Some(Fate::NeedsAttention(_)) => &mut self.need_attention,
-            None => &mut self.failed,
+        let (count, outcome) = match fate {
+            Some(Fate::Completed) => (&mut self.completed, "completed"),
+            Some(Fate::SendAgain(_)) => (&mut self.send_again, "again"),
+            Some(Fate::Held) => (&mut self.held, "held"),
+            Some(Fate::Gone) => (&mut self.gone, "gone"),
+            Some(Fate::NeedsAttention(_)) => (&mut self.need_attention, "attention"),
+            None => (&mut self.failed, "failed"),
         };
         *count += 1;
+        metrics::sent_again(outcome);
     }
 }
 

@@ -56,17 +56,18 @@ impl Log {
             match self.ask().await {
                 LogOutcome::Run(attempt) => return attempt,
                 LogOutcome::InProgress => tokio::time::sleep(Duration::from_millis(10)).await,
-                other => panic!("{other:?}"),
+                other @ (LogOutcome::Completed(_) | LogOutcome::Held | LogOutcome::OtherArguments) => {
+                    panic!("{other:?}")
+                }
             }
             assert!(Instant::now() < deadline, "waited 30 s in vain for an attempt");
         }
     }
 
     async fn result(&self) -> String {
-        match self.ask().await {
-            LogOutcome::Completed(result) => String::from_utf8(result.to_vec()).unwrap(),
-            other => panic!("{other:?}"),
-        }
+        let outcome = self.ask().await;
+        let LogOutcome::Completed(result) = outcome else { panic!("{outcome:?}") };
+        String::from_utf8(result.to_vec()).unwrap()
     }
 
     async fn is_in_progress(&self) -> bool {

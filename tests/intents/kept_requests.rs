@@ -179,7 +179,8 @@ async fn a_request_without_a_key_and_a_replay_are_not_kept<DB: Dialect>(shop: Sh
 /// Nothing is left to complete of a request that failed and on whose record nothing hangs. One that has called an upstream
 /// is completed.
 async fn a_failure_that_the_client_was_told_is_not_sent_again<DB: Dialect>(shop: Shop<DB>) {
-    let node = shop.node();
+    let node = Node::new(shop.layer(), &shop.stage);
+    node.handle.prepare().await.unwrap();
     shop.stage.then([Act::Fail, Act::CallAndFail]);
     for key in ["nothing", "call"] {
         assert_eq!(node.send(charge("alice", key)).await.status, StatusCode::INTERNAL_SERVER_ERROR);
