@@ -165,7 +165,9 @@ mod tests {
         assert!(!encoded.windows(6).any(|window| window == b"secret"));
         let decoded = decode(&encoded).unwrap();
         assert_eq!(decoded.uri(), "/a?b");
-        let kept: Vec<_> = decoded.headers().iter().map(|(name, value)| (name.as_str(), value)).collect();
-        assert_eq!(kept, [("x-tenant", "t"), ("host", "pay.example:81")]);
+        let line =
+            |(name, value): (&HeaderName, &HeaderValue)| format!("{name}: {}", value.to_str().unwrap());
+        let kept: Vec<_> = decoded.headers().iter().map(line).collect();
+        assert_eq!(kept, ["x-tenant: t", "host: pay.example:81"]);
     }
 }
