@@ -4,8 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tower_idempotency::{
-    Attempt, CallId, Fenced, Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate, KeptRequest,
-    OpenOutcome, Opening, RecordId, RecoveryStore, RequestUpdate, Store, StoreError, UpstreamKey,
+    Attempt, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter,
+    IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RecoveryStore, RequestUpdate, Store,
+    StoreError, UpstreamKey,
 };
 use uuid::Uuid;
 
@@ -112,6 +113,15 @@ impl RecoveryStore for Faulty {
         name: &str,
     ) -> Result<Option<Bytes>, StoreError> {
         self.sound().find_phase(attempt, record, name).await
+    }
+
+    async fn keep_record(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        record: RecordId,
+    ) -> Result<Fenced, StoreError> {
+        self.sound().keep_record(consumer, key, record).await
     }
 
     async fn keep_request(
