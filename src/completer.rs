@@ -67,7 +67,7 @@ impl Refused {
 /// [holds abandoned attempts](crate::AbandonedAttempts::Hold), and those whose client was answered with a failure on which
 /// no intent and no phase hangs: nothing of them is left to complete.
 ///
-/// A request waits for an operator ([`requests_in_need`](crate::IdempotencyHandle::requests_in_need)) when [`Restore`] has
+/// A request waits for an operator ([`list_requests`](crate::IdempotencyHandle::list_requests)) when [`Restore`] has
 /// refused it, when its record is still not completed after the last try, and when it cannot be sent: it cannot be read, it
 /// has another fingerprint than its record, or no idempotency layer guards its route any more. Its record stays claimable
 /// by the client's retry until it expires; then both are gone.

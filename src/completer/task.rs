@@ -40,7 +40,7 @@ impl IdempotencyHandle {
     /// # Errors
     ///
     /// [`StoreError`].
-    pub async fn requests_in_need(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
+    pub async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
         let recovery = self.shared.recovery()?;
         self.shared.run_to_end(async move { recovery.list_requests(limit).await }).await
     }

@@ -3,9 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, Resource, UpstreamKey};
-use crate::{
-    Fenced, IdempotencyHandle, IntentCounts, KeptRequest, RecoveryStore, StoreError, TRACING_TARGET,
-};
+use crate::{Fenced, IdempotencyHandle, IntentCounts, RecoveryStore, StoreError, TRACING_TARGET};
 
 /// What an operator has found out about an intent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,15 +82,6 @@ impl IdempotencyHandle {
         resolution: IntentResolution,
     ) -> Result<ResolveIntentOutcome, StoreError> {
         self.recover(move |recovery| async move { resolve(&*recovery, intent, resolution).await }).await
-    }
-
-    /// Lists kept requests that wait for an operator, at most `limit`.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError`].
-    pub async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
-        self.recover(move |recovery| async move { recovery.list_requests(limit).await }).await
     }
 
     /// Deletes settled intents and finished phases that are older than `retention` and whose record is gone, and kept

@@ -64,7 +64,7 @@ async fn a_request_whose_user_was_revoked_is_not_run<DB: Dialect>(shop: Shop<DB>
     });
     let pass = node.complete(&completer, 1).await;
     assert_eq!((pass.taken, pass.need_attention, shop.stage.runs.get()), (1, 1, 1), "{pass:?}");
-    let [request] = &node.handle.requests_in_need(10).await.unwrap()[..] else { panic!("one") };
+    let [request] = &node.handle.list_requests(10).await.unwrap()[..] else { panic!("one") };
     assert_eq!(request.attention.as_deref(), Some("mallory was revoked"));
     assert_eq!((request.consumer.as_str(), request.key.as_str()), ("mallory", "k"));
     assert_eq!(request.decode().unwrap().uri(), "/v1/accounts/a%20b/charges?dry=no&n=1");

@@ -229,7 +229,7 @@ impl Node {
 
     /// Why requests wait for an operator.
     pub(crate) async fn needs(&self) -> Vec<String> {
-        let requests = self.handle.requests_in_need(10).await.unwrap();
+        let requests = self.handle.list_requests(10).await.unwrap();
         requests.into_iter().filter_map(|request| request.attention).collect()
     }
 
