@@ -135,36 +135,41 @@ impl Shared {
         if recovery.update_intent(intent, fence, update, None).await? == Fenced::Applied {
             return Ok(Fenced::Applied);
         }
-        let IntentFence::Call(call) = fence else { return Ok(Fenced::Lost) };
-        let Some(found) = recovery.get_intent(intent).await? else { return Ok(Fenced::Lost) };
-        let resource = match update {
-            IntentUpdate::Finalize(resource) => resource,
-            IntentUpdate::Refuse(_)
-                if found.call == call && matches!(found.state, IntentState::Dead { absent: false, .. }) =>
+        let (Some(found), IntentFence::Call(call)) = (recovery.get_intent(intent).await?, fence) else {
+            return Ok(Fenced::Lost);
+        };
+        let resource = match (update, &found.state) {
+            (IntentUpdate::Finalize(resource), IntentState::Finalized(recorded))
+                if recorded.id == resource.id =>
             {
                 return Ok(Fenced::Applied);
             }
-            _ => return Ok(Fenced::Lost),
+            (IntentUpdate::Refuse(_), IntentState::Dead { absent: false, .. }) if found.call == call => {
+                return Ok(Fenced::Applied);
+            }
+            (IntentUpdate::Finalize(resource), _) => resource,
+            (
+                IntentUpdate::Refuse(_)
+                | IntentUpdate::NotSent
+                | IntentUpdate::Absent(_)
+                | IntentUpdate::LookAgain { .. }
+                | IntentUpdate::Close,
+                _,
+            ) => return Ok(Fenced::Lost),
         };
-        match found.state {
-            IntentState::Finalized(recorded) if recorded.id == resource.id => Ok(Fenced::Applied),
-            IntentState::Dead { absent: true, .. } => {
-                metrics::turned_up();
-                tracing::error!(
-                    target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
-                    "{TURNED_UP}"
-                );
-                let fence = IntentFence::AbsentCall(call);
-                recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await
-            }
-            IntentState::Finalized(_) | IntentState::Open { .. } | IntentState::Dead { .. } => {
-                tracing::error!(
-                    target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
-                    "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
-                );
-                Ok(Fenced::Lost)
-            }
+        if matches!(found.state, IntentState::Dead { absent: true, .. }) {
+            metrics::turned_up();
+            tracing::error!(
+                target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id, "{TURNED_UP}"
+            );
+            let fence = IntentFence::AbsentCall(call);
+            return recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await;
         }
+        tracing::error!(
+            target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
+            "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
+        );
+        Ok(Fenced::Lost)
     }
 }
 
