@@ -208,7 +208,8 @@ async fn a_million_expired_records_are_purged_by_two_nodes_while_requests_run() 
             node.send("running").await.assert_refused("in-progress");
             node.send("held").await.assert_refused("outcome-unknown");
             // A key whose old record is expired, purged or being purged.
-            let reused = node.send(&format!("old-{}", 1_000_000 - 2 * round - number)).await;
+            let reused = format!("old-{}", 1_000_000 - 2 * round - number);
+            let reused = send_until_not(&["in-progress"], || node.send(&reused)).await;
             assert!(reused.is_first(), "{reused:?}");
         }
         if schema.number(expired).await == 0 {

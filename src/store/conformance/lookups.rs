@@ -198,7 +198,7 @@ pub async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture)
     assert!(opened > 0 && taken > 0, "{opened} openings and {taken} takeovers, of 200 at once, succeed");
 }
 
-/// A record is not purged before its intents are settled.
+/// A record is not purged before its intents are settled, and then kept for its retention anew.
 pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut keys = Vec::new();
@@ -214,6 +214,8 @@ pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     for key in keys {
         recovery.must_update(key, IntentFence::Operator, finalize()).await;
     }
+    assert_eq!(recovery.store.purge(100).await, 0, "purged records in the moment in which their intents are settled");
+    run_out().await;
     assert_eq!(recovery.store.purge(100).await, 2, "purged records whose intents are settled");
 }
 
