@@ -14,7 +14,10 @@ pub(crate) async fn answer_from(settings: &Settings, record: &Record) -> Result<
         RecordState::InProgress { .. } => Err(in_progress(settings, consumer, &record.key)),
         RecordState::Held => {
             tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
-            Err(outcome_unknown())
+            Err(match record.unresolved {
+                0 => outcome_unknown(),
+                _ => Rejection::outcome_unknown_for_now(),
+            })
         }
         RecordState::Completed { response } => {
             let response = StoredResponse::decode(response).map_err(|error| {

@@ -49,6 +49,13 @@ impl Rejection {
         self
     }
 
+    /// The outcome is unknown as long as a call to an upstream service is not looked up: it will be known later.
+    pub(crate) fn outcome_unknown_for_now() -> Self {
+        let detail = "It is not known yet what an upstream service did for this request. It is not run again until that is found out; \
+            send it again later with the same key.";
+        Self { retryable: true, ..Self::new(RejectionCode::OutcomeUnknown, detail) }
+    }
+
     pub(crate) fn with_original(mut self, original: OriginalResponse) -> Self {
         self.original = Some(original);
         self
@@ -82,7 +89,9 @@ impl Rejection {
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         let later = matches!(self.status(), StatusCode::CONFLICT | StatusCode::SERVICE_UNAVAILABLE);
-        (self.retryable && later).then_some(Duration::from_secs(1))
+        let looked_up = self.code == RejectionCode::OutcomeUnknown;
+        let delay = if looked_up { UNTIL_LOOKED_UP } else { Duration::from_secs(1) };
+        (self.retryable && later).then_some(delay)
     }
 
     /// Status and `Location` of a response that was not kept.
@@ -152,7 +161,8 @@ rejection_codes! {
     KeyReused => "key-reused", UNPROCESSABLE_ENTITY, false, "Idempotency-Key is already used";
     /// The first request with this key is still being processed.
     InProgress => "in-progress", CONFLICT, true, "A request is outstanding for this Idempotency-Key";
-    /// An earlier request with this key ended without a known outcome, and must not run again. The same code with 503 is
+    /// An earlier request with this key ended without a known outcome, and must not run again. Retryable if the outcome of a
+    /// call to an upstream service is what is not known: that is found out. The same code with 503 is
     /// [`CommitUnconfirmed`](Self::CommitUnconfirmed), which passes.
     OutcomeUnknown => "outcome-unknown", CONFLICT, false, "The outcome of the request is unknown";
     /// The request was performed; its response was too large or endless and cannot be replayed.
@@ -279,6 +289,9 @@ pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> R
     }
     response
 }
+
+/// About as long as it takes until a call is looked up.
+const UNTIL_LOOKED_UP: Duration = Duration::from_secs(60);
 
 const DOCUMENTATION: &str =
     "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";

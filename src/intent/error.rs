@@ -70,12 +70,14 @@ impl IntentError {
             Self::Unknown { repeatable: true, .. } => {
                 "It is not known yet what an upstream service did; send the request again with the same key."
             }
-            Self::Unknown { repeatable: false, .. } | Self::OtherArguments => {
+            Self::Unknown { repeatable: false, .. } => return Rejection::outcome_unknown_for_now(),
+            Self::OtherArguments => {
                 "It is not known what an upstream service did. The request is not run again until that is resolved."
             }
-            Self::NotRecorded(_) => "The request was not performed; the server's log says why.",
+            Self::NotRecorded(_) | Self::Misused(_) => {
+                "The request was not performed; the server's log says why."
+            }
             Self::Lost => "Another attempt of the request has taken over. Send it again to get its response.",
-            Self::Misused(_) => "The request was not performed; the server's log says why.",
         };
         Rejection::new(self.code(), detail)
     }

@@ -172,8 +172,13 @@ async fn what_is_settled_after_the_expiry_is_not_called_for_again<DB: Db>(site: 
     let node = site.node_with(handler, short);
     node.send().await.assert_refused(RejectionCode::OutcomeUnknown);
     sleep(Duration::from_millis(1100)).await;
-    // Past its expiry the key is still held.
-    node.send().await.assert_refused(RejectionCode::OutcomeUnknown);
+    // Past its expiry the key is still held, and the client may ask again.
+    let held = node.send().await;
+    held.assert_refused(RejectionCode::OutcomeUnknown);
+    assert_eq!(
+        (held.problem()["retryable"].as_bool(), &held.headers["retry-after"]),
+        (Some(true), &"60".parse().unwrap())
+    );
     assert_eq!(charges.get(), 1);
     // Now it is found out that the charge was made.
     let open = site.intents(IntentFilter::Open).await.remove(0);

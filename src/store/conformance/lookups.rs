@@ -214,7 +214,11 @@ pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     for key in keys {
         recovery.must_update(key, IntentFence::Operator, finalize()).await;
     }
-    assert_eq!(recovery.store.purge(100).await, 0, "purged records in the moment in which their intents are settled");
+    assert_eq!(
+        recovery.store.purge(100).await,
+        0,
+        "purged records in the moment in which their intents are settled"
+    );
     run_out().await;
     assert_eq!(recovery.store.purge(100).await, 2, "purged records whose intents are settled");
 }
