@@ -126,6 +126,7 @@ pub async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
     opening.dangling_after = LONG;
     recovery.must_open(&opening, "a new intent").await;
     let intent = recovery.get(opening.upstream_key).await;
+    assert!(intent.settled_at.is_none() && intent.created_at <= intent.opened_at, "{intent:?}");
     assert_eq!((intent.record_id, &intent.consumer), (claim.record_id, &claim.attempt.consumer));
     assert_eq!((&intent.key, &*intent.name), (&claim.attempt.key, "näme"));
     assert_eq!((intent.discriminator.as_deref(), intent.ordinal), (Some("' of \\"), 0));
@@ -133,7 +134,6 @@ pub async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
     assert_eq!((intent.attempt, intent.call, intent.calls), (claim.attempt.id, opening.call, 1));
     assert_eq!((intent.state, intent.dangling), (IntentState::Open { sent: true }, false));
     assert_eq!((intent.looks, intent.absences, intent.attention), (0, 0, None));
-    assert_eq!((intent.settled_at, intent.created_at), (None, intent.opened_at));
     assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 1, "open intents");
     recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
     let intent = recovery.get(opening.upstream_key).await;
