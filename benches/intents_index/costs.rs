@@ -25,7 +25,9 @@ impl Costs {
         // The first rounds warm up.
         for round in 0..ROUNDS {
             let (mut by_clients, mut in_server) = ([[0.0; 2]; 2], [[0.0; 2]; 2]);
-            for (index, database) in [REFERENCE, COPY].into_iter().enumerate() {
+            // Each goes first in every other round.
+            for index in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
+                let database = [REFERENCE, COPY][index];
                 by_clients[index] = run_clients(server, database, candidates[index]).await?;
                 let mut sql = server.connect(database).await?;
                 let before = wal_position(&mut sql).await?;

@@ -101,11 +101,14 @@ async fn measure(
     prepare(server, COPY, candidate).await?;
     let mut sql = server.connect(COPY).await?;
     let fresh = Sizes::of(&mut sql).await?;
-    server.forget(COPY).await?;
+    for database in [REFERENCE, COPY] {
+        server.forget(database).await?;
+    }
     let cold = find(&mut sql, candidate).await?;
     let warm = find_again(&mut sql, candidate).await?;
-    server.remember(COPY).await?;
-
+    for database in [REFERENCE, COPY] {
+        server.remember(database).await?;
+    }
     let costs = Costs::measure(server, [reference, candidate]).await?;
     let pairs = rows * 3 / 100;
     churn(&mut sql, pairs - ROUNDS * (CLIENT_PAIRS + SERVER_PAIRS)).await?;
