@@ -12,7 +12,7 @@
 //!
 //! Nothing is vacuumed in the background; `VACUUM` runs where the tables say so. Needs a server of version 15 or later
 //! on Linux and a superuser, since cold times are taken after the operating system has been told to forget the files.
-//! The databases are dropped at the end.
+//! The databases are dropped at the end. Ten million rows take half an hour to an hour and 20 GB of disk.
 
 mod candidates;
 mod costs;
