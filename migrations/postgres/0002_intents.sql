@@ -41,16 +41,24 @@ CREATE TABLE idempotency_intents (
     looks            integer          NOT NULL,               -- how often it was looked up since it was opened last
     absences         smallint         NOT NULL,               -- how often in a row the upstream did not know it
     attention        text             NULL                    -- what an operator must know
-);
+)
+-- By default autovacuum waits until a fifth of the rows is dead, two million of ten; until then, searches for dangling
+-- intents have to pass what was finalized. Measured at ten million: 1.3 s for the first search after 300,000, 4 s for VACUUM.
+-- A fillfactor would not pay: the index on look_at keeps finalizing from being HOT at any.
+WITH (autovacuum_vacuum_scale_factor = 0.02);
 
 -- The intents of a record.
 CREATE INDEX idempotency_intents_record_id ON idempotency_intents (record_id);
 
--- Those that somebody has to look at: a handful of rows in a table of any size.
+-- Those that somebody has to look at: a handful of rows in a table of any size. Measured at ten million intents with 500
+-- dangling: 32 kB, 12 MB when 300,000 more were finalized without VACUUM; 0.3 ms for 100 of them. B-tree on
+-- (state, look_at) 68 MB and as fast; BRIN on created_at and no index 2 to 3 s. It costs a finalizing its HOT update,
+-- up to a third of the server's time. A second table of open intents keeps that and costs more WAL, 1,146 against 1,117
+-- bytes for an intent.
 CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE look_at IS NOT NULL;
 
--- Those that are old enough to be purged. With a million settled ones a purge that finds nothing takes 3 ms; with BRIN
--- 2 ms, but 650 ms over rows that no vacuum has summarized yet; without an index 4 s.
+-- For the purge. Measured at ten million intents: B-tree 214 MB, 7 ms for a batch of 1,000, 0.7 ms when nothing is due; BRIN
+-- 160 kB and no index, but 3 to 4 s when nothing is due. The cost of inserting did not differ measurably.
 CREATE INDEX idempotency_intents_created_at ON idempotency_intents (created_at);
 
 CREATE TABLE idempotency_phases (
