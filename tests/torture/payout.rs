@@ -41,7 +41,7 @@ impl Service {
         let mut intent = idempotency.intent("bank.transfer").with_arguments(reference);
         intent = intent.with_timeout(TIMEOUT).with_grace(GRACE);
         if self.deduplicates {
-            intent = intent.deduplicates_for(GRACE);
+            intent = intent.deduplicates_for(DEDUPLICATES_FOR);
         }
         let call = async |key| {
             directions.reach(Point::Opened);
@@ -86,3 +86,5 @@ pub const FAIL_AFTER_CALL: &str = "x-fail-after-call";
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Intents dangle when the harness says so.
 const GRACE: Duration = Duration::from_secs(60 * 60);
+/// Calls are repeated in this time less a grace period.
+const DEDUPLICATES_FOR: Duration = Duration::from_secs(24 * 60 * 60);
