@@ -79,8 +79,8 @@ async fn work_through(run: &Run, database: &str, url: &str, deduplicates: bool) 
     let site = Arc::new(site.await);
     lanes::run(LANES, || lane(Arc::clone(&site))).await;
     site.handle.drain(PATIENCE).await.expect("the reconciler ends");
-    let in_need = site.handle.requests_in_need(1).await.expect("the database answers");
-    site.completed.that(in_need.is_empty(), "-", format!("needs attention: {in_need:?}"));
+    let in_need = site.handle.requests_in_need(10).await.expect("the database answers");
+    in_need.iter().for_each(|request| site.completed.fail(request.key.as_str(), format!("{request:?}")));
     site.checks.iter().for_each(|(_, check)| check.print());
     site.completed.print();
     println!("phases, {which}, {database}: clients were told {}", site.client.refusals());
