@@ -17,6 +17,7 @@ mod network;
 mod payouts;
 mod phases;
 mod reconciler;
+mod resumed;
 mod shop;
 mod site;
 mod survival;

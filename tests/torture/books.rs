@@ -93,6 +93,15 @@ impl Books {
         entries.into_iter().find(|entry| entry.key == key)
     }
 
+    /// What this statement finds of a key.
+    pub async fn lines(&self, sql: &'static str, key: &str) -> Vec<String> {
+        let found = match self {
+            Self::Postgres(pool) => sqlx::query_scalar(sql).bind(key).fetch_all(pool).await,
+            Self::Sqlite(pool) => sqlx::query_scalar(sql).bind(key).fetch_all(pool).await,
+        };
+        found.expect("the database answers")
+    }
+
     async fn select(&self, condition: &str) -> Result<Vec<Entry>, sqlx::Error> {
         let sql = AssertSqlSafe(format!("{ENTRIES} WHERE {condition}"));
         match self {
@@ -234,6 +243,8 @@ impl Poller {
 
 const TABLES: &str = "
 CREATE TABLE charges (consumer text NOT NULL, key text NOT NULL, id text NOT NULL, attempt text NOT NULL);
+CREATE TABLE reservations (key text NOT NULL, id text NOT NULL);
+CREATE TABLE payouts (key text NOT NULL, id text NOT NULL, reservation text NOT NULL, transfer text NOT NULL);
 CREATE TABLE accounts (id integer NOT NULL PRIMARY KEY, charges integer NOT NULL);
 INSERT INTO accounts VALUES (1, 0)";
 

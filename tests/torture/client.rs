@@ -54,6 +54,11 @@ impl Order {
         Self { path: "/payouts", ..Self::new(key) }
     }
 
+    /// A payout in three phases.
+    pub fn phased(key: impl Into<String>) -> Self {
+        Self { path: "/phased-payouts", ..Self::new(key) }
+    }
+
     pub fn that_may_be_unknown(self) -> Self {
         Self { may_be_unknown: true, ..self }
     }

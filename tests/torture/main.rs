@@ -15,10 +15,13 @@ mod books;
 mod client;
 mod commits;
 mod freezes;
+mod journal;
 mod kills;
 mod lanes;
 mod mutant;
 mod payout;
+mod phased;
+mod phases;
 mod report;
 mod role;
 mod storm;
@@ -59,6 +62,7 @@ async fn main() -> ExitCode {
             "mutant" => mutant::run(&run).await,
             "commits" => commits::run(&run).await,
             "upstream" => upstream::run(&run).await,
+            "phases" => phases::run(&run).await,
             _ => freezes::run(&run).await,
         }
         println!("({part} took {} s)", began.elapsed().as_secs());
@@ -139,4 +143,4 @@ impl Random {
 }
 
 const SERVE: &str = "--serve";
-const PARTS: [&str; 6] = ["kills", "storm", "mutant", "commits", "freezes", "upstream"];
+const PARTS: [&str; 7] = ["kills", "storm", "mutant", "commits", "freezes", "upstream", "phases"];

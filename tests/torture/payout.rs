@@ -13,35 +13,41 @@ use axum::{
 use tower_idempotency::{IntentError, Resource, Tx};
 
 use crate::{
-    role::{Charges, Directions},
+    role::{self, Directions, Writes},
     support::upstream::UpstreamClient,
     trap::Point,
 };
 
-/// The upstream that the environment names.
+/// The upstream of transfers.
 #[derive(Clone, Debug)]
-struct Service {
+pub struct Service {
     client: UpstreamClient,
     deduplicates: bool,
 }
 
 /// Payouts, if the environment names an upstream.
-pub fn router<DB: Charges>() -> Router {
-    let Ok(address) = std::env::var(UPSTREAM) else { return Router::new() };
-    let address: SocketAddr = address.parse().expect("the upstream is named by its address");
-    let deduplicates = std::env::var_os(DEDUPLICATES).is_some();
-    let service = Service { client: UpstreamClient::new(address), deduplicates };
+pub fn router<DB: Writes>() -> Router {
+    let Some(service) = Service::from_env() else { return Router::new() };
     Router::new().route("/payouts", post(pay_out::<DB>)).with_state(service)
 }
 
 impl Service {
-    async fn pay(&self, directions: &Directions) -> Result<Resource, IntentError> {
+    /// The one that the environment names.
+    pub fn from_env() -> Option<Self> {
+        let address = std::env::var(UPSTREAM).ok()?;
+        let address: SocketAddr = address.parse().expect("the upstream is named by its address");
+        let deduplicates = std::env::var_os(DEDUPLICATES).is_some();
+        Some(Self { client: UpstreamClient::new(address), deduplicates })
+    }
+
+    /// Makes one transfer for the request.
+    pub async fn pay(&self, directions: &Directions) -> Result<Resource, IntentError> {
         let idempotency = &directions.idempotency;
         let reference = idempotency.key().as_str();
         let mut intent = idempotency.intent("bank.transfer").with_arguments(reference);
         intent = intent.with_timeout(TIMEOUT).with_grace(GRACE);
         if self.deduplicates {
-            intent = intent.deduplicates_for(GRACE);
+            intent = intent.deduplicates_for(DEDUPLICATES_FOR);
         }
         let call = async |key| {
             directions.reach(Point::Opened);
@@ -53,7 +59,7 @@ impl Service {
     }
 }
 
-async fn pay_out<DB: Charges>(
+async fn pay_out<DB: Writes>(
     State(service): State<Service>,
     directions: Directions,
     headers: HeaderMap,
@@ -71,7 +77,7 @@ async fn pay_out<DB: Charges>(
         Ok(tx) => tx,
         Err(error) => return error.into_response(),
     };
-    if let Err(error) = DB::write(&mut tx, &directions, &id).await {
+    if let Err(error) = role::write::<DB>(&mut tx, &directions, &id).await {
         return (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response();
     }
     directions.reach(Point::Written);
@@ -86,3 +92,5 @@ pub const FAIL_AFTER_CALL: &str = "x-fail-after-call";
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Intents dangle when the harness says so.
 const GRACE: Duration = Duration::from_secs(60 * 60);
+/// Calls are repeated in this time less a grace period.
+const DEDUPLICATES_FOR: Duration = Duration::from_secs(24 * 60 * 60);

@@ -4,6 +4,7 @@ use std::{net::Ipv4Addr, thread, time::Duration};
 
 use axum::{
     Router,
+    body::Body,
     extract::{FromRequestParts, Request, State},
     http::{HeaderMap, StatusCode, request::Parts},
     middleware::{self, Next},
@@ -18,13 +19,13 @@ use sqlx::{
 };
 use tokio::{net::TcpListener, time::sleep};
 use tower_idempotency::{
-    Idempotency, IdempotencyLayer, IntoStore, IsolationLevel, PostgresStore, Reaper, SqliteStore,
-    TransactionOptions, Tx,
+    Completer, Consumer, Idempotency, IdempotencyLayer, IntoStore, IsolationLevel, KeptRequests,
+    PostgresStore, Reaper, Refused, Restore, SqliteStore, TransactionOptions, Tx,
 };
 use uuid::Uuid;
 
 use crate::{
-    payout,
+    payout, phased,
     support::required_env,
     trap::{Point, Trap, Trapped},
 };
@@ -53,6 +54,10 @@ pub struct Settings {
     pub store_timeout: Duration,
     pub statement_timeout: Duration,
     pub transactions: TransactionOptions,
+    /// After what time kept requests count as abandoned; without it none is kept.
+    pub abandoned_after: Option<Duration>,
+    /// Whether it completes abandoned requests.
+    pub completes: bool,
 }
 
 impl Default for Settings {
@@ -62,6 +67,8 @@ impl Default for Settings {
             store_timeout: Duration::from_secs(2),
             statement_timeout: Duration::from_secs(10),
             transactions: TransactionOptions::default(),
+            abandoned_after: None,
+            completes: false,
         }
     }
 }
@@ -74,6 +81,8 @@ impl Settings {
             Some(Duration::from_millis(value.parse().expect("a number of milliseconds")))
         };
         settings.lease = millis("LEASE_MS").unwrap_or(settings.lease);
+        settings.abandoned_after = millis(ABANDONED_AFTER_MS);
+        settings.completes = std::env::var_os(COMPLETES).is_some();
         if let Some(limit) = millis("IDLE_TIMEOUT_MS") {
             settings.transactions = settings.transactions.with_idle_timeout(limit);
         }
@@ -84,11 +93,15 @@ impl Settings {
     }
 
     fn layer(&self, store: impl IntoStore) -> IdempotencyLayer {
-        IdempotencyLayer::new(store)
+        let layer = IdempotencyLayer::new(store)
             .with_lease(self.lease)
             .with_store_timeout(self.store_timeout)
             .with_transactions(self.transactions.clone())
-            .with_reaper(Reaper::off())
+            .with_reaper(Reaper::off());
+        match self.abandoned_after {
+            Some(time) => layer.with_kept_requests(KeptRequests::new().with_abandoned_after(time)),
+            None => layer,
+        }
     }
 }
 
@@ -106,12 +119,12 @@ pub fn app(database_url: &str, settings: &Settings) -> Router {
     let trap = Trap::default();
     if database_url.starts_with("sqlite:") {
         let store = Trapped::new(SqliteStore::new(sqlite_pool(database_url, &trap)), trap.clone());
-        return router::<Sqlite>(settings.layer(store), trap);
+        return router::<Sqlite>(settings, store, trap);
     }
     let pool = PgPoolOptions::new().max_connections(10).acquire_timeout(Duration::from_secs(5));
     let pool = pool.connect_lazy(database_url).expect("DATABASE_URL is one of PostgreSQL");
     let store = PostgresStore::new(pool).with_statement_timeout(settings.statement_timeout);
-    router::<Postgres>(settings.layer(Trapped::new(store, trap.clone())), trap)
+    router::<Postgres>(settings, Trapped::new(store, trap.clone()), trap)
 }
 
 /// The store's own connections have the hook too.
@@ -130,13 +143,34 @@ fn sqlite_pool(url: &str, trap: &Trap) -> sqlx::SqlitePool {
     options.connect_lazy_with(url.parse::<SqliteConnectOptions>().expect("DATABASE_URL is one of SQLite"))
 }
 
-fn router<DB: Charges>(layer: IdempotencyLayer, trap: Trap) -> Router {
-    Router::new()
+fn router<DB: Writes>(settings: &Settings, store: impl IntoStore, trap: Trap) -> Router {
+    let layer = settings.layer(store);
+    let handle = layer.handle();
+    let app = Router::new()
         .route("/charges", post(charge::<DB>))
         .merge(payout::router::<DB>())
+        .merge(phased::router::<DB>())
         .layer(layer)
         .layer(middleware::from_fn_with_state(trap, set_trap))
-        .route("/healthz", get(|| async { "ok" }))
+        .route("/healthz", get(|| async { "ok" }));
+    if settings.completes {
+        handle.start_completer(completer(app.clone()));
+    }
+    app
+}
+
+fn completer(app: Router) -> Completer {
+    Completer::new(app.into_service::<Body>(), Nothing).with_interval(SOON).with_backoff(SOON, SOON)
+}
+
+/// There is no authentication layer.
+struct Nothing;
+
+#[async_trait::async_trait]
+impl Restore for Nothing {
+    async fn restore(&self, _: &mut axum::http::Request<()>, _: &Consumer) -> Result<(), Refused> {
+        Ok(())
+    }
 }
 
 /// `x-kill-at` and `x-freeze-at` name a point of the request's attempt.
@@ -185,10 +219,10 @@ impl Directions {
     }
 }
 
-async fn charge<DB: Charges>(directions: Directions, mut tx: Tx<DB>) -> Response {
+async fn charge<DB: Writes>(directions: Directions, mut tx: Tx<DB>) -> Response {
     directions.reach(Point::Begun);
     let id = Uuid::new_v4().to_string();
-    if let Err(error) = DB::write(&mut tx, &directions, &id).await {
+    if let Err(error) = write::<DB>(&mut tx, &directions, &id).await {
         return (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response();
     }
     directions.reach(Point::Written);
@@ -196,37 +230,48 @@ async fn charge<DB: Charges>(directions: Directions, mut tx: Tx<DB>) -> Response
     (StatusCode::CREATED, [("x-charge", id.clone())], format!("charge {id}")).into_response()
 }
 
-/// A database that charges are written to.
-pub trait Charges: Database {
-    fn write(
+/// Writes a charge with this id.
+pub async fn write<DB: Writes>(
+    connection: &mut DB::Connection,
+    directions: &Directions,
+    id: &str,
+) -> Result<(), sqlx::Error> {
+    if directions.touches_shared_row {
+        DB::run(connection, TOUCH, &[]).await?;
+    }
+    let Directions { idempotency, .. } = directions;
+    let attempt = idempotency.attempt_id().to_string();
+    let charge = [idempotency.consumer().as_str(), idempotency.key().as_str(), id, &attempt];
+    DB::run(connection, INSERT, &charge).await
+}
+
+/// A database that handlers write to.
+pub trait Writes: Database {
+    /// Runs a statement with these parameters.
+    fn run(
         connection: &mut Self::Connection,
-        directions: &Directions,
-        id: &str,
+        sql: &'static str,
+        parameters: &[&str],
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 }
 
-macro_rules! charges {
+macro_rules! writes {
     ($database:ty, $connection:ty) => {
-        impl Charges for $database {
-            async fn write(
+        impl Writes for $database {
+            async fn run(
                 connection: &mut $connection,
-                directions: &Directions,
-                id: &str,
+                sql: &'static str,
+                parameters: &[&str],
             ) -> Result<(), sqlx::Error> {
-                if directions.touches_shared_row {
-                    sqlx::query(TOUCH).execute(&mut *connection).await?;
-                }
-                let Directions { idempotency, .. } = directions;
-                let insert = sqlx::query(INSERT).bind(idempotency.consumer().as_str());
-                let insert = insert.bind(idempotency.key().as_str()).bind(id);
-                insert.bind(idempotency.attempt_id().to_string()).execute(connection).await.map(drop)
+                let query = parameters.iter().fold(sqlx::query(sql), |query, text| query.bind(*text));
+                query.execute(connection).await.map(drop)
             }
         }
     };
 }
 
-charges!(Postgres, PgConnection);
-charges!(Sqlite, SqliteConnection);
+writes!(Postgres, PgConnection);
+writes!(Sqlite, SqliteConnection);
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
@@ -236,11 +281,14 @@ fn millis(headers: &HeaderMap, name: &str) -> Duration {
     Duration::from_millis(text(headers, name).and_then(|value| value.parse().ok()).unwrap_or_default())
 }
 
+pub const ABANDONED_AFTER_MS: &str = "ABANDONED_AFTER_MS";
+pub const COMPLETES: &str = "COMPLETES";
 pub const KILL_AT: &str = "x-kill-at";
 pub const FREEZE_AT: &str = "x-freeze-at";
 pub const SLEEP_BEFORE_MS: &str = "x-sleep-before-ms";
 pub const SLEEP_INSIDE_MS: &str = "x-sleep-inside-ms";
 pub const TOUCH_SHARED_ROW: &str = "x-touch-shared-row";
 
+const SOON: Duration = Duration::from_millis(50);
 const TOUCH: &str = "UPDATE accounts SET charges = charges + 1 WHERE id = 1";
 const INSERT: &str = "INSERT INTO charges (consumer, key, id, attempt) VALUES ($1, $2, $3, $4)";

@@ -20,12 +20,16 @@ use tower_idempotency::{
 use crate::support::forward::{forward_recovery, forward_store};
 
 /// A point of an attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Point {
     /// The claim is won, and nobody was told.
     Claimed,
     /// The handler was called and has no transaction yet.
     Entered,
+    /// The first of two phases has written, and is not committed.
+    Reserving,
+    /// The first of two phases is finished.
+    Reserved,
     /// The intent is about to be opened.
     Opening,
     /// The intent is committed, and the upstream was not called.
@@ -34,6 +38,10 @@ pub enum Point {
     Answered,
     /// What the upstream has answered is recorded.
     Finalized,
+    /// The second of two phases has written, and is not committed.
+    Paying,
+    /// The second of two phases is finished.
+    Paid,
     /// The transaction has begun.
     Begun,
     /// The handler has written.
@@ -42,18 +50,22 @@ pub enum Point {
     Returned,
     /// The record is completed in the transaction, which is not committed.
     Completed,
-    /// The transaction is committed, and nobody was told.
+    /// The record is completed for good, and nobody was told.
     Committed,
 }
 
 impl Point {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::Claimed,
         Self::Entered,
+        Self::Reserving,
+        Self::Reserved,
         Self::Opening,
         Self::Opened,
         Self::Answered,
         Self::Finalized,
+        Self::Paying,
+        Self::Paid,
         Self::Begun,
         Self::Written,
         Self::Returned,
@@ -65,10 +77,14 @@ impl Point {
         match self {
             Self::Claimed => "claimed",
             Self::Entered => "entered",
+            Self::Reserving => "reserving",
+            Self::Reserved => "reserved",
             Self::Opening => "opening",
             Self::Opened => "opened",
             Self::Answered => "answered",
             Self::Finalized => "finalized",
+            Self::Paying => "paying",
+            Self::Paid => "paid",
             Self::Begun => "begun",
             Self::Written => "written",
             Self::Returned => "returned",
@@ -153,7 +169,12 @@ impl<S: Store> Store for Trapped<S> {
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
-        self.inner.complete(attempt, response).await
+        self.trap.reach(attempt.key.as_str(), Point::Returned);
+        let outcome = self.inner.complete(attempt, response).await;
+        if matches!(outcome, Ok(CompleteOutcome::Completed)) {
+            self.trap.reach(attempt.key.as_str(), Point::Committed);
+        }
+        outcome
     }
 
     fn transaction(

@@ -289,7 +289,8 @@ fn start_server(program: &Program, url: &str, upstream: &Upstream) -> Server {
     Server::start_program(program.clone(), Some(url), &variables)
 }
 
-fn reconciler(upstream: &Upstream) -> Reconciler {
+/// Looks soon, and again soon.
+pub fn reconciler(upstream: &Upstream) -> Reconciler {
     let client = upstream.client();
     let look_up = move |intent: Intent| {
         let client = client.clone();
