@@ -79,7 +79,7 @@ async fn work_through(run: &Run, database: &str, url: &str, deduplicates: bool) 
     let site = Arc::new(site.await);
     lanes::run(LANES, || lane(Arc::clone(&site))).await;
     site.handle.drain(PATIENCE).await.expect("the reconciler ends");
-    let in_need = site.handle.requests_in_need(10).await.expect("the database answers");
+    let in_need = site.handle.list_requests(10).await.expect("the database answers");
     in_need.iter().for_each(|request| site.completed.fail(request.key.as_str(), format!("{request:?}")));
     site.checks.iter().for_each(|(_, check)| check.print());
     site.completed.print();
