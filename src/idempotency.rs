@@ -83,7 +83,8 @@ impl Idempotency {
         &self.0.attempt.consumer
     }
 
-    /// The record's id: the same over attempts that took over from one whose lease ran out.
+    /// The record's id: the same over attempts that took over from one whose lease ran out, or that was released and on
+    /// whose record an intent or a finished phase hangs.
     ///
     /// **A result that is not stored (5xx, panic, [`Directive::Release`](crate::Directive::Release)) ends a record without
     /// intents and finished phases: the retry gets a new id and attempt number 1.** To call others idempotently use
@@ -118,10 +119,11 @@ impl Idempotency {
         self.0.cancelled.is_cancelled()
     }
 
-    /// A call to an upstream service, `name` by name, that is persisted before it is made and whose outcome is persisted
-    /// after it: a later attempt of the request gets the outcome, without the call.
+    /// A call to the upstream service that `name` stands for. It is persisted before it is made, and its outcome after it: a
+    /// later attempt of the request gets the outcome, without the call.
     ///
-    /// The name is part of the key that the call is sent with. Do not change it while requests may be retried.
+    /// The name, 1 to 255 bytes, is part of the key that the call is sent with. Do not change it while requests may be
+    /// retried.
     ///
     /// Make calls before the handler begins its transaction (`Tx`), which has the record locked: an intent is refused
     /// after that ([`IntentError::Misused`]).

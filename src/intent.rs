@@ -7,6 +7,7 @@ mod operators;
 mod progress;
 
 use std::{
+    error::Error,
     fmt,
     time::{Duration, SystemTime},
 };
@@ -22,8 +23,11 @@ pub use self::{
     error::IntentError,
     operators::{IntentResolution, ResolveIntentOutcome},
 };
-pub(crate) use self::{commands::TURNED_UP, progress::Progress};
-use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, error::BoxError, response::Length};
+pub(crate) use self::{
+    commands::{TURNED_UP, report_turned_up},
+    progress::Progress,
+};
+use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, response::Length};
 
 /// Names an intent, and is the idempotency key that its call is sent with to the upstream service.
 ///
@@ -174,15 +178,18 @@ impl fmt::Debug for Resource {
 /// | no connection: DNS, TCP or TLS failed; 425, 429 | [`NotSent`](Self::NotSent) |
 /// | 4xx, but 408, 409, 425 and 429 | [`Refused`](Self::Refused) |
 /// | anything else: time-out, reset, 5xx, 408, 409 | [`Unknown`](Self::Unknown) |
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 #[expect(clippy::exhaustive_enums, reason = "nothing else can happen to a call")]
 pub enum CallFailure {
     /// Refused for good, with the reason to be recorded: the same call will never be accepted.
+    #[error("refused: {0}")]
     Refused(String),
     /// Certainly not processed: it did not leave, or was turned away at the door.
-    NotSent(BoxError),
+    #[error("not sent")]
+    NotSent(#[source] Box<dyn Error + Send + Sync>),
     /// Nobody knows whether it was processed.
-    Unknown(BoxError),
+    #[error("the outcome is unknown")]
+    Unknown(#[source] Box<dyn Error + Send + Sync>),
 }
 
 impl CallFailure {
@@ -192,12 +199,12 @@ impl CallFailure {
     }
 
     /// Certainly not processed.
-    pub fn not_sent(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+    pub fn not_sent(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::NotSent(cause.into())
     }
 
     /// Nobody knows whether it was processed.
-    pub fn unknown(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+    pub fn unknown(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::Unknown(cause.into())
     }
 
@@ -340,6 +347,13 @@ pub struct Opening {
 }
 
 impl Opening {
+    /// An opening by the order of calls, the first of its name: without arguments and subject, not repeatable, and dangling
+    /// at once.
+    #[must_use]
+    pub fn first(attempt: Attempt, record_id: RecordId, name: impl Into<String>) -> Self {
+        Self::new(attempt, record_id, name.into(), &Place::Ordinal(1))
+    }
+
     pub(crate) fn new(attempt: Attempt, record_id: RecordId, name: String, place: &Place) -> Self {
         Self {
             upstream_key: UpstreamKey::derive(record_id, &name, place),
@@ -418,6 +432,35 @@ pub enum IntentFence {
 }
 
 impl Intent {
+    /// What an opening makes at this time: open and called once, never looked up. A store sets the other fields from what it
+    /// keeps.
+    #[must_use]
+    pub fn opened(opening: &Opening, at: SystemTime) -> Self {
+        Self {
+            upstream_key: opening.upstream_key,
+            record_id: opening.record_id,
+            consumer: opening.attempt.consumer.clone(),
+            key: opening.attempt.key.clone(),
+            name: opening.name.clone(),
+            discriminator: (opening.ordinal == 0).then(|| opening.discriminator.clone()),
+            ordinal: opening.ordinal,
+            arguments: opening.arguments.clone(),
+            subject: opening.subject.clone(),
+            state: IntentState::Open { sent: true },
+            attempt: opening.attempt.id,
+            call: opening.call,
+            calls: 1,
+            created_at: at,
+            opened_at: at,
+            settled_at: None,
+            age: Duration::ZERO,
+            dangling: false,
+            looks: 0,
+            absences: 0,
+            attention: None,
+        }
+    }
+
     /// The fence of a look-up of this intent.
     #[must_use]
     pub fn lookup_fence(&self) -> IntentFence {

@@ -155,7 +155,7 @@ pub struct Record {
     pub fingerprint: Fingerprint,
     /// Where the record stands.
     pub state: RecordState,
-    /// The attempt that owns the record or has completed it; none after an operator resolved it.
+    /// The attempt that owns the record or has completed it; none after an operator resolved it or an attempt gave it back.
     pub attempt: Option<AttemptId>,
     /// Number of that attempt.
     pub attempt_number: u32,
@@ -220,14 +220,14 @@ impl Record {
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RecordState {
-    /// An attempt owns the record.
+    /// An attempt owns the record; or it was released, and stays because an intent or a finished phase hangs on it.
     #[non_exhaustive]
     InProgress {
-        /// What is left of the lease; zero once it ran out.
+        /// What is left of the lease; zero once it ran out or was given back.
         lease_remaining: Duration,
     },
     /// The outcome is unknown and running again is not allowed. Ends by a late completion or release of the same
-    /// attempt or by an operator; never by itself.
+    /// attempt or by an operator; one that only waits for an open intent also when that is settled. Never by time.
     Held,
     /// The response is stored.
     #[non_exhaustive]
@@ -312,9 +312,9 @@ pub enum CompleteOutcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fenced {
-    /// The record was the attempt's, and was changed.
+    /// Its fence held, and it was changed.
     Applied,
-    /// The record is not, or no longer, the attempt's: nothing was changed.
+    /// It did not, or no longer: the record is not the attempt's, for example. Nothing was changed.
     Lost,
 }
 

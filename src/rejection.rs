@@ -163,7 +163,7 @@ rejection_codes! {
     InProgress => "in-progress", CONFLICT, true, "A request is outstanding for this Idempotency-Key";
     /// An earlier request with this key ended without a known outcome, and must not run again. Retryable if the outcome of a
     /// call to an upstream service is what is not known: that is found out. The same code with 503 is
-    /// [`CommitUnconfirmed`](Self::CommitUnconfirmed), which passes.
+    /// [`OutcomePending`](Self::OutcomePending), which passes.
     OutcomeUnknown => "outcome-unknown", CONFLICT, false, "The outcome of the request is unknown";
     /// The request was performed; its response was too large or endless and cannot be replayed.
     ResponseNotKept => "response-not-kept", CONFLICT, false, "The response was not kept";
@@ -193,10 +193,11 @@ rejection_codes! {
     TransactionInUse => "transaction-in-use", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The handler ended its transaction itself. What it wrote may be committed; the key is held.
     TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false, "The outcome of the request is unknown";
-    /// The transaction was told to commit and the database has not confirmed it in time; the status tells it from
-    /// [`OutcomeUnknown`](Self::OutcomeUnknown). The request with the same key gets
-    /// the response if it was committed, and is performed if it was not.
-    CommitUnconfirmed => "outcome-unknown", SERVICE_UNAVAILABLE, true, "The outcome of the request is not known yet";
+    /// The transaction was told to commit and the database has not confirmed it in time: the request with the same key gets
+    /// the response if it was committed, and is performed if it was not. Or it is not known whether an upstream service has
+    /// processed a call, which the next attempt repeats with the same upstream key. The status tells it from
+    /// [`OutcomeUnknown`](Self::OutcomeUnknown).
+    OutcomePending => "outcome-unknown", SERVICE_UNAVAILABLE, true, "The outcome of the request is not known yet";
     /// An upstream service has refused what the request asks for. Unlike the other codes it is the handler's answer, and
     /// stored.
     UpstreamRefused => "upstream-refused", UNPROCESSABLE_ENTITY, false, "The upstream service refused the request";
@@ -283,10 +284,7 @@ pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> R
     if let Some(delay) = rejection.retry_after() {
         headers.entry(header::RETRY_AFTER).or_insert_with(|| delay.as_secs().into());
     }
-    // That an upstream has refused is the handler's answer.
-    if rejection.code != RejectionCode::UpstreamRefused {
-        response.extensions_mut().insert(rejection);
-    }
+    response.extensions_mut().insert(rejection);
     response
 }
 

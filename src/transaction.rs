@@ -227,7 +227,7 @@ impl TransactionErrorKind {
                 "The handler ended its transaction itself. The request is not performed again.",
             ),
             Self::Unconfirmed => (
-                RejectionCode::CommitUnconfirmed,
+                RejectionCode::OutcomePending,
                 "The database has not confirmed the outcome yet. Send the request again with the same key.",
             ),
         };

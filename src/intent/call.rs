@@ -246,6 +246,7 @@ fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
 
 /// An open intent: the call is to be made, and then settled by one of the methods. Dropped, it is left open, as after a
 /// time-out.
+#[must_use = "an intent that is dropped stays open"]
 pub struct OpenIntent {
     idempotency: Idempotency,
     entered: Entered,

@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, UpstreamKey};
+use super::{Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey};
 use crate::{
     Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET, metrics,
     shared::{Shared, no_answer},
@@ -158,12 +158,12 @@ impl Shared {
             ) => return Ok(Fenced::Lost),
         };
         if matches!(found.state, IntentState::Dead { absent: true, .. }) {
-            metrics::turned_up();
-            tracing::error!(
-                target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id, "{TURNED_UP}"
-            );
             let fence = IntentFence::AbsentCall(call);
-            return recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await;
+            let fenced = recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await?;
+            if fenced == Fenced::Applied {
+                report_turned_up(&found, resource);
+            }
+            return Ok(fenced);
         }
         tracing::error!(
             target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
@@ -201,6 +201,15 @@ impl Drop for Delivery {
             self.shared.tasks.spawn_on(withdrawal, &runtime);
         }
     }
+}
+
+/// What was declared absent is there: it is reported, and not repeated.
+pub(crate) fn report_turned_up(intent: &Intent, resource: &Resource) {
+    let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
+    metrics::turned_up();
+    tracing::error!(
+        target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, resource = resource.id, "{TURNED_UP}"
+    );
 }
 
 pub(crate) const TURNED_UP: &str = "a resource turned up that the upstream had not known before";

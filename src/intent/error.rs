@@ -53,7 +53,7 @@ impl IntentError {
         match self {
             Self::Refused(_) => RejectionCode::UpstreamRefused,
             Self::NotSent(_) => RejectionCode::UpstreamUnavailable,
-            Self::Unknown { repeatable: true, .. } => RejectionCode::CommitUnconfirmed,
+            Self::Unknown { repeatable: true, .. } => RejectionCode::OutcomePending,
             Self::Unknown { repeatable: false, .. } | Self::OtherArguments => RejectionCode::OutcomeUnknown,
             Self::NotRecorded(error) => RejectionCode::of_store(error.kind()),
             Self::Lost => RejectionCode::InProgress,
@@ -72,7 +72,8 @@ impl IntentError {
             }
             Self::Unknown { repeatable: false, .. } => return Rejection::outcome_unknown_for_now(),
             Self::OtherArguments => {
-                "It is not known what an upstream service did. The request is not run again until that is resolved."
+                "An earlier attempt of this request asked an upstream service for something else. It is not run again until \
+                 that is resolved."
             }
             Self::NotRecorded(_) | Self::Misused(_) => {
                 "The request was not performed; the server's log says why."
@@ -82,12 +83,31 @@ impl IntentError {
         Rejection::new(self.code(), detail)
     }
 
+    fn log(&self) {
+        let (code, error) = (self.code(), self as &(dyn std::error::Error + 'static));
+        match self {
+            Self::Refused(_) => {
+                tracing::info!(target: TRACING_TARGET, %code, error, "an upstream service has refused a call");
+            }
+            Self::NotSent(_) | Self::Unknown { .. } | Self::Lost => {
+                tracing::warn!(target: TRACING_TARGET, %code, error, "a call to an upstream service has no result");
+            }
+            Self::NotRecorded(_) | Self::OtherArguments | Self::Misused(_) => {
+                tracing::error!(target: TRACING_TARGET, %code, error, "a call to an upstream service was not made");
+            }
+        }
+    }
+
     /// The response, rendered as [`ProblemJson`] whatever the layer's renderer is. Logs the cause.
     #[must_use]
     pub fn into_http_response(self) -> Response<Bytes> {
-        let error = &self as &(dyn std::error::Error + 'static);
-        tracing::error!(target: TRACING_TARGET, code = %self.code(), error, "a call to an upstream service has no result");
-        respond(self.rejection(), &ProblemJson)
+        self.log();
+        let mut response = respond(self.rejection(), &ProblemJson);
+        if matches!(self, Self::Refused(_)) {
+            // The handler's answer, and no refusal of the layer.
+            response.extensions_mut().remove::<Rejection>();
+        }
+        response
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use crate::Rejection;
 pub(crate) struct Progress {
     state: Mutex<State>,
     /// Ends of phases, which may find out that the key must be held.
-    ends_of_phases: TaskTracker,
+    ends_of_phases: OnceLock<TaskTracker>,
 }
 
 #[derive(Debug, Default)]
@@ -97,12 +97,14 @@ impl Progress {
     /// Runs the end of a phase to its end, which the end of the attempt waits for.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn track<F: Future>(&self, end: F) -> TrackedFuture<F> {
-        self.ends_of_phases.track_future(end)
+        self.ends_of_phases.get_or_init(TaskTracker::new).track_future(end)
     }
 
     pub(crate) async fn phases_ended(&self) {
-        self.ends_of_phases.close();
-        self.ends_of_phases.wait().await;
+        if let Some(ends) = self.ends_of_phases.get() {
+            ends.close();
+            ends.wait().await;
+        }
     }
 
     /// Whether a phase is open, which has the record locked.

@@ -11,7 +11,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{Lookup, ReconcilePass, Reconciler, Settings, TO_RECORD};
 use crate::{
     Fenced, Intent, IntentState, IntentUpdate, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET,
-    error::BoxError, intent::TURNED_UP, metrics, reaper::jittered, shared::Shared,
+    error::BoxError,
+    intent::{TURNED_UP, report_turned_up},
+    metrics,
+    reaper::jittered,
+    shared::Shared,
 };
 
 /// What a look-up came to.
@@ -253,10 +257,7 @@ fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {
     let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
     match (outcome, &decision.attention, &decision.update) {
         (Outcome::TurnedUp, _, IntentUpdate::Finalize(resource)) => {
-            metrics::turned_up();
-            tracing::error!(
-                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, resource = resource.id, "{TURNED_UP}"
-            );
+            report_turned_up(intent, resource);
         }
         (Outcome::Attention, Some(what), _) => {
             tracing::error!(

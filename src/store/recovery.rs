@@ -80,7 +80,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Any; nothing is changed.
     async fn count_intents(&self) -> Result<IntentCounts, StoreError>;
 
-    /// The result of a finished phase. Waits for a transaction that is finishing it.
+    /// The result of a finished phase, which only the stores of this crate can have. Waits for a transaction that is finishing it.
     ///
     /// # Errors
     ///

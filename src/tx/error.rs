@@ -92,9 +92,13 @@ impl TxError {
     /// The refusal, rendered as [`ProblemJson`] whatever the layer's renderer is. Logs the cause.
     #[must_use]
     pub fn into_http_response(self) -> Response<Bytes> {
-        if let Some(source) = &self.source {
-            let error = &**source as &(dyn std::error::Error + 'static);
-            tracing::error!(target: TRACING_TARGET, code = %self.code(), error, "the transaction of a handler failed");
+        match self.source.map(|source| source.downcast::<IntentError>()) {
+            Some(Ok(error)) => return error.into_http_response(),
+            Some(Err(source)) => {
+                let (code, error) = (self.rejection.code(), &*source as &(dyn std::error::Error + 'static));
+                tracing::error!(target: TRACING_TARGET, %code, error, "the transaction of a handler failed");
+            }
+            None => {}
         }
         respond(*self.rejection, &ProblemJson)
     }

@@ -313,7 +313,7 @@ async fn the_stricter_declaration_of_an_upstream_counts<DB: Db>(site: Site<DB>) 
             idempotency.intent("charge").deduplicates_for(Duration::from_secs(86400)).call(call).await?;
         Ok::<_, IntentError>((StatusCode::CREATED, made.id))
     };
-    site.node(v1).send().await.assert_refused(RejectionCode::CommitUnconfirmed);
+    site.node(v1).send().await.assert_refused(RejectionCode::OutcomePending);
     let counter = charges.clone();
     let v2 = async move |idempotency: Idempotency| {
         let call = async |_| {
@@ -510,6 +510,20 @@ async fn a_reason_may_hold_what_a_database_cannot_store<DB: Db>(site: Site<DB>) 
         answer.rejection,
         open.len()
     );
+}
+
+/// Also for a handler whose errors are those of its transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_stored_as_the_answer_of_the_handler() {
+    let site = Site::<Sqlite>::open().await;
+    let handler = async |idempotency: Idempotency| {
+        idempotency.intent("charge").call(async |_| Err(CallFailure::refused("card declined"))).await?;
+        Ok::<_, TxError>(StatusCode::CREATED)
+    };
+    let node = site.node(handler);
+    let first = node.send().await;
+    assert_eq!((first.status, first.rejection), (StatusCode::UNPROCESSABLE_ENTITY, None), "{first:?}");
+    first.assert_same_replay(&node.send().await);
 }
 
 /// The reply of the opening is lost, and then the server is away for a moment.

@@ -266,7 +266,7 @@ pub(crate) fn assert_answer(answer: &Answer, expected: impl Into<Answered>) {
 /// What a call comes to whose outcome is unknown.
 pub(crate) fn unknown(upstream: &Upstream) -> RejectionCode {
     match upstream.deduplicates() {
-        true => RejectionCode::CommitUnconfirmed,
+        true => RejectionCode::OutcomePending,
         false => RejectionCode::OutcomeUnknown,
     }
 }

@@ -377,7 +377,7 @@ async fn intents_of_one_name_keep_their_order<DB: Db>() {
         let (payer, seen) = (payer.clone(), Arc::clone(&writer));
         async move { pay_twice(&payer, &idempotency(&request), &seen).await }
     });
-    node.send("k").await.assert_refused(RejectionCode::CommitUnconfirmed);
+    node.send("k").await.assert_refused(RejectionCode::OutcomePending);
     let second = site.send_until_created(&node, "k").await;
     let asked: Vec<_> = site.upstream.requests().into_iter().map(|asked| asked.key).collect();
     let [first, again, once_more] = asked[..] else { panic!("{asked:?}") };

@@ -137,7 +137,7 @@ impl Remote {
         match first.rejection {
             None => assert_eq!((first.status, self.charges().await), (StatusCode::CREATED, before + 1)),
             Some(RejectionCode::TransactionLost) => assert_eq!(self.charges().await, before),
-            Some(code) => assert_eq!(code, RejectionCode::CommitUnconfirmed),
+            Some(code) => assert_eq!(code, RejectionCode::OutcomePending),
         }
         let last = node.send_until_ended(key).await;
         assert_eq!((last.status, self.charges().await), (StatusCode::CREATED, before + 1), "{first:?}");
@@ -177,7 +177,7 @@ async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() 
     remote.proxy.set(Fault::HoldRepliesFrom(b"COMMIT"));
     gate.open();
     let answer = timeout(Duration::from_millis(1500), answer).await.expect("a prompt answer").unwrap();
-    answer.assert_refused(RejectionCode::CommitUnconfirmed);
+    answer.assert_refused(RejectionCode::OutcomePending);
     assert!(answer.problem()["retryable"] == true && answer.headers.contains_key("retry-after"));
     remote.agrees(&node, "k", answer, 0).await;
     remote.proxy.set(Fault::None);
