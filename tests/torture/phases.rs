@@ -90,7 +90,9 @@ async fn work_through(run: &Run, database: &str, url: &str, deduplicates: bool) 
 async fn lane(site: Arc<Site>) {
     let mut victim: Option<Server> = None;
     while let Some((point, number)) = site.todo.take() {
-        let victim = victim.get_or_insert_with(|| block_in_place(|| site.start()));
+        let victim = victim.get_or_insert_with(|| {
+            block_in_place(|| start_server(&site.url, &site.upstream, &site.journal, false))
+        });
         let key = format!("{}-{number}", point.name());
         let warm = Order::phased(format!("warm-{key}"));
         let warmed = site.client.insist(&[victim.address()], warm, Instant::now() + PATIENCE).await;
@@ -141,10 +143,6 @@ impl Site {
         let survivor = block_in_place(|| start_server(url, &upstream, &journal, true));
         let (client, url) = (Client::new(PATIENCE), url.to_owned());
         Self { url, books, upstream, journal, client, survivor, handle, todo, checks, completed }
-    }
-
-    fn start(&self) -> Server {
-        start_server(&self.url, &self.upstream, &self.journal, false)
     }
 
     /// Sends the request whose server dies at the point. An error says what should not be as it is then.
