@@ -74,7 +74,8 @@ impl Refused {
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "sqlite"))] {
-/// # async fn start(app: axum::Router, layer: tower_idempotency::IdempotencyLayer) {
+/// # use tower_idempotency::{IdempotencyLayer, StoreError};
+/// # async fn start(app: axum::Router, layer: IdempotencyLayer) -> Result<(), StoreError> {
 /// use axum::{body::Body, http::Request};
 /// use tower_idempotency::{Completer, Consumer, Refused, Restore};
 ///
@@ -95,8 +96,8 @@ impl Refused {
 ///     }
 /// }
 ///
-/// layer.handle().start_completer(Completer::new(app.into_service::<Body>(), RestoreUser));
-/// # }
+/// layer.handle().start_completer(Completer::new(app.into_service::<Body>(), RestoreUser))?;
+/// # Ok(()) }
 /// # }
 /// ```
 #[derive(Clone)]
