@@ -47,7 +47,8 @@ impl Completer {
         let (mut counts, mut left) = (CompleterPass::default(), self.batch);
         let (mut under_way, mut failure) = (JoinSet::new(), None);
         loop {
-            let free = u32::try_from(self.at_once - under_way.len()).unwrap_or(u32::MAX).min(left);
+            let running = u32::try_from(under_way.len()).unwrap_or(u32::MAX);
+            let free = self.concurrency.saturating_sub(running).min(left);
             if free > 0 && !shared.draining.is_cancelled() {
                 let taken = self.take(shared, free).await.unwrap_or_else(|error| {
                     failure = Some(error);

@@ -66,8 +66,8 @@ impl Reconciler {
         let pause = self.settings.taken_for();
         while !shared.draining.is_cancelled() {
             let begun = Instant::now();
-            let taken = recovery.take_dangling(self.settings.batch.get(), pause).await?;
-            let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch.get());
+            let taken = recovery.take_dangling(self.settings.batch, pause).await?;
+            let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch);
             // Whoever is late leaves the rest to those who take it next.
             let in_time =
                 || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout.saturating_add(TO_RECORD);
@@ -92,7 +92,7 @@ impl Reconciler {
         may_begin: impl Fn() -> bool,
         pass: &mut ReconcilePass,
     ) {
-        let concurrency = usize::try_from(self.settings.concurrency.get()).unwrap_or(usize::MAX);
+        let concurrency = usize::try_from(self.settings.concurrency).unwrap_or(usize::MAX);
         let mut waiting = intents.into_iter();
         let mut running = JoinSet::new();
         loop {

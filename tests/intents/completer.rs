@@ -138,7 +138,7 @@ async fn panics_of_the_application_and_of_restore_are_survived<DB: Dialect>(shop
         "mallory" => panic!("as the test wants it"),
         _ => restore_user(consumer),
     };
-    let completer = completer(unreliable(&node), restore).with_max_tries(2).with_at_once(1);
+    let completer = completer(unreliable(&node), restore).with_max_tries(2).with_concurrency(1);
     node.handle.start_completer(completer).unwrap();
     until("what becomes of them", async || {
         node.needs().await.len() == 3 && is_completed(node.record("alice", "k").await.as_ref())
@@ -393,8 +393,9 @@ fn settings_that_cannot_work_are_refused() {
     assert!(!with(|completer| completer.with_timeout(Duration::from_secs(1))));
     assert!(with(|completer| completer.with_interval(Duration::ZERO)));
     assert!(with(|completer| completer.with_batch(0)));
-    assert!(with(|completer| completer.with_at_once(0)));
+    assert!(with(|completer| completer.with_concurrency(0)));
     assert!(with(|completer| completer.with_max_tries(0)));
     assert!(with(|completer| completer.with_timeout(Duration::ZERO)));
     assert!(with(|completer| completer.with_backoff(Duration::ZERO, Duration::from_secs(1))));
+    assert!(with(|completer| completer.with_backoff(Duration::from_secs(2), Duration::from_secs(1))));
 }

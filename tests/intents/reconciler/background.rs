@@ -1,6 +1,9 @@
 //! The reconciler beside running attempts, and as a task.
 
-use std::{num::NonZero, time::Duration};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
 
 use axum::http::StatusCode;
 use tower_idempotency::{
@@ -119,7 +122,7 @@ async fn the_task_begins_at_once_and_goes_on<DB: Db>(world: World<DB>) {
     bank.says("second", &[Say::Panics, Say::Fails, Say::Found]);
     let second = dangle(&world, &node, &bank, "second").await;
     let eager = bank.reconciler().with_interval(Duration::from_millis(20));
-    node.handle.start_reconciler(eager.with_backoff(Duration::ZERO, Duration::ZERO)).unwrap();
+    node.handle.start_reconciler(eager.with_backoff(SOON, SOON)).unwrap();
     until("a later pass has found it", || found(second)).await;
     assert_eq!(bank.lookups()[&second], 3);
     node.handle.drain(Duration::from_secs(30)).await.unwrap();
@@ -148,7 +151,7 @@ async fn draining_waits_for_the_lookups_under_way_and_begins_no_more<DB: Db>(wor
         keys.push(dangle(&world, &node, &bank, name).await);
         lookups.says(name, &[Say::WaitsAndFindsNothing]);
     }
-    node.handle.start_reconciler(lookups.reconciler().with_concurrency(NonZero::<u32>::MIN)).unwrap();
+    node.handle.start_reconciler(lookups.reconciler().with_concurrency(1)).unwrap();
     lookups.until_waiting(1).await;
     let timed_out = node.handle.drain(Duration::from_millis(50)).await.unwrap_err();
     assert_eq!(timed_out.running, 1);
@@ -188,3 +191,24 @@ async fn a_task_ends_with_its_layer() {
     drop(node);
     until("the task has ended", || async { tasks() < before }).await;
 }
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    let with = |change: fn(Reconciler) -> Reconciler| {
+        let reconciler = Bank::default().reconciler();
+        catch_unwind(AssertUnwindSafe(|| change(reconciler))).is_err()
+    };
+    assert!(!with(|reconciler| reconciler.with_batch(1).with_concurrency(1).with_max_lookups(1)));
+    assert!(!with(|reconciler| reconciler.with_backoff(SOON, SOON).with_timeout(SOON)));
+    assert!(!with(|reconciler| reconciler.with_recheck_after(Duration::ZERO)), "it means never");
+    assert!(with(|reconciler| reconciler.with_interval(Duration::ZERO)));
+    assert!(with(|reconciler| reconciler.with_batch(0)));
+    assert!(with(|reconciler| reconciler.with_concurrency(0)));
+    assert!(with(|reconciler| reconciler.with_timeout(Duration::ZERO)));
+    assert!(with(|reconciler| reconciler.with_confirmation_after(Duration::ZERO)));
+    assert!(with(|reconciler| reconciler.with_max_lookups(0)));
+    assert!(with(|reconciler| reconciler.with_backoff(Duration::ZERO, Duration::from_secs(1))));
+    assert!(with(|reconciler| reconciler.with_backoff(Duration::from_secs(2), Duration::from_secs(1))));
+}
+
+const SOON: Duration = Duration::from_millis(1);

@@ -1,6 +1,6 @@
 //! What becomes of an intent, by what its look-ups come to.
 
-use std::{num::NonZero, time::Duration};
+use std::time::Duration;
 
 use axum::http::StatusCode;
 use tokio::task::JoinSet;
@@ -88,7 +88,7 @@ async fn many_intents_are_settled_once_by_two_reconcilers<DB: Db>(world: World<D
     clients.join_all().await;
     world.age_intents().await;
 
-    let reconciler = bank.reconciler().with_batch(NonZero::new(50).unwrap());
+    let reconciler = bank.reconciler().with_batch(50);
     let both = async || {
         let (one, other) =
             tokio::join!(nodes[0].handle.reconcile(&reconciler), nodes[1].handle.reconcile(&reconciler));
@@ -217,7 +217,7 @@ async fn what_fails_hangs_and_panics_is_looked_up_again_and_then_needs_attention
         dangle(&world, &node, &bank, name).await;
         bank.says(name, &[say]);
     }
-    let reconciler = bank.reconciler().with_max_lookups(3).with_lookup_timeout(Duration::from_millis(50));
+    let reconciler = bank.reconciler().with_max_lookups(3).with_timeout(Duration::from_millis(50));
     let pass = node.handle.reconcile(&reconciler).await.unwrap();
     assert_eq!((pass.found, pass.again), (1, 4), "{pass:?}");
     world.age_intents().await;
