@@ -7,6 +7,7 @@ use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
+pub use self::pass::ReconcilerPass;
 use crate::{Intent, Resource};
 
 /// Asks upstream services what became of calls.
@@ -273,26 +274,6 @@ impl Settings {
         let doubled = 2_u32.saturating_pow(looks.saturating_sub(1));
         self.first_backoff.saturating_mul(doubled).min(self.max_backoff)
     }
-}
-
-/// What one pass has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ReconcilePass {
-    /// Intents whose resource was found, and that are finalized now.
-    pub found: u64,
-    /// Intents that were not found twice or certainly not sent, and that may be called again now.
-    pub absent: u64,
-    /// Intents that are looked up again later.
-    pub again: u64,
-    /// Intents that need attention now.
-    pub attention: u64,
-    /// Intents that were not found a last time.
-    pub closed: u64,
-    /// Intents that were called again, settled or looked up by others meanwhile.
-    pub lost: u64,
-    /// Intents whose look-up could not be recorded; they are looked up again.
-    pub unrecorded: u64,
 }
 
 /// How long it is tried to record a look-up.

@@ -88,7 +88,7 @@ async fn a_request_that_fails_every_time_needs_attention<DB: Dialect>(shop: Shop
     let node = shop.node();
     let completer = node.completer().with_max_tries(3);
     let pass = node.complete(&completer, 3).await;
-    assert_eq!((pass.taken, pass.send_again, pass.need_attention), (3, 2, 1), "{pass:?}");
+    assert_eq!((pass.taken, pass.again, pass.need_attention), (3, 2, 1), "{pass:?}");
     assert_eq!(shop.stage.runs.get(), 4);
     let needs = node.needs().await;
     assert_eq!(
@@ -109,7 +109,7 @@ async fn a_request_is_sent_again_after_a_pause<DB: Dialect>(shop: Shop<DB>) {
     let node = shop.node();
     let hour = Duration::from_secs(3600);
     let completer = node.completer().with_backoff(hour, hour);
-    assert_eq!(node.complete(&completer, 1).await.send_again, 1);
+    assert_eq!(node.complete(&completer, 1).await.again, 1);
     assert_eq!(node.handle.complete_abandoned(&completer).await.unwrap().taken, 0);
     let due = "SELECT count(*) FROM idempotency_requests WHERE tries = 1 AND next_at IS NOT NULL";
     assert_eq!((shop.number(due).await, shop.stage.runs.get()), (1, 2));

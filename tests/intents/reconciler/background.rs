@@ -7,7 +7,7 @@ use std::{
 
 use axum::http::StatusCode;
 use tower_idempotency::{
-    IdempotencyLayer, IntentState, MemoryStore, ReconcilePass, Reconciler, StoreErrorKind,
+    IdempotencyLayer, IntentState, MemoryStore, Reconciler, ReconcilerPass, StoreErrorKind,
 };
 
 use super::lookups::{dangle, intent};
@@ -34,7 +34,7 @@ async fn a_call_whose_attempt_owns_the_record_is_not_looked_up<DB: Db>(world: Wo
     bank.until_waiting(1).await;
     world.age_intents().await;
     assert_eq!(node.handle.count_intents().await.unwrap().dangling, 1);
-    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilePass::default());
+    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilerPass::default());
 
     world.end_leases().await;
     bank.says("k", &[Say::NotFound]);
@@ -66,7 +66,7 @@ async fn an_attempt_that_comes_back_during_the_lookup_wins<DB: Db>(world: World<
     assert!(node.pay("k").await.is_replay());
 }
 
-fn pass(node: &Node, reconciler: Reconciler) -> tokio::task::JoinHandle<ReconcilePass> {
+fn pass(node: &Node, reconciler: Reconciler) -> tokio::task::JoinHandle<ReconcilerPass> {
     let handle = node.handle.clone();
     tokio::spawn(async move { handle.reconcile(&reconciler).await.unwrap() })
 }
@@ -165,7 +165,7 @@ async fn draining_waits_for_the_lookups_under_way_and_begins_no_more<DB: Db>(wor
     }
     absences.sort_unstable();
     assert_eq!((absences, lookups.lookups().len()), (vec![0, 1], 1));
-    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilePass::default());
+    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilerPass::default());
 }
 
 #[tokio::test]
