@@ -163,7 +163,7 @@ impl Completer {
             tracing::info!(target: TRACING_TARGET, %consumer, %record, tries, "an abandoned request is completed");
         }
         let recovery = shared.recovery()?;
-        shared.run_to_end(async move { recovery.update_request(record, &update).await }).await
+        shared.run_to_end(async move { recovery.update_request(record, &update).await }).await.map(drop)
     }
 }
 

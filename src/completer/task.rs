@@ -6,8 +6,8 @@ use tokio::time::timeout;
 
 use super::{Completer, CompleterPass};
 use crate::{
-    IdempotencyHandle, KeptRequest, RecordId, RequestUpdate, StoreError, TRACING_TARGET, reaper::jittered,
-    shared::Shared,
+    Fenced, IdempotencyHandle, KeptRequest, RecordId, RequestUpdate, StoreError, TRACING_TARGET,
+    reaper::jittered, shared::Shared,
 };
 
 /// Abandoned requests.
@@ -57,15 +57,18 @@ impl IdempotencyHandle {
     }
 
     /// Has a kept request that waits for an operator sent again, once what stood in its way is put right. Its tries begin
-    /// anew.
+    /// anew. Returns whether there is such a request.
+    ///
+    /// [`evict`](Self::evict) discards a request together with its record.
     ///
     /// # Errors
     ///
     /// [`StoreError`].
-    pub async fn send_again(&self, record: RecordId) -> Result<(), StoreError> {
+    pub async fn send_again(&self, record: RecordId) -> Result<bool, StoreError> {
         let recovery = self.shared.recovery()?;
         let update = RequestUpdate::SendAgain(std::time::Duration::ZERO);
-        self.shared.run_to_end(async move { recovery.update_request(record, &update).await }).await
+        let work = async move { recovery.update_request(record, &update).await };
+        Ok(self.shared.run_to_end(work).await? == Fenced::Applied)
     }
 }
 

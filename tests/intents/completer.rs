@@ -76,10 +76,11 @@ async fn a_request_whose_user_was_revoked_is_not_run<DB: Dialect>(shop: Shop<DB>
     assert_eq!(node.handle.complete_abandoned(&completer).await.unwrap().taken, 0);
 
     revoked.store(false, Ordering::SeqCst);
-    node.handle.send_again(request.record_id).await.unwrap();
+    assert!(node.handle.send_again(request.record_id).await.unwrap());
     assert!(node.needs().await.is_empty());
     assert_eq!(node.complete(&completer, 1).await.completed, 1);
     node.assert_replays(|| charge("mallory", "k"), "mallory", "k").await;
+    assert!(!node.handle.send_again(request.record_id).await.unwrap(), "it is not kept any more");
 }
 
 async fn a_request_that_fails_every_time_needs_attention<DB: Dialect>(shop: Shop<DB>) {
