@@ -13,7 +13,7 @@ use tower_service::Service;
 
 pub use self::pass::CompleterPass;
 use self::send::{SendRequest, erased};
-use crate::Consumer;
+use crate::{Consumer, reconciler::check_backoff};
 
 /// Puts back into a request that is sent again what the authentication layer had set, which is never kept: an extension, an
 /// internal header.
@@ -74,7 +74,8 @@ impl Refused {
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "sqlite"))] {
-/// # async fn start(app: axum::Router, layer: tower_idempotency::IdempotencyLayer) {
+/// # use tower_idempotency::{IdempotencyLayer, StoreError};
+/// # async fn start(app: axum::Router, layer: IdempotencyLayer) -> Result<(), StoreError> {
 /// use axum::{body::Body, http::Request};
 /// use tower_idempotency::{Completer, Consumer, Refused, Restore};
 ///
@@ -95,8 +96,8 @@ impl Refused {
 ///     }
 /// }
 ///
-/// layer.handle().start_completer(Completer::new(app.into_service::<Body>(), RestoreUser));
-/// # }
+/// layer.handle().start_completer(Completer::new(app.into_service::<Body>(), RestoreUser))?;
+/// # Ok(()) }
 /// # }
 /// ```
 #[derive(Clone)]
@@ -105,7 +106,7 @@ pub struct Completer {
     restore: Arc<dyn Restore>,
     interval: Duration,
     batch: u32,
-    at_once: usize,
+    concurrency: u32,
     backoff: Backoff,
     max_tries: u32,
     timeout: Duration,
@@ -142,14 +143,14 @@ impl Completer {
             restore: Arc::new(restore),
             interval: Duration::from_secs(30),
             batch: 20,
-            at_once: 4,
+            concurrency: 4,
             backoff: Backoff { first: Duration::from_secs(60), maximum: Duration::from_secs(60 * 60) },
             max_tries: 5,
             timeout: Duration::from_secs(15 * 60),
         }
     }
 
-    /// Sets how often it looks for abandoned requests, with a jitter of a quarter. Default: 30 s.
+    /// Sets the pause between two looks for abandoned requests, with a jitter of a quarter. Default: 30 s.
     ///
     /// # Panics
     ///
@@ -157,7 +158,10 @@ impl Completer {
     #[must_use]
     #[track_caller]
     pub fn with_interval(mut self, interval: Duration) -> Self {
-        assert!(!interval.is_zero(), "a completer needs an interval above zero");
+        assert!(
+            !interval.is_zero(),
+            "a completer needs a pause between two looks: use an interval above zero"
+        );
         self.interval = interval;
         self
     }
@@ -170,7 +174,7 @@ impl Completer {
     #[must_use]
     #[track_caller]
     pub fn with_batch(mut self, requests: u32) -> Self {
-        assert!(requests > 0, "a completer needs a batch above zero");
+        assert!(requests > 0, "a completer with an empty batch sends nothing: use at least 1");
         self.batch = requests;
         self
     }
@@ -182,25 +186,23 @@ impl Completer {
     /// If it is zero.
     #[must_use]
     #[track_caller]
-    pub fn with_at_once(mut self, requests: usize) -> Self {
+    pub fn with_concurrency(mut self, requests: u32) -> Self {
         assert!(requests > 0, "a completer that has no request under way sends none: use at least 1");
-        self.at_once = requests;
+        self.concurrency = requests;
         self
     }
 
-    /// Sets the pause after the first try, which doubles with each one, and its maximum. Defaults: 1 min, 1 h.
+    /// Sets after what time a request is sent again that was not completed: `first`, and twice as long each time, but not
+    /// longer than `max`. Default: 1 min, and at most 1 h.
     ///
     /// # Panics
     ///
-    /// If the first is zero or longer than the maximum.
+    /// If `first` is zero or longer than `max`.
     #[must_use]
     #[track_caller]
-    pub fn with_backoff(mut self, first: Duration, maximum: Duration) -> Self {
-        assert!(
-            !first.is_zero() && first <= maximum,
-            "a pause of {first:?} growing to {maximum:?} is impossible: begin above zero and not above the maximum"
-        );
-        self.backoff = Backoff { first, maximum };
+    pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
+        check_backoff(first, max);
+        self.backoff = Backoff { first, maximum: max };
         self
     }
 
@@ -226,7 +228,7 @@ impl Completer {
     #[must_use]
     #[track_caller]
     pub fn with_timeout(mut self, limit: Duration) -> Self {
-        assert!(!limit.is_zero(), "a completer that does not wait for responses could send nothing");
+        assert!(!limit.is_zero(), "a completer that does not wait learns nothing: use a time-out above zero");
         self.timeout = limit;
         self
     }
@@ -237,7 +239,7 @@ impl fmt::Debug for Completer {
         f.debug_struct("Completer")
             .field("interval", &self.interval)
             .field("batch", &self.batch)
-            .field("at_once", &self.at_once)
+            .field("concurrency", &self.concurrency)
             .field("backoff", &self.backoff)
             .field("max_tries", &self.max_tries)
             .field("timeout", &self.timeout)

@@ -98,7 +98,7 @@ impl IdempotencyHandle {
     }
 
     /// Deletes a record in whatever state: the next request with the key runs, even while an attempt is running.
-    /// Returns whether there was one.
+    /// Returns whether there was one. A request that was [kept](crate::KeptRequests) for it is discarded with it.
     ///
     /// # Errors
     ///

@@ -3,7 +3,7 @@
 mod attempt;
 mod error;
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -13,7 +13,7 @@ pub use self::{attempt::LogAttempt, error::IntentLogError};
 use crate::{
     AbandonedAttempts, Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyHandle,
     IdempotencyKey, IntoStore, Reaper, Record, RecordState, ResultPolicy, StoredBody, StoredResponse,
-    UnreadableResponse, settings::Settings, shared::Shared,
+    UnreadableResponse, response::Length, settings::Settings, shared::Shared,
 };
 
 /// Performs what is no HTTP request once: a job, a message. It keeps its records in the store of an
@@ -52,7 +52,6 @@ pub struct IntentLog {
 }
 
 /// What there is to do.
-#[derive(Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a caller must handle every one")]
 pub enum LogOutcome {
     /// The work, by this attempt.
@@ -66,6 +65,19 @@ pub enum LogOutcome {
     Held,
     /// Nothing: the key was used with other arguments, or by a request.
     OtherArguments,
+}
+
+/// Shows how long a result is, and nothing of it.
+impl fmt::Debug for LogOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Run(attempt) => f.debug_tuple("Run").field(attempt).finish(),
+            Self::Completed(result) => f.debug_tuple("Completed").field(&Length(result)).finish(),
+            Self::InProgress => f.write_str("InProgress"),
+            Self::Held => f.write_str("Held"),
+            Self::OtherArguments => f.write_str("OtherArguments"),
+        }
+    }
 }
 
 impl IntentLog {
@@ -226,5 +238,16 @@ fn result_of(stored: &Bytes) -> Result<Bytes, IntentLogError> {
         StoredBody::Kept { data, .. } => Ok(data),
         StoredBody::Representation(representation) => Ok(representation.data().clone()),
         StoredBody::NotKept => Err(UnreadableResponse::Damaged.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_a_result_is_shown() {
+        let outcome = LogOutcome::Completed(Bytes::from_static(b"secret"));
+        assert_eq!(format!("{outcome:?}"), "Completed(6 bytes)");
     }
 }

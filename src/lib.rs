@@ -64,7 +64,7 @@ pub use key::{IdempotencyKey, InvalidKey, KeySyntax};
 pub use layer::IdempotencyLayer;
 pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
 pub use reaper::Reaper;
-pub use reconciler::{Lookup, Reconcile, ReconcilePass, Reconciler};
+pub use reconciler::{Lookup, Reconcile, Reconciler, ReconcilerPass};
 pub use record::{
     Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId,
     RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome,

@@ -3,10 +3,11 @@
 mod pass;
 mod task;
 
-use std::{error::Error, fmt, num::NonZero, sync::Arc, time::Duration};
+use std::{error::Error, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
+pub use self::pass::ReconcilerPass;
 use crate::{Intent, Resource};
 
 /// Asks upstream services what became of calls.
@@ -99,7 +100,7 @@ pub enum Lookup {
 /// use tower_idempotency::{Intent, Lookup, Reconciler};
 ///
 /// let ask = |intent: Intent| async move { Ok(Lookup::Unknown) };
-/// let reconciler = Reconciler::new(ask).with_lookup_timeout(Duration::from_secs(10));
+/// let reconciler = Reconciler::new(ask).with_timeout(Duration::from_secs(10));
 /// # }
 /// ```
 #[derive(Clone)]
@@ -111,8 +112,8 @@ pub struct Reconciler {
 #[derive(Clone, Debug)]
 struct Settings {
     interval: Duration,
-    batch: NonZero<u32>,
-    concurrency: NonZero<u32>,
+    batch: u32,
+    concurrency: u32,
     timeout: Duration,
     confirm_after: Duration,
     first_backoff: Duration,
@@ -125,8 +126,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             interval: Duration::from_secs(30),
-            batch: BATCH,
-            concurrency: CONCURRENCY,
+            batch: 100,
+            concurrency: 8,
             timeout: Duration::from_secs(30),
             confirm_after: Duration::from_secs(60),
             first_backoff: Duration::from_secs(30),
@@ -144,8 +145,8 @@ impl Reconciler {
         Self { upstreams: Arc::new(upstreams), settings: Settings::default() }
     }
 
-    /// The pause between two passes, with a jitter of a quarter; doubled up to eight times while the store fails. Default:
-    /// 30 s.
+    /// Sets the pause between two passes, with a jitter of a quarter; it doubles up to eight times while the store fails.
+    /// Default: 30 s.
     ///
     /// # Panics
     ///
@@ -153,50 +154,89 @@ impl Reconciler {
     #[must_use]
     #[track_caller]
     pub fn with_interval(mut self, interval: Duration) -> Self {
-        assert!(!interval.is_zero(), "a reconciler needs a pause between two passes");
+        assert!(
+            !interval.is_zero(),
+            "a reconciler needs a pause between two passes: use an interval above zero"
+        );
         self.settings.interval = interval;
         self
     }
 
-    /// How many intents are taken at once. Default: 100.
+    /// Sets how many intents are taken at once. Default: 100.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
-    pub fn with_batch(mut self, batch: NonZero<u32>) -> Self {
-        self.settings.batch = batch;
+    #[track_caller]
+    pub fn with_batch(mut self, intents: u32) -> Self {
+        assert!(intents > 0, "a reconciler with an empty batch takes nothing: use at least 1");
+        self.settings.batch = intents;
         self
     }
 
-    /// How many look-ups run at once. Default: 8.
+    /// Sets how many look-ups run at once. Default: 8.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
-    pub fn with_concurrency(mut self, lookups: NonZero<u32>) -> Self {
+    #[track_caller]
+    pub fn with_concurrency(mut self, lookups: u32) -> Self {
+        assert!(lookups > 0, "a reconciler that runs no look-up at once settles nothing: use at least 1");
         self.settings.concurrency = lookups;
         self
     }
 
-    /// How long a look-up may take. Default: 30 s.
+    /// Sets how long a look-up may take. Default: 30 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
-    pub fn with_lookup_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.timeout = timeout;
+    #[track_caller]
+    pub fn with_timeout(mut self, limit: Duration) -> Self {
+        assert!(
+            !limit.is_zero(),
+            "a look-up that may take no time learns nothing: use a time-out above zero"
+        );
+        self.settings.timeout = limit;
         self
     }
 
-    /// After what time a call that was not found is looked up again, to be sure. Longer than the upstream takes to show what
-    /// it has made. Default: 1 min.
+    /// Sets after what time a call that was not found is looked up again, to be sure. It must be longer than the upstream
+    /// takes to show what it has made. Default: 1 min.
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
     #[must_use]
+    #[track_caller]
     pub fn with_confirmation_after(mut self, pause: Duration) -> Self {
+        assert!(
+            !pause.is_zero(),
+            "a look-up at once confirms nothing: use a pause longer than the upstream takes to show what it has made"
+        );
         self.settings.confirm_after = pause;
         self
     }
 
-    /// After what time a call is looked up again of which nothing was learned: `first`, and twice as long each time, but not
-    /// longer than `max`. With a jitter of a quarter. Default: 30 s, and at most 1 h.
+    /// Sets after what time a call is looked up again of which nothing was learned: `first`, and twice as long each time,
+    /// but not longer than `max`; with a jitter of a quarter. Default: 30 s, and at most 1 h.
+    ///
+    /// # Panics
+    ///
+    /// If `first` is zero or longer than `max`.
     #[must_use]
+    #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
+        check_backoff(first, max);
         self.settings.first_backoff = first;
         self.settings.max_backoff = max;
         self
     }
 
-    /// After how many look-ups without an answer an intent needs attention. Default: 10.
+    /// Sets after how many look-ups without an answer an intent needs attention. Default: 10.
     ///
     /// # Panics
     ///
@@ -204,12 +244,12 @@ impl Reconciler {
     #[must_use]
     #[track_caller]
     pub fn with_max_lookups(mut self, lookups: u32) -> Self {
-        assert!(lookups > 0, "a reconciler needs at least one look-up for each intent");
+        assert!(lookups > 0, "a reconciler with no look-ups learns nothing: use at least 1");
         self.settings.max_lookups = lookups;
         self
     }
 
-    /// After what time a call that was declared absent is looked up for the last time; zero: never. Default: 1 h.
+    /// Sets after what time a call that was declared absent is looked up for the last time; zero: never. Default: 1 h.
     #[must_use]
     pub fn with_recheck_after(mut self, pause: Duration) -> Self {
         self.settings.recheck_after = pause;
@@ -226,7 +266,7 @@ impl fmt::Debug for Reconciler {
 impl Settings {
     /// For how long nobody else may take a batch: until its last look-up has come to its time-out and is recorded.
     fn taken_for(&self) -> Duration {
-        let rounds = self.batch.get().div_ceil(self.concurrency.get());
+        let rounds = self.batch.div_ceil(self.concurrency);
         self.timeout.saturating_mul(rounds.saturating_add(1)).saturating_add(TO_RECORD)
     }
 
@@ -236,30 +276,16 @@ impl Settings {
     }
 }
 
-/// What one pass has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ReconcilePass {
-    /// Intents whose resource was found, and that are finalized now.
-    pub found: u64,
-    /// Intents that were not found twice or certainly not sent, and that may be called again now.
-    pub absent: u64,
-    /// Intents that are looked up again later.
-    pub again: u64,
-    /// Intents that need attention now.
-    pub attention: u64,
-    /// Intents that were not found a last time.
-    pub closed: u64,
-    /// Intents that were called again, settled or looked up by others meanwhile.
-    pub lost: u64,
-    /// Intents whose look-up could not be recorded; they are looked up again.
-    pub unrecorded: u64,
-}
-
-const BATCH: NonZero<u32> = NonZero::new(100).unwrap();
-const CONCURRENCY: NonZero<u32> = NonZero::new(8).unwrap();
 /// How long it is tried to record a look-up.
 const TO_RECORD: Duration = Duration::from_secs(15);
+
+#[track_caller]
+pub(crate) fn check_backoff(first: Duration, max: Duration) {
+    assert!(
+        !first.is_zero() && first <= max,
+        "a pause cannot grow from {first:?} to {max:?}: begin above zero and not above the maximum"
+    );
+}
 
 #[cfg(test)]
 mod tests {
@@ -268,7 +294,7 @@ mod tests {
     #[test]
     fn a_batch_is_taken_for_as_long_as_all_of_its_lookups_may_take() {
         let mut settings = Settings { timeout: Duration::from_secs(10), ..Settings::default() };
-        let rounds = settings.batch.get().div_ceil(settings.concurrency.get());
+        let rounds = settings.batch.div_ceil(settings.concurrency);
         assert!(settings.taken_for() >= settings.timeout * rounds + TO_RECORD);
         settings.timeout = Duration::MAX;
         assert_eq!(settings.taken_for(), Duration::MAX);

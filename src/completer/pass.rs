@@ -11,24 +11,24 @@ use crate::{
     metrics, shared::Shared,
 };
 
-/// What one look for abandoned requests came to: how many requests each.
+/// What one pass of a [`Completer`] came to: how many requests each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CompleterPass {
-    /// Were found abandoned.
-    pub taken: u32,
+    /// Were taken.
+    pub taken: u64,
     /// Are completed.
-    pub completed: u32,
-    /// Are not completed and will be sent again.
-    pub send_again: u32,
+    pub completed: u64,
+    /// Are not completed, and are sent again later.
+    pub again: u64,
     /// Are held until an intent is settled or an operator resolves them.
-    pub held: u32,
+    pub held: u64,
     /// Had lost their record: it had expired and was purged, or its key is used for another request.
-    pub gone: u32,
-    /// Wait for an operator.
-    pub need_attention: u32,
-    /// Could not be looked after because of an error of the store, and are found abandoned again.
-    pub failed: u32,
+    pub gone: u64,
+    /// Need attention now: an operator must look at them.
+    pub need_attention: u64,
+    /// Could not be looked after because of an error of the store, and are taken again later.
+    pub failed: u64,
 }
 
 /// What became of one request.
@@ -47,7 +47,8 @@ impl Completer {
         let (mut counts, mut left) = (CompleterPass::default(), self.batch);
         let (mut under_way, mut failure) = (JoinSet::new(), None);
         loop {
-            let free = u32::try_from(self.at_once - under_way.len()).unwrap_or(u32::MAX).min(left);
+            let running = u32::try_from(under_way.len()).unwrap_or(u32::MAX);
+            let free = self.concurrency.saturating_sub(running).min(left);
             if free > 0 && !shared.draining.is_cancelled() {
                 let taken = self.take(shared, free).await.unwrap_or_else(|error| {
                     failure = Some(error);
@@ -162,7 +163,7 @@ impl Completer {
             tracing::info!(target: TRACING_TARGET, %consumer, %record, tries, "an abandoned request is completed");
         }
         let recovery = shared.recovery()?;
-        shared.run_to_end(async move { recovery.update_request(record, &update).await }).await
+        shared.run_to_end(async move { recovery.update_request(record, &update).await }).await.map(drop)
     }
 }
 
@@ -170,7 +171,7 @@ impl CompleterPass {
     fn add(&mut self, fate: Option<&Fate>) {
         let (count, outcome) = match fate {
             Some(Fate::Completed) => (&mut self.completed, "completed"),
-            Some(Fate::SendAgain(_)) => (&mut self.send_again, "again"),
+            Some(Fate::SendAgain(_)) => (&mut self.again, "again"),
             Some(Fate::Held) => (&mut self.held, "held"),
             Some(Fate::Gone) => (&mut self.gone, "gone"),
             Some(Fate::NeedsAttention(_)) => (&mut self.need_attention, "attention"),

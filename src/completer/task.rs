@@ -6,32 +6,43 @@ use tokio::time::timeout;
 
 use super::{Completer, CompleterPass};
 use crate::{
-    IdempotencyHandle, KeptRequest, RecordId, RequestUpdate, StoreError, TRACING_TARGET, reaper::jittered,
-    shared::Shared,
+    Fenced, IdempotencyHandle, KeptRequest, RecordId, RequestUpdate, StoreError, TRACING_TARGET,
+    reaper::jittered, shared::Shared,
 };
 
 /// Abandoned requests.
 impl IdempotencyHandle {
-    /// Starts a task that sends abandoned requests again, at once and then in intervals, until
-    /// [`drain`](Self::drain), which waits for the requests that are under way. It survives errors of the store, and
-    /// errors and panics of the application and of [`Restore`](crate::Restore). Any number of nodes may do so at once.
+    /// Starts a task that sends abandoned requests again: at once, and then in the completer's interval. It survives errors
+    /// of the store, and errors and panics of the application and of [`Restore`](crate::Restore). Any number of nodes may
+    /// do so at once.
+    ///
+    /// It ends when the layer is [drained](Self::drain), after the requests that are under way, and not when the layer is
+    /// dropped: the completer has the application, and the application has the layer.
+    ///
+    /// # Errors
+    ///
+    /// [`Misconfigured`](crate::StoreErrorKind::Misconfigured) if the store keeps no requests.
     ///
     /// # Panics
     ///
     /// Outside of a Tokio runtime.
-    pub fn start_completer(&self, completer: Completer) {
-        let shared = Arc::clone(&self.shared);
-        self.shared.tasks.spawn(completer.run(shared));
+    pub fn start_completer(&self, completer: Completer) -> Result<(), StoreError> {
+        let shared = Arc::clone(self.shared());
+        shared.recovery()?;
+        self.shared().background.spawn(completer.run(shared));
+        Ok(())
     }
 
     /// Looks once for abandoned requests, at most a [batch](Completer::with_batch), and sends them. For jobs; where
-    /// [`start_completer`](Self::start_completer) was called it is not needed. While draining it sends none.
+    /// [`start_completer`](Self::start_completer) was called it is not needed. After [`drain`](Self::drain) it sends none.
+    /// It goes on to its end when its future is dropped.
     ///
     /// # Errors
     ///
     /// [`StoreError`] if the store could not be asked for them, or not for all of them.
     pub async fn complete_abandoned(&self, completer: &Completer) -> Result<CompleterPass, StoreError> {
-        completer.pass(&self.shared).await
+        let (shared, completer) = (Arc::clone(self.shared()), completer.clone());
+        self.shared().in_background(async move { completer.pass(&shared).await }).await
     }
 
     /// Lists the kept requests that wait for an operator, at most `limit`: each says
@@ -46,15 +57,18 @@ impl IdempotencyHandle {
     }
 
     /// Has a kept request that waits for an operator sent again, once what stood in its way is put right. Its tries begin
-    /// anew.
+    /// anew. Returns whether there is such a request.
+    ///
+    /// [`evict`](Self::evict) discards a request together with its record.
     ///
     /// # Errors
     ///
     /// [`StoreError`].
-    pub async fn send_again(&self, record: RecordId) -> Result<(), StoreError> {
+    pub async fn send_again(&self, record: RecordId) -> Result<bool, StoreError> {
         let recovery = self.shared.recovery()?;
         let update = RequestUpdate::SendAgain(std::time::Duration::ZERO);
-        self.shared.run_to_end(async move { recovery.update_request(record, &update).await }).await
+        let work = async move { recovery.update_request(record, &update).await };
+        Ok(self.shared.run_to_end(work).await? == Fenced::Applied)
     }
 }
 

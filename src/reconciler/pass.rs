@@ -8,7 +8,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Lookup, ReconcilePass, Reconciler, Settings, TO_RECORD};
+use super::{Lookup, Reconciler, Settings, TO_RECORD};
 use crate::{
     Fenced, Intent, IntentState, IntentUpdate, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET,
     error::BoxError,
@@ -17,6 +17,28 @@ use crate::{
     reaper::jittered,
     shared::Shared,
 };
+
+/// What one pass of a [`Reconciler`] came to: how many intents each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReconcilerPass {
+    /// Were taken. Those that the pass did not come to are in none of the other counts, and are taken again later.
+    pub taken: u64,
+    /// Were found, and are finalized now.
+    pub found: u64,
+    /// Were not found twice or certainly not sent, and may be called again now.
+    pub absent: u64,
+    /// Are looked up again later.
+    pub again: u64,
+    /// Need attention now.
+    pub need_attention: u64,
+    /// Were not found a last time.
+    pub closed: u64,
+    /// Were called again, settled or looked up by others meanwhile.
+    pub lost: u64,
+    /// Could not be recorded because of an error of the store, and are looked up again later.
+    pub failed: u64,
+}
 
 /// What a look-up came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +50,7 @@ enum Outcome {
     Attention,
     Closed,
     Lost,
-    Unrecorded,
+    Failed,
 }
 
 impl Outcome {
@@ -42,36 +64,37 @@ impl Outcome {
             Self::Attention => "attention",
             Self::Closed => "closed",
             Self::Lost => "lost",
-            Self::Unrecorded => "unrecorded",
+            Self::Failed => "failed",
         }
     }
 }
 
-impl ReconcilePass {
+impl ReconcilerPass {
     fn count(&mut self, outcome: Outcome) {
         metrics::looked_up(outcome.label());
         let count = match outcome {
             Outcome::Found => &mut self.found,
             Outcome::Absent => &mut self.absent,
             Outcome::Again => &mut self.again,
-            Outcome::TurnedUp | Outcome::Attention => &mut self.attention,
+            Outcome::TurnedUp | Outcome::Attention => &mut self.need_attention,
             Outcome::Closed => &mut self.closed,
             Outcome::Lost => &mut self.lost,
-            Outcome::Unrecorded => &mut self.unrecorded,
+            Outcome::Failed => &mut self.failed,
         };
         *count += 1;
     }
 }
 
 impl Reconciler {
-    pub(super) async fn pass(&self, shared: &Shared) -> Result<ReconcilePass, StoreError> {
+    pub(super) async fn pass(&self, shared: &Shared) -> Result<ReconcilerPass, StoreError> {
         let recovery = shared.recovery()?;
-        let mut pass = ReconcilePass::default();
+        let mut pass = ReconcilerPass::default();
         let pause = self.settings.taken_for();
         while !shared.draining.is_cancelled() {
             let begun = Instant::now();
-            let taken = recovery.take_dangling(self.settings.batch.get(), pause).await?;
-            let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch.get());
+            let taken = recovery.take_dangling(self.settings.batch, pause).await?;
+            pass.taken += taken.len() as u64;
+            let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch);
             // Whoever is late leaves the rest to those who take it next.
             let in_time =
                 || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout.saturating_add(TO_RECORD);
@@ -94,9 +117,9 @@ impl Reconciler {
         recovery: &Arc<dyn RecoveryStore>,
         intents: Vec<Intent>,
         may_begin: impl Fn() -> bool,
-        pass: &mut ReconcilePass,
+        pass: &mut ReconcilerPass,
     ) {
-        let concurrency = usize::try_from(self.settings.concurrency.get()).unwrap_or(usize::MAX);
+        let concurrency = usize::try_from(self.settings.concurrency).unwrap_or(usize::MAX);
         let mut waiting = intents.into_iter();
         let mut running = JoinSet::new();
         loop {
@@ -108,7 +131,7 @@ impl Reconciler {
                 running.spawn(async move { reconciler.look_up(&*recovery, intent).await });
             }
             match running.join_next().await {
-                Some(outcome) => pass.count(outcome.unwrap_or(Outcome::Unrecorded)),
+                Some(outcome) => pass.count(outcome.unwrap_or(Outcome::Failed)),
                 None => return,
             }
         }
@@ -137,7 +160,7 @@ impl Reconciler {
                     target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
                     error = &error as &dyn std::error::Error, "a look-up could not be recorded; it is done again"
                 );
-                Outcome::Unrecorded
+                Outcome::Failed
             }
         };
         log(&intent, outcome, &decision);

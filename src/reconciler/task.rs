@@ -3,7 +3,9 @@
 use std::sync::{Arc, Weak};
 
 use super::Reconciler;
-use crate::{IdempotencyHandle, ReconcilePass, StoreError, TRACING_TARGET, reaper::jittered, shared::Shared};
+use crate::{
+    IdempotencyHandle, ReconcilerPass, StoreError, TRACING_TARGET, reaper::jittered, shared::Shared,
+};
 
 impl IdempotencyHandle {
     /// Starts a task that looks up what became of dangling intents: at once, and then in the reconciler's interval. It
@@ -30,7 +32,7 @@ impl IdempotencyHandle {
     /// # Errors
     ///
     /// [`StoreError`] if intents could not be taken; what was looked up before that is recorded.
-    pub async fn reconcile(&self, reconciler: &Reconciler) -> Result<ReconcilePass, StoreError> {
+    pub async fn reconcile(&self, reconciler: &Reconciler) -> Result<ReconcilerPass, StoreError> {
         let (shared, reconciler) = (Arc::clone(self.shared()), reconciler.clone());
         self.shared().in_background(async move { reconciler.pass(&shared).await }).await
     }

@@ -128,12 +128,12 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Any; some may be taken.
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError>;
 
-    /// Records what became of a try to send a request again.
+    /// Records what became of a try to send a request again; [`Lost`](Fenced::Lost) if there is no such request.
     ///
     /// # Errors
     ///
     /// Any; it may be recorded.
-    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<(), StoreError>;
+    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<Fenced, StoreError>;
 
     /// Lists the requests that wait for an operator, at most `limit`.
     ///

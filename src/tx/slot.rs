@@ -19,7 +19,10 @@ use tokio::{
 };
 
 use super::{Tx, TxError};
-use crate::{StoreTransaction, TRACING_TARGET, TransactionError, TransactionErrorKind, TransactionUsage};
+use crate::{
+    StoreTransaction, TRACING_TARGET, TransactionError, TransactionErrorKind, TransactionUsage,
+    response::Length,
+};
 
 /// What a database does for transactions of handlers. No call is cancelled.
 #[async_trait]
@@ -42,12 +45,24 @@ pub(crate) trait Driver<DB: Database>: fmt::Debug + Send + Sync + 'static {
 }
 
 /// What the last statement of a transaction writes.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) enum Last {
     /// The response that completes the record.
     Completion(Bytes),
     /// The result of a phase.
     Phase { name: String, result: Bytes },
+}
+
+/// Shows how long a response or a result is, and nothing of it.
+impl fmt::Debug for Last {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Completion(response) => f.debug_tuple("Completion").field(&Length(response)).finish(),
+            Self::Phase { name, result } => {
+                f.debug_struct("Phase").field("name", name).field("result", &Length(result)).finish()
+            }
+        }
+    }
 }
 
 /// Where the transaction of an attempt is: between the request's extensions, the handler and the layer.
@@ -309,5 +324,18 @@ impl<DB: Database> fmt::Debug for Place<DB> {
             Self::Failed(_) => "Failed",
             Self::Taken => "Taken",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_what_is_stored_is_shown() {
+        let result = || Bytes::from_static(b"secret");
+        let shown = [Last::Completion(result()), Last::Phase { name: "step".to_owned(), result: result() }]
+            .map(|last| format!("{last:?}"));
+        assert_eq!(shown, ["Completion(6 bytes)", r#"Phase { name: "step", result: 6 bytes }"#]);
     }
 }

@@ -15,7 +15,10 @@ use axum::{
     middleware::{Next, from_fn},
     response::IntoResponse,
 };
-use tower_idempotency::{Consumer, IdempotencyKey, RecordState, Refused, RejectionCode, ResultPolicy};
+use tower_idempotency::{
+    Consumer, IdempotencyKey, IdempotencyLayer, MemoryStore, RecordState, Refused, RejectionCode,
+    ResultPolicy, StoreErrorKind,
+};
 
 use crate::shop::{
     Act, Dialect, Node, Shop, charge, completer, guarded, is_completed, on_both_stores, restore_user, until,
@@ -35,6 +38,7 @@ on_both_stores!(
     a_request_of_an_unknown_version_is_not_sent,
     a_request_of_another_fingerprint_is_not_run,
     a_route_without_a_layer_needs_attention,
+    a_look_that_nobody_waits_for_goes_on,
     errors_of_the_store_are_survived,
     a_client_that_comes_back_first_is_not_disturbed,
     nobody_from_outside_can_take_a_record_over,
@@ -72,10 +76,11 @@ async fn a_request_whose_user_was_revoked_is_not_run<DB: Dialect>(shop: Shop<DB>
     assert_eq!(node.handle.complete_abandoned(&completer).await.unwrap().taken, 0);
 
     revoked.store(false, Ordering::SeqCst);
-    node.handle.send_again(request.record_id).await.unwrap();
+    assert!(node.handle.send_again(request.record_id).await.unwrap());
     assert!(node.needs().await.is_empty());
     assert_eq!(node.complete(&completer, 1).await.completed, 1);
     node.assert_replays(|| charge("mallory", "k"), "mallory", "k").await;
+    assert!(!node.handle.send_again(request.record_id).await.unwrap(), "it is not kept any more");
 }
 
 async fn a_request_that_fails_every_time_needs_attention<DB: Dialect>(shop: Shop<DB>) {
@@ -84,7 +89,7 @@ async fn a_request_that_fails_every_time_needs_attention<DB: Dialect>(shop: Shop
     let node = shop.node();
     let completer = node.completer().with_max_tries(3);
     let pass = node.complete(&completer, 3).await;
-    assert_eq!((pass.taken, pass.send_again, pass.need_attention), (3, 2, 1), "{pass:?}");
+    assert_eq!((pass.taken, pass.again, pass.need_attention), (3, 2, 1), "{pass:?}");
     assert_eq!(shop.stage.runs.get(), 4);
     let needs = node.needs().await;
     assert_eq!(
@@ -105,7 +110,7 @@ async fn a_request_is_sent_again_after_a_pause<DB: Dialect>(shop: Shop<DB>) {
     let node = shop.node();
     let hour = Duration::from_secs(3600);
     let completer = node.completer().with_backoff(hour, hour);
-    assert_eq!(node.complete(&completer, 1).await.send_again, 1);
+    assert_eq!(node.complete(&completer, 1).await.again, 1);
     assert_eq!(node.handle.complete_abandoned(&completer).await.unwrap().taken, 0);
     let due = "SELECT count(*) FROM idempotency_requests WHERE tries = 1 AND next_at IS NOT NULL";
     assert_eq!((shop.number(due).await, shop.stage.runs.get()), (1, 2));
@@ -134,8 +139,8 @@ async fn panics_of_the_application_and_of_restore_are_survived<DB: Dialect>(shop
         "mallory" => panic!("as the test wants it"),
         _ => restore_user(consumer),
     };
-    let completer = completer(unreliable(&node), restore).with_max_tries(2).with_at_once(1);
-    node.handle.start_completer(completer);
+    let completer = completer(unreliable(&node), restore).with_max_tries(2).with_concurrency(1);
+    node.handle.start_completer(completer).unwrap();
     until("what becomes of them", async || {
         node.needs().await.len() == 3 && is_completed(node.record("alice", "k").await.as_ref())
     })
@@ -176,7 +181,7 @@ async fn two_completers_complete_a_request_once<DB: Dialect>(shop: Shop<DB>) {
     shop.stage.then([Act::Slow(100); 12]);
     let nodes = [shop.node(), shop.node()];
     for node in &nodes {
-        node.handle.start_completer(node.completer());
+        node.handle.start_completer(node.completer()).unwrap();
     }
     until("all to be completed", async || shop.kept_requests().await == 0).await;
     assert_eq!(shop.stage.runs.get(), 12);
@@ -236,7 +241,7 @@ async fn draining_waits_for_requests_under_way_and_sends_no_more<DB: Dialect>(sh
     shop.abandon(Act::Hang, charge("alice", "k1")).await;
     shop.stage.then([Act::Slow(500)]);
     let node = shop.node();
-    node.handle.start_completer(node.completer());
+    node.handle.start_completer(node.completer()).unwrap();
     until("it to run", async || shop.stage.runs.get() == 2).await;
     shop.abandon(Act::Hang, charge("alice", "k2")).await;
     node.handle.drain(Duration::from_secs(30)).await.unwrap();
@@ -282,12 +287,38 @@ async fn a_route_without_a_layer_needs_attention<DB: Dialect>(shop: Shop<DB>) {
     assert!(needs[0].contains("no idempotency layer") && needs[0].contains("202"), "{needs:?}");
 }
 
+async fn a_look_that_nobody_waits_for_goes_on<DB: Dialect>(shop: Shop<DB>) {
+    shop.abandon(Act::Hang, charge("alice", "k")).await;
+    let node = shop.node();
+    until("it to be abandoned", async || node.is_abandoned("alice", "k").await).await;
+    let (waiting, go_on) = (Arc::new(AtomicBool::new(false)), Arc::new(tokio::sync::Notify::new()));
+    let (is_waiting, gate) = (Arc::clone(&waiting), Arc::clone(&go_on));
+    let fails = move |_: Request, _: Next| {
+        let (is_waiting, gate) = (Arc::clone(&is_waiting), Arc::clone(&gate));
+        async move {
+            is_waiting.store(true, Ordering::SeqCst);
+            gate.notified().await;
+            StatusCode::SERVICE_UNAVAILABLE
+        }
+    };
+    let app = node.app.clone().layer(from_fn(fails));
+    let completer = completer(app, restore_user).with_max_tries(1);
+    let handle = node.handle.clone();
+    let look =
+        tokio::spawn(async move { while handle.complete_abandoned(&completer).await.unwrap().taken == 0 {} });
+    until("it to be sent", async || waiting.load(Ordering::SeqCst)).await;
+    look.abort();
+    assert!(look.await.unwrap_err().is_cancelled());
+    go_on.notify_one();
+    until("what became of it to be recorded", async || node.needs().await.len() == 1).await;
+}
+
 async fn errors_of_the_store_are_survived<DB: Dialect>(shop: Shop<DB>) {
     shop.abandon(Act::Hang, charge("alice", "k")).await;
     let node = shop.node();
     shop.run("ALTER TABLE idempotency_requests RENAME TO away").await;
     assert!(node.handle.complete_abandoned(&node.completer()).await.is_err());
-    node.handle.start_completer(node.completer());
+    node.handle.start_completer(node.completer()).unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
     shop.run("ALTER TABLE away RENAME TO idempotency_requests").await;
     until("it to be completed", async || is_completed(node.record("alice", "k").await.as_ref())).await;
@@ -343,6 +374,17 @@ async fn nobody_from_outside_can_take_a_record_over<DB: Dialect>(shop: Shop<DB>)
     assert!(!is_completed(Some(&after)));
 }
 
+#[tokio::test]
+async fn a_store_without_kept_requests_has_nothing_to_complete() {
+    let handle = IdempotencyLayer::new(MemoryStore::new()).handle();
+    let completer = completer(axum::Router::new(), restore_user);
+    let refused = [
+        handle.start_completer(completer.clone()).unwrap_err(),
+        handle.complete_abandoned(&completer).await.unwrap_err(),
+    ];
+    assert!(refused.iter().all(|error| error.kind() == StoreErrorKind::Misconfigured), "{refused:?}");
+}
+
 #[test]
 fn settings_that_cannot_work_are_refused() {
     let with = |change: fn(tower_idempotency::Completer) -> tower_idempotency::Completer| {
@@ -352,8 +394,9 @@ fn settings_that_cannot_work_are_refused() {
     assert!(!with(|completer| completer.with_timeout(Duration::from_secs(1))));
     assert!(with(|completer| completer.with_interval(Duration::ZERO)));
     assert!(with(|completer| completer.with_batch(0)));
-    assert!(with(|completer| completer.with_at_once(0)));
+    assert!(with(|completer| completer.with_concurrency(0)));
     assert!(with(|completer| completer.with_max_tries(0)));
     assert!(with(|completer| completer.with_timeout(Duration::ZERO)));
     assert!(with(|completer| completer.with_backoff(Duration::ZERO, Duration::from_secs(1))));
+    assert!(with(|completer| completer.with_backoff(Duration::from_secs(2), Duration::from_secs(1))));
 }

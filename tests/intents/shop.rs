@@ -199,13 +199,13 @@ impl Node {
     }
 
     /// Looks for abandoned requests until so many were found, and returns what became of them.
-    pub(crate) async fn complete(&self, completer: &Completer, count: u32) -> CompleterPass {
+    pub(crate) async fn complete(&self, completer: &Completer, count: u64) -> CompleterPass {
         let mut sum = CompleterPass::default();
         until("abandoned requests", async || {
             let pass = self.handle.complete_abandoned(completer).await.unwrap();
             sum.taken += pass.taken;
             sum.completed += pass.completed;
-            sum.send_again += pass.send_again;
+            sum.again += pass.again;
             sum.held += pass.held;
             sum.gone += pass.gone;
             sum.need_attention += pass.need_attention;

@@ -67,7 +67,7 @@ macro_rules! forward_recovery {
             update_request<'a>(
                 record: tower_idempotency::RecordId,
                 update: &'a tower_idempotency::RequestUpdate
-            ) -> ();
+            ) -> tower_idempotency::Fenced;
             list_requests<>(limit: u32) -> Vec<tower_idempotency::KeptRequest>;
             purge_settled<>(retention: std::time::Duration, limit: u32) -> u64;
         }

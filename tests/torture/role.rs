@@ -154,7 +154,7 @@ fn router<DB: Writes>(settings: &Settings, store: impl IntoStore, trap: Trap) ->
         .layer(middleware::from_fn_with_state(trap, set_trap))
         .route("/healthz", get(|| async { "ok" }));
     if settings.completes {
-        handle.start_completer(completer(app.clone()));
+        handle.start_completer(completer(app.clone())).expect("the stores of the torture keep requests");
     }
     app
 }

@@ -214,9 +214,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::Uuid(attempt.id.as_uuid()))
             .with(Value::Bytes(request))
             .with(Value::Span(after));
-        let rows = self.0.write("keep a request", vec![keep]).await?;
-        let kept = rows.first().is_some_and(|rows| !rows.is_empty());
-        Ok(if kept { Fenced::Applied } else { Fenced::Lost })
+        Ok(fenced(&self.0.write("keep a request", vec![keep]).await?))
     }
 
     async fn keep_record(
@@ -226,9 +224,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         record: RecordId,
     ) -> Result<Fenced, StoreError> {
         let call = of_record(&self.0.statements().await?.keep_record, consumer, key, record);
-        let rows = self.0.write("keep a record", vec![call]).await?;
-        let kept = rows.first().is_some_and(|rows| !rows.is_empty());
-        Ok(if kept { Fenced::Applied } else { Fenced::Lost })
+        Ok(fenced(&self.0.write("keep a record", vec![call]).await?))
     }
 
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError> {
@@ -241,7 +237,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         requests.map_err(|source| E::error(OPERATION, source))
     }
 
-    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<(), StoreError> {
+    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<Fenced, StoreError> {
         let statements = self.0.statements().await?;
         let (after, attention) = match update {
             RequestUpdate::SendAgain(after) => (Some(*after), None),
@@ -249,7 +245,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             RequestUpdate::Done => {
                 let call =
                     Call::new(Arc::clone(&statements.delete_request)).with(Value::Uuid(record.as_uuid()));
-                return self.0.write("delete a request", vec![call]).await.map(drop);
+                return Ok(fenced(&self.0.write("delete a request", vec![call]).await?));
             }
         };
         let call = Call::new(Arc::clone(&statements.update_request))
@@ -257,7 +253,7 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::Flag(after.is_some()))
             .with(Value::Span(after.unwrap_or_default()))
             .with(Value::text(attention.as_deref()));
-        self.0.write("update a request", vec![call]).await.map(drop)
+        Ok(fenced(&self.0.write("update a request", vec![call]).await?))
     }
 
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
@@ -294,6 +290,11 @@ fn of_record<'a>(
     record: RecordId,
 ) -> Call<'a> {
     of_key(sql, consumer, key).with(Value::Uuid(record.as_uuid()))
+}
+
+/// Whether a statement that returns a row for each that it has changed has changed any.
+fn fenced<R>(rows: &[Vec<R>]) -> Fenced {
+    if rows.first().is_some_and(|rows| !rows.is_empty()) { Fenced::Applied } else { Fenced::Lost }
 }
 
 /// Text may come from an upstream, and PostgreSQL stores no NUL.

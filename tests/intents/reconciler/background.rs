@@ -1,10 +1,13 @@
 //! The reconciler beside running attempts, and as a task.
 
-use std::{num::NonZero, time::Duration};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
 
 use axum::http::StatusCode;
 use tower_idempotency::{
-    IdempotencyLayer, IntentState, MemoryStore, ReconcilePass, Reconciler, StoreErrorKind,
+    IdempotencyLayer, IntentState, MemoryStore, Reconciler, ReconcilerPass, StoreErrorKind,
 };
 
 use super::lookups::{dangle, intent};
@@ -31,7 +34,7 @@ async fn a_call_whose_attempt_owns_the_record_is_not_looked_up<DB: Db>(world: Wo
     bank.until_waiting(1).await;
     world.age_intents().await;
     assert_eq!(node.handle.count_intents().await.unwrap().dangling, 1);
-    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilePass::default());
+    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilerPass::default());
 
     world.end_leases().await;
     bank.says("k", &[Say::NotFound]);
@@ -63,7 +66,7 @@ async fn an_attempt_that_comes_back_during_the_lookup_wins<DB: Db>(world: World<
     assert!(node.pay("k").await.is_replay());
 }
 
-fn pass(node: &Node, reconciler: Reconciler) -> tokio::task::JoinHandle<ReconcilePass> {
+fn pass(node: &Node, reconciler: Reconciler) -> tokio::task::JoinHandle<ReconcilerPass> {
     let handle = node.handle.clone();
     tokio::spawn(async move { handle.reconcile(&reconciler).await.unwrap() })
 }
@@ -119,7 +122,7 @@ async fn the_task_begins_at_once_and_goes_on<DB: Db>(world: World<DB>) {
     bank.says("second", &[Say::Panics, Say::Fails, Say::Found]);
     let second = dangle(&world, &node, &bank, "second").await;
     let eager = bank.reconciler().with_interval(Duration::from_millis(20));
-    node.handle.start_reconciler(eager.with_backoff(Duration::ZERO, Duration::ZERO)).unwrap();
+    node.handle.start_reconciler(eager.with_backoff(SOON, SOON)).unwrap();
     until("a later pass has found it", || found(second)).await;
     assert_eq!(bank.lookups()[&second], 3);
     node.handle.drain(Duration::from_secs(30)).await.unwrap();
@@ -148,7 +151,7 @@ async fn draining_waits_for_the_lookups_under_way_and_begins_no_more<DB: Db>(wor
         keys.push(dangle(&world, &node, &bank, name).await);
         lookups.says(name, &[Say::WaitsAndFindsNothing]);
     }
-    node.handle.start_reconciler(lookups.reconciler().with_concurrency(NonZero::<u32>::MIN)).unwrap();
+    node.handle.start_reconciler(lookups.reconciler().with_concurrency(1)).unwrap();
     lookups.until_waiting(1).await;
     let timed_out = node.handle.drain(Duration::from_millis(50)).await.unwrap_err();
     assert_eq!(timed_out.running, 1);
@@ -162,7 +165,7 @@ async fn draining_waits_for_the_lookups_under_way_and_begins_no_more<DB: Db>(wor
     }
     absences.sort_unstable();
     assert_eq!((absences, lookups.lookups().len()), (vec![0, 1], 1));
-    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilePass::default());
+    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap(), ReconcilerPass::default());
 }
 
 #[tokio::test]
@@ -188,3 +191,24 @@ async fn a_task_ends_with_its_layer() {
     drop(node);
     until("the task has ended", || async { tasks() < before }).await;
 }
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    let with = |change: fn(Reconciler) -> Reconciler| {
+        let reconciler = Bank::default().reconciler();
+        catch_unwind(AssertUnwindSafe(|| change(reconciler))).is_err()
+    };
+    assert!(!with(|reconciler| reconciler.with_batch(1).with_concurrency(1).with_max_lookups(1)));
+    assert!(!with(|reconciler| reconciler.with_backoff(SOON, SOON).with_timeout(SOON)));
+    assert!(!with(|reconciler| reconciler.with_recheck_after(Duration::ZERO)), "it means never");
+    assert!(with(|reconciler| reconciler.with_interval(Duration::ZERO)));
+    assert!(with(|reconciler| reconciler.with_batch(0)));
+    assert!(with(|reconciler| reconciler.with_concurrency(0)));
+    assert!(with(|reconciler| reconciler.with_timeout(Duration::ZERO)));
+    assert!(with(|reconciler| reconciler.with_confirmation_after(Duration::ZERO)));
+    assert!(with(|reconciler| reconciler.with_max_lookups(0)));
+    assert!(with(|reconciler| reconciler.with_backoff(Duration::ZERO, Duration::from_secs(1))));
+    assert!(with(|reconciler| reconciler.with_backoff(Duration::from_secs(2), Duration::from_secs(1))));
+}
+
+const SOON: Duration = Duration::from_millis(1);

@@ -1,11 +1,11 @@
 //! What becomes of an intent, by what its look-ups come to.
 
-use std::{num::NonZero, time::Duration};
+use std::time::Duration;
 
 use axum::http::StatusCode;
 use tokio::task::JoinSet;
 use tower_idempotency::{
-    Intent, IntentFilter, IntentState, Lookup, ReconcilePass, Reconciler, RejectionCode, UpstreamKey,
+    Intent, IntentFilter, IntentState, Lookup, Reconciler, ReconcilerPass, RejectionCode, UpstreamKey,
 };
 
 use crate::{
@@ -51,16 +51,17 @@ async fn passes<DB: Db>(world: &World<DB>, node: &Node, reconciler: &Reconciler,
 }
 
 /// What a pass has done, but for what it has not done at all.
-fn done(pass: ReconcilePass) -> Vec<(&'static str, u64)> {
-    let ReconcilePass { found, absent, again, attention, closed, lost, unrecorded, .. } = pass;
+fn done(pass: ReconcilerPass) -> Vec<(&'static str, u64)> {
+    let ReconcilerPass { taken, found, absent, again, need_attention, closed, lost, failed, .. } = pass;
+    assert_eq!(taken, found + absent + again + need_attention + closed + lost + failed, "{pass:?}");
     let counts = [
         ("found", found),
         ("absent", absent),
         ("again", again),
-        ("attention", attention),
+        ("attention", need_attention),
         ("closed", closed),
         ("lost", lost),
-        ("unrecorded", unrecorded),
+        ("failed", failed),
     ];
     counts.into_iter().filter(|(_, count)| *count > 0).collect()
 }
@@ -88,12 +89,12 @@ async fn many_intents_are_settled_once_by_two_reconcilers<DB: Db>(world: World<D
     clients.join_all().await;
     world.age_intents().await;
 
-    let reconciler = bank.reconciler().with_batch(NonZero::new(50).unwrap());
+    let reconciler = bank.reconciler().with_batch(50);
     let both = async || {
         let (one, other) =
             tokio::join!(nodes[0].handle.reconcile(&reconciler), nodes[1].handle.reconcile(&reconciler));
         let (one, other) = (one.unwrap(), other.unwrap());
-        assert_eq!((one.lost, other.lost, one.unrecorded, other.unrecorded), (0, 0, 0, 0));
+        assert_eq!((one.lost, other.lost, one.failed, other.failed), (0, 0, 0, 0));
         [one.found + other.found, one.again + other.again, one.absent + other.absent]
     };
     assert_eq!(both().await, [500, 500, 0]);
@@ -217,7 +218,7 @@ async fn what_fails_hangs_and_panics_is_looked_up_again_and_then_needs_attention
         dangle(&world, &node, &bank, name).await;
         bank.says(name, &[say]);
     }
-    let reconciler = bank.reconciler().with_max_lookups(3).with_lookup_timeout(Duration::from_millis(50));
+    let reconciler = bank.reconciler().with_max_lookups(3).with_timeout(Duration::from_millis(50));
     let pass = node.handle.reconcile(&reconciler).await.unwrap();
     assert_eq!((pass.found, pass.again), (1, 4), "{pass:?}");
     world.age_intents().await;
@@ -246,7 +247,7 @@ async fn an_intent_that_is_not_found_at_the_last_lookup_gets_its_confirmation<DB
     let reconciler = bank.reconciler().with_max_lookups(2);
     passes(&world, &node, &reconciler, &[("again", 2), ("again", 2)]).await;
     let pass = node.handle.reconcile(&reconciler).await.unwrap();
-    assert_eq!((pass.absent, pass.attention), (1, 1), "{pass:?}");
+    assert_eq!((pass.absent, pass.need_attention), (1, 1), "{pass:?}");
 }
 
 async fn a_lookup_that_nobody_came_to_the_end_of_counts<DB: Db>(world: World<DB>) {

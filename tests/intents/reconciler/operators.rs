@@ -62,7 +62,7 @@ async fn one_that_needs_attention_is_looked_up_again<DB: Db>(world: World<DB>) {
     let reconciler = bank.reconciler().with_max_lookups(2);
     bank.says("k", &[Say::Unknown, Say::Unknown, Say::Unknown, Say::Found]);
     for attention in [0, 1] {
-        assert_eq!(node.handle.reconcile(&reconciler).await.unwrap().attention, attention);
+        assert_eq!(node.handle.reconcile(&reconciler).await.unwrap().need_attention, attention);
         world.age_intents().await;
     }
     assert_eq!(node.need_attention().await.len(), 1);
@@ -112,7 +112,7 @@ async fn what_is_settled_stays_so<DB: Db>(world: World<DB>) {
     assert_eq!(resolve(key, IntentResolution::Acknowledge).await, AlreadySettled);
     assert_eq!(resolve(key, IntentResolution::LookAgain).await, Resolved);
     bank.says("k", &[Say::Found]);
-    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap().attention, 1);
+    assert_eq!(node.handle.reconcile(&bank.reconciler()).await.unwrap().need_attention, 1);
 
     let settled =
         [IntentResolution::Finalize("x".into()), IntentResolution::Absent, IntentResolution::LookAgain];

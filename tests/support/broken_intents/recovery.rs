@@ -138,7 +138,7 @@ impl RecoveryStore for Faulty {
         self.sound().take_abandoned(limit, pause).await
     }
 
-    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<(), StoreError> {
+    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<Fenced, StoreError> {
         self.sound().update_request(record, update).await
     }
 

@@ -78,7 +78,7 @@ impl Statements {
             keep_record: render(KEEP_RECORD),
             take_abandoned: returning(TAKE_ABANDONED, REQUEST, "q."),
             update_request: render(UPDATE_REQUEST),
-            delete_request: render("DELETE FROM {requests} WHERE record_id = $1"),
+            delete_request: render("DELETE FROM {requests} WHERE record_id = $1 RETURNING 1"),
             list_requests: render(&format!(
                 "SELECT {REQUEST} FROM {{requests}} AS q WHERE q.next_at IS NULL ORDER BY q.record_id LIMIT $1"
             )),
@@ -224,7 +224,7 @@ UPDATE {requests} AS q SET
     tries     = CASE WHEN $2 AND q.next_at IS NULL THEN 0 ELSE q.tries END,
     next_at   = CASE WHEN $2 THEN {now} + $3 END,
     attention = $4
-WHERE q.record_id = $1";
+WHERE q.record_id = $1 RETURNING 1";
 
 const REQUEST: &str =
     "q.record_id, q.consumer, q.key, q.request, CAST(q.tries AS bigint) AS tries, q.attention";
