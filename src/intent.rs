@@ -27,7 +27,7 @@ pub(crate) use self::{
     commands::{TURNED_UP, report_turned_up},
     progress::Progress,
 };
-use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, response::Length};
+use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, record::uuid_newtype, response::Length};
 
 /// Names an intent, and is the idempotency key that its call is sent with to the upstream service.
 ///
@@ -38,19 +38,9 @@ use crate::{Attempt, AttemptId, Consumer, IdempotencyKey, RecordId, response::Le
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct UpstreamKey(Uuid);
 
+uuid_newtype!(UpstreamKey);
+
 impl UpstreamKey {
-    /// Wraps a key that was read from a store or copied from a log.
-    #[must_use]
-    pub fn from_uuid(id: Uuid) -> Self {
-        Self(id)
-    }
-
-    /// The key as a UUID.
-    #[must_use]
-    pub fn as_uuid(&self) -> Uuid {
-        self.0
-    }
-
     fn derive(record: RecordId, name: &str, place: &Place) -> Self {
         let mut digest = Sha256::new();
         let mut field = |bytes: &[u8]| {
@@ -68,37 +58,15 @@ impl UpstreamKey {
     }
 }
 
-impl fmt::Debug for UpstreamKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "UpstreamKey({})", self.0)
-    }
-}
-
-impl fmt::Display for UpstreamKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
 /// Name of one call of an intent: random, the fence of what is recorded of its outcome.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CallId(Uuid);
+
+uuid_newtype!(CallId);
 
 impl CallId {
     pub(crate) fn random() -> Self {
         Self(Uuid::new_v4())
-    }
-
-    /// Wraps an id that was read from a store.
-    #[must_use]
-    pub fn from_uuid(id: Uuid) -> Self {
-        Self(id)
-    }
-
-    /// The id as a UUID.
-    #[must_use]
-    pub fn as_uuid(&self) -> Uuid {
-        self.0
     }
 }
 

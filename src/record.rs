@@ -24,12 +24,6 @@ pub struct AttemptId(Uuid);
 macro_rules! uuid_newtype {
     ($name:ident) => {
         impl $name {
-            /// Makes a fresh random id.
-            #[must_use]
-            pub fn random() -> Self {
-                Self(Uuid::new_v4())
-            }
-
             /// Wraps an id that was read from a store.
             #[must_use]
             pub fn from_uuid(id: Uuid) -> Self {
@@ -40,6 +34,15 @@ macro_rules! uuid_newtype {
             #[must_use]
             pub fn as_uuid(&self) -> Uuid {
                 self.0
+            }
+        }
+
+        /// From its text, as it stands in logs.
+        impl std::str::FromStr for $name {
+            type Err = uuid::Error;
+
+            fn from_str(text: &str) -> Result<Self, uuid::Error> {
+                text.parse().map(Self)
             }
         }
 
@@ -56,8 +59,25 @@ macro_rules! uuid_newtype {
         }
     };
 }
+pub(crate) use uuid_newtype;
 uuid_newtype!(RecordId);
 uuid_newtype!(AttemptId);
+
+impl RecordId {
+    /// Makes a fresh random id.
+    #[must_use]
+    pub fn random() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
+
+impl AttemptId {
+    /// Makes a fresh random id.
+    #[must_use]
+    pub fn random() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
 
 /// One execution of the handler for a record: whose key, and which attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -51,8 +51,8 @@ impl Rejection {
 
     /// The outcome is unknown as long as a call to an upstream service is not looked up: it will be known later.
     pub(crate) fn outcome_unknown_for_now() -> Self {
-        let detail = "It is not known yet what an upstream service did for this request. It is not run again until that is found out; \
-            send it again later with the same key.";
+        let detail = "It is not known yet whether a call that this request makes was performed, and it is being looked up. Send the \
+            same request with the same key later; with a new key the call might be made twice.";
         Self { retryable: true, ..Self::new(RejectionCode::OutcomeUnknown, detail) }
     }
 
