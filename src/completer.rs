@@ -20,6 +20,9 @@ use crate::{Consumer, reconciler::check_backoff};
 ///
 /// The request goes through the whole application, the authentication layer included: let that accept what is put back
 /// here. Nothing that comes from a network can set an extension.
+///
+/// A closure cannot do it: its future would borrow the request that it changes, and no bound says of such a future that it
+/// is [`Send`].
 #[async_trait]
 pub trait Restore: Send + Sync + 'static {
     /// Puts it back, for the consumer of the request's record, or refuses: the user may have been revoked since.

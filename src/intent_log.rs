@@ -13,7 +13,7 @@ pub use self::{attempt::LogAttempt, error::IntentLogError};
 use crate::{
     AbandonedAttempts, Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyHandle,
     IdempotencyKey, IntoStore, Reaper, Record, RecordState, ResultPolicy, StoredBody, StoredResponse,
-    UnreadableResponse, response::Length, settings::Settings, shared::Shared,
+    TransactionOptions, UnreadableResponse, response::Length, settings::Settings, shared::Shared,
 };
 
 /// Performs what is no HTTP request once: a job, a message. It keeps its records in the store of an
@@ -156,6 +156,12 @@ impl IntentLog {
     #[must_use]
     pub fn with_reaper(self, reaper: Reaper) -> Self {
         self.set(|settings| settings.reaper = reaper)
+    }
+
+    /// Sets how the transactions of phases are begun and ended. Default: [`TransactionOptions::default`].
+    #[must_use]
+    pub fn with_transactions(self, options: TransactionOptions) -> Self {
+        self.set(|settings| settings.transactions = options)
     }
 
     #[track_caller]

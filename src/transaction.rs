@@ -8,7 +8,8 @@ use bytes::Bytes;
 use crate::{Rejection, RejectionCode, StoreError, error::BoxError};
 
 /// How transactions of handlers are begun and ended. Set on the layer:
-/// [`with_transactions`](crate::IdempotencyLayer::with_transactions).
+/// [`with_transactions`](crate::IdempotencyLayer::with_transactions); or on a log:
+/// [`with_transactions`](crate::IntentLog::with_transactions).
 #[derive(Clone, Debug, Default)]
 pub struct TransactionOptions {
     isolation: Option<IsolationLevel>,

@@ -27,6 +27,13 @@ async fn postgres_rejects_names_that_would_need_quoting() {
     }
 }
 
+/// Without this the rules of the conformance suite for intents would check nothing.
+#[tokio::test]
+async fn postgres_keeps_intents() {
+    let store = PostgresStore::new(PgPool::connect_lazy("postgres://localhost").unwrap());
+    assert!(store.recovery().is_some());
+}
+
 #[tokio::test]
 async fn postgres_that_cannot_be_reached_is_unavailable() {
     let port = free_port();

@@ -32,6 +32,12 @@ async fn sqlite_migrates_twice_and_from_many_stores_at_once() {
     win(&store, &claim("k")).await;
 }
 
+/// Without this the rules of the conformance suite for intents would check nothing.
+#[tokio::test]
+async fn sqlite_keeps_intents() {
+    assert!(SqliteStore::new(SqliteFile::new().pool()).recovery().is_some());
+}
+
 #[tokio::test]
 async fn sqlite_keeps_prefixes_apart() {
     let file = SqliteFile::new();

@@ -17,7 +17,7 @@ use crate::{
 };
 
 on_both_stores!(
-    all_is_well,
+    a_request_that_succeeds_has_run_and_paid_once,
     a_store_that_is_down_keeps_the_call_from_being_made,
     a_table_that_is_missing_keeps_the_call_from_being_made,
     an_intent_that_cannot_be_inserted_keeps_the_call_from_being_made,
@@ -32,7 +32,7 @@ on_both_stores!(
     a_finalizing_write_that_always_fails_is_reconciled,
 );
 
-async fn all_is_well<DB: Db>() {
+async fn a_request_that_succeeds_has_run_and_paid_once<DB: Db>() {
     for site in Site::<DB>::both().await {
         let node = site.paying();
         site.assert_succeeds(&node, "k").await;

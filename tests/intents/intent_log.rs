@@ -6,7 +6,8 @@ use axum::http::StatusCode;
 use tokio::runtime::Runtime;
 use tower_idempotency::{
     AbandonedAttempts, CallFailure, Consumer, IdempotencyKey, IntentError, IntentLog, IntentLogError,
-    LogAttempt, LogOutcome, Reaper, Resolution, ResolveOutcome, Resource, StoredResponse,
+    LogAttempt, LogOutcome, Reaper, Resolution, ResolveOutcome, Resource, StoredResponse, TransactionOptions,
+    TxError,
 };
 
 use crate::{
@@ -261,4 +262,16 @@ async fn requests_and_jobs_share_the_store<DB: Dialect>(shop: Shop<DB>) {
     let refused = node.send(charge("alice", "job")).await;
     refused.assert_refused(tower_idempotency::RejectionCode::FingerprintUnknown);
     assert_eq!(shop.stage.runs.get(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_keeps_to_the_time_limit_of_its_log() {
+    let shop = Shop::<sqlx::Sqlite>::open().await;
+    let options = TransactionOptions::default().with_time_limit(Duration::from_millis(100));
+    let log = Log::new(&shop).with(|log| log.with_lease(Duration::from_secs(100)).with_transactions(options));
+    let attempt = log.begin().await;
+    let hangs = async |_: &mut sqlx::SqliteConnection| std::future::pending::<Result<(), TxError>>().await;
+    let step = attempt.idempotency().phase("step", hangs);
+    let error = tokio::time::timeout(Duration::from_secs(30), step).await.unwrap().unwrap_err();
+    assert_eq!(error.code(), tower_idempotency::RejectionCode::TransactionLost);
 }

@@ -23,10 +23,10 @@ use crate::{
 };
 
 on_both_stores!(
-    a_handler_that_answers_500,
-    a_handler_that_panics,
-    a_handler_whose_transaction_is_rolled_back,
-    a_handler_whose_transaction_cannot_be_committed,
+    what_was_paid_is_not_paid_again_after_a_500,
+    what_was_paid_is_not_paid_again_after_a_panic,
+    what_was_paid_is_not_paid_again_after_a_rollback,
+    what_was_paid_is_not_paid_again_after_a_failed_commit,
     an_attempt_that_loses_its_lease,
     a_handler_that_succeeds_although_the_outcome_is_unknown,
     two_intents_of_one_name_at_once_are_refused,
@@ -57,18 +57,18 @@ async fn not_deduplicating<DB: Db>() -> Site<DB> {
     Site::open(Upstream::not_deduplicating().await).await
 }
 
-async fn a_handler_that_answers_500<DB: Db>() {
+async fn what_was_paid_is_not_paid_again_after_a_500<DB: Db>() {
     let site = not_deduplicating::<DB>().await;
     survives(&site, &site.node_after_paying(async || StatusCode::INTERNAL_SERVER_ERROR)).await;
 }
 
-async fn a_handler_that_panics<DB: Db>() {
+async fn what_was_paid_is_not_paid_again_after_a_panic<DB: Db>() {
     let site = not_deduplicating::<DB>().await;
     let node = site.node_after_paying(async || -> StatusCode { panic!("told to") });
     survives(&site, &node).await;
 }
 
-async fn a_handler_whose_transaction_is_rolled_back<DB: Db>() {
+async fn what_was_paid_is_not_paid_again_after_a_rollback<DB: Db>() {
     let site = not_deduplicating::<DB>().await;
     let node = site.node_after_paying(async |mut tx: Tx<DB>| {
         crate::bank::charge(&mut tx).await;
@@ -77,7 +77,7 @@ async fn a_handler_whose_transaction_is_rolled_back<DB: Db>() {
     survives(&site, &node).await;
 }
 
-async fn a_handler_whose_transaction_cannot_be_committed<DB: Db>() {
+async fn what_was_paid_is_not_paid_again_after_a_failed_commit<DB: Db>() {
     let site = not_deduplicating::<DB>().await;
     let node = site.node_after_paying(async |mut tx: Tx<DB>| {
         DB::run(&mut tx, "INSERT INTO charges (amount, account) VALUES (2000, 99)").await.unwrap();

@@ -24,7 +24,7 @@ on_both_stores! {
     what_fails_hangs_and_panics_is_looked_up_again_and_then_needs_attention,
     an_intent_that_is_not_found_at_the_last_lookup_gets_its_confirmation,
     a_lookup_that_nobody_came_to_the_end_of_counts,
-    a_closure_looks_up,
+    what_a_closure_finds_is_finalized,
 }
 
 /// A request whose call may have arrived, or not.
@@ -268,7 +268,7 @@ async fn a_lookup_that_nobody_came_to_the_end_of_counts<DB: Db>(world: World<DB>
     assert_eq!((bank.lookups().len(), intent(&node, key).await.state), (0, IntentState::Open { sent: true }));
 }
 
-async fn a_closure_looks_up<DB: Db>(world: World<DB>) {
+async fn what_a_closure_finds_is_finalized<DB: Db>(world: World<DB>) {
     let bank = Bank::default();
     let node = world.node(&bank);
     let key = dangle(&world, &node, &bank, "k").await;

@@ -18,7 +18,7 @@ on_both_stores! {
     an_expired_record_stays_until_its_intents_are_settled,
     a_key_that_is_used_anew_has_another_upstream_key,
     settled_intents_are_purged_after_their_retention_once_their_record_is_gone,
-    the_reaper_purges_both,
+    the_reaper_purges_records_and_their_settled_intents,
 }
 
 /// Longer than any time that a test makes pass.
@@ -85,7 +85,7 @@ async fn settled_intents_are_purged_after_their_retention_once_their_record_is_g
     assert_eq!((purged(HOUR).await, intents().await), (1, 0));
 }
 
-async fn the_reaper_purges_both<DB: Db>(world: World<DB>) {
+async fn the_reaper_purges_records_and_their_settled_intents<DB: Db>(world: World<DB>) {
     let bank = Bank::default();
     let reaper = Reaper::every(Duration::from_millis(20), 2);
     let node =
