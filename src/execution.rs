@@ -48,6 +48,8 @@ pub(crate) struct Execution {
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
     pub(crate) progress: Arc<Progress>,
+    /// Whether the completer has sent the request.
+    pub(crate) resent: bool,
     /// When the claim was sent: the lease runs from then on at the earliest.
     pub(crate) claimed_at: Instant,
     pub(crate) _permit: Option<OwnedSemaphorePermit>,
@@ -357,7 +359,8 @@ impl Execution {
     fn unstored(&self, parts: &Parts) -> Option<Outcome> {
         // A refusal of a layer inside this one is never stored.
         let refused = parts.extensions.get::<Rejection>().is_some();
-        let directive = if refused { Directive::Release } else { self.settings.policy.directive(parts) };
+        let release = refused || self.may_lack_a_header(parts);
+        let directive = if release { Directive::Release } else { self.settings.policy.directive(parts) };
         tracing::debug!(
             target: TRACING_TARGET, consumer = %self.attempt.consumer, key = %self.settings.shown(&self.attempt.key),
             attempt = %self.attempt.id, attempt_number = self.attempt_number, status = parts.status.as_u16(),
@@ -368,6 +371,13 @@ impl Execution {
             Directive::Release => Some(End::Release.into()),
             Directive::Hold => Some(End::Hold.into()),
         }
+    }
+
+    /// Not every header of a request is kept. One that was sent again and got no further than to a client error, which the
+    /// client may not get with all of its headers, is no result.
+    fn may_lack_a_header(&self, parts: &Parts) -> bool {
+        let overridden = parts.extensions.get::<Directive>().is_some();
+        self.resent && parts.status.is_client_error() && !overridden && !self.progress.has_begun()
     }
 
     fn stored(&self, mut response: StoredResponse) -> Outcome {

@@ -231,7 +231,11 @@ impl Guarded {
         let kept = self.shared.keep_request(&self.settings, claim, claimed_at, record_id, request).await;
         match kept {
             Ok(Fenced::Applied) => Ok(()),
-            Ok(Fenced::Lost) => Err(in_progress(&self.settings, &claim.attempt.consumer, &claim.attempt.key)),
+            Ok(Fenced::Lost) => {
+                // If only its lease is over, it is still ours to give back.
+                self.shared.give_back(claim.attempt.clone());
+                Err(in_progress(&self.settings, &claim.attempt.consumer, &claim.attempt.key))
+            }
             Err(error) => {
                 self.shared.give_back(claim.attempt.clone());
                 Err(self.no_claim(&claim.attempt, &error))
@@ -255,6 +259,7 @@ impl Guarded {
             record_id,
             attempt_number,
             progress: Arc::default(),
+            resent: matches!(self.key, KeySource::Resent(_)),
             claimed_at,
             _permit: permit,
         }

@@ -194,11 +194,20 @@ impl IntentLog {
             max_abandoned: self.settings.policy.max_abandoned(),
             ..Claim::new(Attempt::new(consumer.clone(), key.clone()), fingerprint)
         };
+        // In a task: if nobody waits any more when the key is won, the attempt is given back.
+        let this = self.clone();
+        match self.shared.run_to_end(async move { Ok(this.begin(claim).await) }).await? {
+            Ok(LogOutcome::Run(attempt)) => Ok(LogOutcome::Run(attempt.hand_over())),
+            outcome => outcome,
+        }
+    }
+
+    async fn begin(self, claim: Claim) -> Result<LogOutcome, IntentLogError> {
         let claimed_at = Instant::now();
         match self.ask(&claim).await? {
             ClaimOutcome::Won { record_id, attempt_number } => {
                 let record = Record::won(&claim, record_id, attempt_number);
-                Ok(LogOutcome::Run(LogAttempt::begin(self, claim.attempt, record, claimed_at)))
+                Ok(LogOutcome::Run(LogAttempt::begin(&self, claim.attempt, record, claimed_at)))
             }
             ClaimOutcome::Contended => Ok(LogOutcome::InProgress),
             ClaimOutcome::Exists(record) => found(&record, &claim.fingerprint),

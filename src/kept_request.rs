@@ -64,9 +64,13 @@ impl fmt::Debug for KeptRequest {
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RequestUpdate {
-    /// It is sent again after this time, if its record is still not completed. One that waited for an operator begins with
-    /// no tries.
-    SendAgain(Duration),
+    /// It is sent again, if its record is still not completed.
+    SendAgain {
+        /// After this time.
+        after: Duration,
+        /// Whether it was sent. If not, that it was taken does not count as a try.
+        tried: bool,
+    },
     /// It is not sent any more and waits for an operator, who is told this.
     NeedsAttention(String),
     /// It is not needed any more, and deleted.

@@ -36,6 +36,8 @@ pub struct CompleterPass {
 enum Fate {
     Completed,
     SendAgain(String),
+    /// It was not sent, or an attempt is running.
+    Later(String),
     Held,
     Gone,
     NeedsAttention(String),
@@ -98,14 +100,14 @@ impl Completer {
             return Ok(Fate::NeedsAttention(what));
         }
         if shared.draining.is_cancelled() {
-            return Ok(Fate::SendAgain("the server is shutting down".to_owned()));
+            return Ok(Fate::Later("the server is shutting down".to_owned()));
         }
         // From now on a failure does not delete the record, which nobody but the completer would then perform again.
         let (recovery, kept) = (shared.recovery()?, request.clone());
         let keep = async move { recovery.keep_record(&kept.consumer, &kept.key, kept.record_id).await };
         if shared.run_to_end(keep).await? == Fenced::Lost {
             let record = record_of(shared, request).await?;
-            return Ok(ended(record.as_ref()).unwrap_or(Fate::SendAgain("its record was changed".to_owned())));
+            return Ok(ended(record.as_ref()).unwrap_or(Fate::Later("its record was changed".to_owned())));
         }
         let passed = self.pass_on(request).await;
         let record = record_of(shared, request).await?;
@@ -119,7 +121,7 @@ impl Completer {
             Passed::NotYet(what) => return self.again_or_not(request, what),
             Passed::Through { passage, status, what } => (passage, status, what),
         };
-        if !passage.was_reached() && status.is_some_and(|status| status.is_success()) {
+        if !passage.was_reached() && !status.is_some_and(is_turned_away) {
             let what = "no idempotency layer guards its route any more: it was answered without one, and may be performed";
             return Fate::NeedsAttention(format!("{what} ({})", shown(status)));
         }
@@ -128,9 +130,13 @@ impl Completer {
                 let what = "it is not the request of its record any more: its fingerprint is another one";
                 Fate::NeedsAttention(what.to_owned())
             }
-            _ if is_owned(record) => Fate::SendAgain("an attempt is running".to_owned()),
-            Some(RejectionCode::ShuttingDown) => Fate::SendAgain(what),
+            _ if is_owned(record) => Fate::Later("an attempt is running".to_owned()),
+            Some(RejectionCode::ShuttingDown) => Fate::Later(what),
             Some(code) => self.again_or_not(request, format!("{what}: {code}")),
+            None if passage.was_reached() && status.is_some_and(|status| status.is_client_error()) => {
+                let what = "answered before any intent or phase, and not stored: it may lack a header, see KeptRequests";
+                Fate::NeedsAttention(format!("{what} ({})", shown(status)))
+            }
             None => self.again_or_not(request, what),
         }
     }
@@ -152,7 +158,11 @@ impl Completer {
             Fate::SendAgain(what) => {
                 let pause = self.backoff.after(tries);
                 tracing::warn!(target: TRACING_TARGET, %consumer, %record, tries, what, ?pause, "not completed; sent again later");
-                RequestUpdate::SendAgain(pause)
+                RequestUpdate::SendAgain { after: pause, tried: true }
+            }
+            Fate::Later(what) => {
+                tracing::debug!(target: TRACING_TARGET, %consumer, %record, tries, what, "not sent; sent again later");
+                RequestUpdate::SendAgain { after: self.backoff.first, tried: false }
             }
             Fate::NeedsAttention(what) => {
                 tracing::error!(target: TRACING_TARGET, %consumer, %record, tries, what, "an abandoned request needs attention");
@@ -163,7 +173,10 @@ impl Completer {
             tracing::info!(target: TRACING_TARGET, %consumer, %record, tries, "an abandoned request is completed");
         }
         let recovery = shared.recovery()?;
-        shared.run_to_end(async move { recovery.update_request(record, &update).await }).await.map(drop)
+        shared
+            .run_to_end(async move { recovery.update_request(record, Some(tries), &update).await })
+            .await
+            .map(drop)
     }
 }
 
@@ -171,7 +184,7 @@ impl CompleterPass {
     fn add(&mut self, fate: Option<&Fate>) {
         let (count, outcome) = match fate {
             Some(Fate::Completed) => (&mut self.completed, "completed"),
-            Some(Fate::SendAgain(_)) => (&mut self.again, "again"),
+            Some(Fate::SendAgain(_) | Fate::Later(_)) => (&mut self.again, "again"),
             Some(Fate::Held) => (&mut self.held, "held"),
             Some(Fate::Gone) => (&mut self.gone, "gone"),
             Some(Fate::NeedsAttention(_)) => (&mut self.need_attention, "attention"),
@@ -204,6 +217,11 @@ fn is_owned(record: Option<&Record>) -> bool {
     matches!(state, Some(RecordState::InProgress { lease_remaining }) if !lease_remaining.is_zero())
 }
 
+/// Answers of layers outside, which have not performed it.
+fn is_turned_away(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 401 | 403 | 407 | 408 | 413 | 421 | 425 | 429 | 503)
+}
+
 fn shown(status: Option<StatusCode>) -> String {
-    status.map_or_else(String::new, |status| status.to_string())
+    status.map_or_else(|| "no answer".to_owned(), |status| status.to_string())
 }

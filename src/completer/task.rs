@@ -1,6 +1,6 @@
 //! The completer as a task, and what jobs and operators call.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::timeout;
 
@@ -66,8 +66,8 @@ impl IdempotencyHandle {
     /// [`StoreError`].
     pub async fn send_again(&self, record: RecordId) -> Result<bool, StoreError> {
         let recovery = self.shared.recovery()?;
-        let update = RequestUpdate::SendAgain(std::time::Duration::ZERO);
-        let work = async move { recovery.update_request(record, &update).await };
+        let update = RequestUpdate::SendAgain { after: Duration::ZERO, tried: false };
+        let work = async move { recovery.update_request(record, None, &update).await };
         Ok(self.shared.run_to_end(work).await? == Fenced::Applied)
     }
 }

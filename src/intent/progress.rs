@@ -30,6 +30,8 @@ struct State {
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     phases: HashSet<String>,
     phase_open: bool,
+    /// An intent or a phase was asked for.
+    begun: bool,
     held: Option<Rejection>,
 }
 
@@ -82,6 +84,7 @@ impl Progress {
                 Place::Ordinal(ordinal)
             }
         };
+        state.begun = true;
         let identity = (name.to_owned(), place);
         if !state.calling.insert(identity.clone()) {
             return Err(IntentError::Misused(UNSETTLED));
@@ -112,6 +115,10 @@ impl Progress {
         self.state().phase_open
     }
 
+    pub(crate) fn has_begun(&self) -> bool {
+        self.state().begun
+    }
+
     pub(crate) fn held(&self) -> Option<Rejection> {
         self.state().held.clone()
     }
@@ -137,6 +144,7 @@ impl Progress {
             return Err(IntentError::Misused(message));
         }
         state.phase_open = true;
+        state.begun = true;
         Ok(InPhase(Arc::clone(self)))
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     intent::Progress,
     renewal::Lease,
     running::Entered,
-    settings::Settings,
+    settings::{Settings, Timing},
     shared::{End, Ended, Shared, flatten},
 };
 
@@ -33,6 +33,8 @@ use crate::{
 pub struct LogAttempt {
     idempotency: Idempotency,
     ending: Option<Ending>,
+    /// Whoever asked for it has it.
+    handed_over: bool,
 }
 
 /// What ends an attempt. Draining waits for it.
@@ -70,7 +72,13 @@ impl LogAttempt {
             Lease::new(&shared.renewer, attempt.clone(), settings.timing.lease, interval, cancelled.clone());
         lease.keep(interval.saturating_sub(claimed_at.elapsed()));
         let lease = Arc::new(lease);
-        let limit = tokio::spawn(limited(settings.timing.max_execution, Arc::clone(&lease), cancelled));
+        let limit = tokio::spawn(limited(
+            Arc::clone(shared),
+            attempt.clone(),
+            settings.timing.clone(),
+            Arc::clone(&lease),
+            cancelled,
+        ));
         let ending = Ending {
             shared: Arc::clone(shared),
             settings: Arc::clone(settings),
@@ -82,7 +90,13 @@ impl LogAttempt {
             _token: shared.tasks.token(),
             attempt,
         };
-        Self { idempotency, ending: Some(ending) }
+        Self { idempotency, ending: Some(ending), handed_over: false }
+    }
+
+    /// The work begins: nobody has stopped waiting for the attempt.
+    pub(super) fn hand_over(mut self) -> Self {
+        self.handed_over = true;
+        self
     }
 
     /// What a handler of a request has: key, attempt number, [intents](Idempotency::intent), phases, and whether the attempt
@@ -131,8 +145,8 @@ impl Drop for LogAttempt {
             return;
         }
         let end = match ending.settings.policy.without_result() {
-            Directive::Hold => End::Hold,
-            Directive::Release | Directive::Store => End::Release,
+            Directive::Hold if self.handed_over => End::Hold,
+            Directive::Hold | Directive::Release | Directive::Store => End::Release,
         };
         drop(ending.end_in_background(end));
     }
@@ -172,12 +186,21 @@ impl fmt::Debug for LogAttempt {
 }
 
 /// Tells the attempt that its time is almost over, and does not renew its lease when it is.
-async fn limited(limit: Duration, lease: Arc<Lease>, cancelled: CancellationToken) {
+async fn limited(
+    shared: Arc<Shared>,
+    attempt: Attempt,
+    timing: Timing,
+    lease: Arc<Lease>,
+    cancelled: CancellationToken,
+) {
+    let limit = timing.max_execution;
     sleep(limit * 9 / 10).await;
     cancelled.cancel();
     sleep(limit / 10).await;
     tracing::warn!(target: TRACING_TARGET, ?limit, "an attempt runs longer than max_execution: its lease is not renewed any more");
     lease.leave();
+    sleep(timing.lease).await;
+    shared.running.leave(&attempt);
 }
 
 /// For how long it is tried at least to write the end of an attempt down.

@@ -35,6 +35,8 @@ pub(super) fn encode(settings: &Settings, parts: &Parts, body: &Bytes) -> Bytes 
     let target = uri.path_and_query().map_or_else(|| uri.path(), |target| target.as_str());
     let mut payload = Vec::new();
     put_bytes(&mut payload, parts.method.as_str().as_bytes());
+    // In absolute form a query may follow the authority at once.
+    let target = if target.starts_with('?') { format!("/{target}") } else { target.to_owned() };
     put_bytes(&mut payload, target.as_bytes());
     put_headers(&mut payload, &kept_headers(settings, parts, uri));
     put_bytes(&mut payload, body);

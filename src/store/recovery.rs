@@ -128,12 +128,19 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Any; some may be taken.
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError>;
 
-    /// Records what became of a try to send a request again; [`Lost`](Fenced::Lost) if there is no such request.
+    /// Records what became of a try to send a request again. It applies only while the request has these `tries` and waits to
+    /// be sent, so that nobody who is late undoes what others have found out; `None` is the operator's, whatever it is at, and
+    /// its tries begin anew. Lost if there is no such request.
     ///
     /// # Errors
     ///
     /// Any; it may be recorded.
-    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<Fenced, StoreError>;
+    async fn update_request(
+        &self,
+        record: RecordId,
+        tries: Option<u32>,
+        update: &RequestUpdate,
+    ) -> Result<Fenced, StoreError>;
 
     /// Lists the requests that wait for an operator, at most `limit`.
     ///

@@ -367,6 +367,7 @@ const RULES: &[(&str, &str)] = &[
     (
         "{kept_on}",
         "CASE WHEN {r}.expires_at <= {now} AND {r}.state <> 'completed'
+                  AND ({r}.unresolved > 0 OR {held} OR {r}.lease_until > {now})
               THEN {now} + ({r}.expires_at - {r}.created_at) ELSE {r}.expires_at END",
     ),
     ("{releasable}", "({resolvable} AND NOT {unrepeatable})"),

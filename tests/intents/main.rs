@@ -13,6 +13,7 @@ mod edges;
 mod hooked;
 mod intent_log;
 mod kept_requests;
+mod late;
 mod network;
 mod payouts;
 mod phases;

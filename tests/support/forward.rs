@@ -66,6 +66,7 @@ macro_rules! forward_recovery {
             take_abandoned<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::KeptRequest>;
             update_request<'a>(
                 record: tower_idempotency::RecordId,
+                tries: Option<u32>,
                 update: &'a tower_idempotency::RequestUpdate
             ) -> tower_idempotency::Fenced;
             list_requests<>(limit: u32) -> Vec<tower_idempotency::KeptRequest>;

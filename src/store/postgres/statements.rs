@@ -245,6 +245,9 @@ RETURNING TRUE AS completed";
 
 /// What recovery says in the dialect of PostgreSQL.
 const RECOVERY: &[(&str, &str)] = &[
+    ("{each}", "CROSS JOIN LATERAL (SELECT 1 FROM"),
+    ("{each_where}", "WHERE"),
+    ("{each_end}", "LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS r"),
     ("{created_at}", "CAST(extract(epoch FROM i.created_at) * 1000000 AS bigint) AS created_at"),
     ("{opened_at}", "CAST(extract(epoch FROM i.opened_at) * 1000000 AS bigint) AS opened_at"),
     ("{settled_at}", "CAST(extract(epoch FROM i.settled_at) * 1000000 AS bigint) AS settled_at"),

@@ -237,11 +237,16 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
         requests.map_err(|source| E::error(OPERATION, source))
     }
 
-    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<Fenced, StoreError> {
+    async fn update_request(
+        &self,
+        record: RecordId,
+        tries: Option<u32>,
+        update: &RequestUpdate,
+    ) -> Result<Fenced, StoreError> {
         let statements = self.0.statements().await?;
-        let (after, attention) = match update {
-            RequestUpdate::SendAgain(after) => (Some(*after), None),
-            RequestUpdate::NeedsAttention(what) => (None, Some(storable(what))),
+        let (after, tried, attention) = match update {
+            RequestUpdate::SendAgain { after, tried } => (Some(*after), *tried, None),
+            RequestUpdate::NeedsAttention(what) => (None, true, Some(storable(what))),
             RequestUpdate::Done => {
                 let call =
                     Call::new(Arc::clone(&statements.delete_request)).with(Value::Uuid(record.as_uuid()));
@@ -252,7 +257,9 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             .with(Value::Uuid(record.as_uuid()))
             .with(Value::Flag(after.is_some()))
             .with(Value::Span(after.unwrap_or_default()))
-            .with(Value::text(attention.as_deref()));
+            .with(Value::text(attention.as_deref()))
+            .with(Value::Int(tries.map_or(-1, i64::from)))
+            .with(Value::Flag(tried));
         Ok(fenced(&self.0.write("update a request", vec![call]).await?))
     }
 

@@ -197,6 +197,9 @@ SELECT {r}.id, ?1, ?2, ?4, ?3, ?5, {now} FROM {table} WHERE {r}.consumer = ?1 AN
 
 /// What recovery says in the dialect of SQLite.
 const RECOVERY: &[(&str, &str)] = &[
+    ("{each}", "JOIN"),
+    ("{each_where}", "ON"),
+    ("{each_end}", ""),
     ("{created_at}", "i.created_at * 1000 AS created_at"),
     ("{opened_at}", "i.opened_at * 1000 AS opened_at"),
     ("{settled_at}", "i.settled_at * 1000 AS settled_at"),

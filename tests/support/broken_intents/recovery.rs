@@ -138,8 +138,13 @@ impl RecoveryStore for Faulty {
         self.sound().take_abandoned(limit, pause).await
     }
 
-    async fn update_request(&self, record: RecordId, update: &RequestUpdate) -> Result<Fenced, StoreError> {
-        self.sound().update_request(record, update).await
+    async fn update_request(
+        &self,
+        record: RecordId,
+        tries: Option<u32>,
+        update: &RequestUpdate,
+    ) -> Result<Fenced, StoreError> {
+        self.sound().update_request(record, tries, update).await
     }
 
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {

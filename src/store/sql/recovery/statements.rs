@@ -107,6 +107,12 @@ const INTENT_RULES: &[(&str, &str)] = &[
             AND (NOT i.sent OR i.repeatable_until > {now} AND excluded.repeatable_until > {now})
             OR i.state = 'dead' AND i.absent)",
     ),
+    // Its record waits for the next attempt.
+    (
+        "{abandoned}",
+        "r.consumer = q.consumer AND r.key = q.key AND r.id = q.record_id
+            AND {lapsed} AND NOT {held} AND r.expires_at > {now} AND r.max_abandoned > 1",
+    ),
     // Its attempt owns the record and may be calling.
     (
         "{in_flight}",
@@ -208,11 +214,12 @@ const KEEP_RECORD: &str = "
 UPDATE {records} AS r SET kept = TRUE WHERE r.consumer = $1 AND r.key = $2 AND r.id = $3 AND r.state <> 'completed'
 RETURNING 1";
 
+/// The record is found by its key for each request, and is skipped while somebody has it locked: a transaction of a handler.
 const TAKE_ABANDONED: &str = "
 WITH due AS (
     SELECT q.{place} AS place FROM {requests} AS q
-    JOIN {records} AS r ON r.consumer = q.consumer AND r.key = q.key AND r.id = q.record_id
-    WHERE q.next_at <= {now} AND {lapsed} AND NOT {held} AND r.expires_at > {now} AND r.max_abandoned > 1
+    {each} {records} AS r {each_where} {abandoned} {each_end}
+    WHERE q.next_at <= {now}
     ORDER BY q.next_at LIMIT $1 {skip_locked_q}
 )
 UPDATE {requests} AS q SET next_at = {now} + $2, tries = q.tries + 1
@@ -221,10 +228,10 @@ RETURNING {returned}";
 
 const UPDATE_REQUEST: &str = "
 UPDATE {requests} AS q SET
-    tries     = CASE WHEN $2 AND q.next_at IS NULL THEN 0 ELSE q.tries END,
+    tries     = CASE WHEN $5 < 0 THEN 0 WHEN $6 THEN q.tries ELSE q.tries - 1 END,
     next_at   = CASE WHEN $2 THEN {now} + $3 END,
     attention = $4
-WHERE q.record_id = $1 RETURNING 1";
+WHERE q.record_id = $1 AND ($5 < 0 OR q.tries = $5 AND q.next_at IS NOT NULL) RETURNING 1";
 
 const REQUEST: &str =
     "q.record_id, q.consumer, q.key, q.request, CAST(q.tries AS bigint) AS tries, q.attention";
