@@ -122,8 +122,8 @@ impl Completer {
             Passed::Through { passage, status, what } => (passage, status, what),
         };
         if !passage.was_reached() && !status.is_some_and(is_turned_away) {
-            let what = "no idempotency layer guards its route any more: it was answered without one, and may be performed";
-            return Fate::NeedsAttention(format!("{what} ({})", shown(status)));
+            let unguarded = "no idempotency layer guards its route any more: it may be performed without one";
+            return Fate::NeedsAttention(format!("{unguarded}; {what}"));
         }
         match passage.refusal() {
             Some(RejectionCode::KeyReused) => {
