@@ -138,7 +138,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         let url = format!("http://{}", listener.local_addr()?);
         println!("{url} keeps everything in {} until it ends. Try:\n", path.display());
         println!("  curl -i '{url}/payouts?upstream=apply-then-fail' -H 'X-Api-Key: acme-key' \\");
-        println!("    -H 'Idempotency-Key: a' --json '{{\"to\": \"DE02\", \"cents\": 1000}}'");
+        println!("    -H 'Idempotency-Key: b' --json '{{\"to\": \"DE02\", \"cents\": 1000}}'");
         println!("  curl {}/transfers\n", bank.url());
         let interrupted = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
         axum::serve(listener, app).with_graceful_shutdown(interrupted).await?;

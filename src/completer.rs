@@ -19,7 +19,8 @@ use crate::{Consumer, reconciler::check_backoff};
 /// internal header.
 ///
 /// The request goes through the whole application, the authentication layer included: let that accept what is put back
-/// here. Nothing that comes from a network can set an extension.
+/// here. Nothing that comes from a network can set an extension. The [`Consumer`] need not be put back: the idempotency
+/// layer takes it from the record.
 ///
 /// A closure cannot do it: its future would borrow the request that it changes, and no bound says of such a future that it
 /// is [`Send`].

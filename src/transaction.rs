@@ -210,14 +210,17 @@ impl TransactionErrorKind {
                 RejectionCode::StoreUnavailable,
                 "The transaction could not begin; send the request again with the same key.",
             ),
-            Self::Lost => (RejectionCode::TransactionLost, "The transaction was lost and nothing was done."),
+            Self::Lost => (
+                RejectionCode::TransactionLost,
+                "The transaction was lost, and what it wrote is rolled back.",
+            ),
             Self::Conflict => (
                 RejectionCode::TransactionConflict,
-                "The request collided with another one and nothing was done.",
+                "The transaction collided with another one, and what it wrote is rolled back.",
             ),
             Self::Failed => (
                 RejectionCode::TransactionFailed,
-                "A statement failed, or the database did not accept the changes; nothing was done.",
+                "A statement failed, or the database did not accept the changes; what the transaction wrote is rolled back.",
             ),
             Self::InUse => (
                 RejectionCode::TransactionInUse,

@@ -161,8 +161,9 @@ impl IntentBuilder {
         let failure = match timeout(limit, call(intent.upstream_key())).await {
             Ok(Ok(resource)) => return intent.finalize_surely(resource).await,
             Ok(Err(failure)) => failure,
-            Err(elapsed) => CallFailure::unknown(elapsed),
+            Err(_) => CallFailure::unknown(format!("no answer within {limit:?}, the time-out of the call")),
         };
+        intent.log(&failure);
         match failure {
             CallFailure::Refused(reason) => {
                 // Recorded or not, it was refused.
@@ -237,6 +238,10 @@ fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
         // One that may be called again was, at the same moment, by somebody else.
         IntentState::Open { sent: false } | IntentState::Dead { absent: true, .. } => Err(IntentError::Lost),
         IntentState::Open { sent: true } => {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name,
+                upstream_key = %intent.upstream_key, "a call is not repeated: nobody knows what became of an earlier one"
+            );
             let source =
                 "an earlier call may have arrived, and the upstream does not recognize it, or not any more";
             Err(IntentError::Unknown { repeatable: false, source: Some(source.into()) })
@@ -292,6 +297,21 @@ impl OpenIntent {
     /// As of [`finalize`](Self::finalize).
     pub async fn not_sent(self) -> Result<(), IntentError> {
         self.settle(IntentUpdate::NotSent).await
+    }
+
+    fn log(&self, failure: &CallFailure) {
+        let (attempt, key, intent) = (self.idempotency.attempt(), self.key, self.entered.name());
+        let error = failure as &(dyn std::error::Error + 'static);
+        match failure {
+            CallFailure::Refused(_) => tracing::info!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent, upstream_key = %key,
+                error, "an upstream service has refused a call"
+            ),
+            CallFailure::NotSent(_) | CallFailure::Unknown(_) => tracing::warn!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent, upstream_key = %key,
+                error, "a call to an upstream service has no result"
+            ),
+        }
     }
 
     /// Why the call may not be made any more.

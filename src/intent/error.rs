@@ -75,8 +75,11 @@ impl IntentError {
                 "An earlier attempt of this request asked an upstream service for something else. It is not run again until \
                  that is resolved."
             }
-            Self::NotRecorded(_) | Self::Misused(_) => {
-                "The request was not performed; the server's log says why."
+            Self::NotRecorded(_) => {
+                "The request stopped before a call to an upstream service was made; send it again with the same key."
+            }
+            Self::Misused(_) => {
+                "The server failed in the middle of the request. Do not send it with a new key."
             }
             Self::Lost => "Another attempt of the request has taken over. Send it again to get its response.",
         };
@@ -86,11 +89,10 @@ impl IntentError {
     fn log(&self) {
         let (code, error) = (self.code(), self as &(dyn std::error::Error + 'static));
         match self {
-            Self::Refused(_) => {
-                tracing::info!(target: TRACING_TARGET, %code, error, "an upstream service has refused a call");
-            }
-            Self::NotSent(_) | Self::Unknown { .. } | Self::Lost => {
-                tracing::warn!(target: TRACING_TARGET, %code, error, "a call to an upstream service has no result");
+            // Logged when the call failed, with what it was.
+            Self::Refused(_) | Self::NotSent(_) | Self::Unknown { .. } => {}
+            Self::Lost => {
+                tracing::warn!(target: TRACING_TARGET, %code, error, "the record of an attempt that calls was taken");
             }
             Self::NotRecorded(_) | Self::OtherArguments | Self::Misused(_) => {
                 tracing::error!(target: TRACING_TARGET, %code, error, "a call to an upstream service was not made");

@@ -45,7 +45,7 @@ impl Idempotency {
     /// # }
     /// ```
     ///
-    /// The step gets a connection of the store's database in a transaction that begins as that of [`Tx`](crate::Tx) does,
+    /// The step gets a connection (`&mut PgConnection`, on SQLite `&mut SqliteConnection`) of the store's database in a transaction that begins as that of [`Tx`](crate::Tx) does,
     /// on PostgreSQL in the application's pool, with the same options and limits. It must not end it. If it fails, what it
     /// wrote is rolled back, and its error returned. If it succeeds, what it wrote stays, whatever becomes of the request.
     ///
