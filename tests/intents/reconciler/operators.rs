@@ -68,6 +68,7 @@ async fn one_that_needs_attention_is_looked_up_again<DB: Db>(world: World<DB>) {
     assert_eq!(node.need_attention().await.len(), 1);
     let again = node.handle.resolve_intent(key, IntentResolution::LookAgain).await.unwrap();
     assert_eq!((again, node.need_attention().await.len()), (Resolved, 0));
+    world.age_intents().await;
     // As often as one that was never looked up.
     assert_eq!(node.handle.reconcile(&reconciler).await.unwrap().again, 1);
     world.age_intents().await;
