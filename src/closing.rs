@@ -3,11 +3,7 @@
 use std::{error::Error, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::{
-    sync::oneshot,
-    task::JoinHandle,
-    time::{Instant, timeout},
-};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::{
     Attempt, Fingerprint, Record, Rejection, StoreError, StoreTransaction, TRACING_TARGET,
@@ -154,8 +150,7 @@ impl Closing {
     }
 
     async fn write_down(&self, end: &End) -> Result<Ended, StoreError> {
-        // Also a short execution is worth some tries.
-        let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
+        let give_up = self.settings.give_up();
         self.shared.end(&self.attempt, Some(&self.lease), end, give_up).await
     }
 
@@ -231,7 +226,5 @@ impl Closing {
 
 const ENDED_BY_HANDLER: &str = "the handler has ended its transaction itself: what it wrote may be committed";
 
-/// For how long it is tried at least to write the end of an attempt down.
-const MIN_TRIES: Duration = Duration::from_secs(10);
 /// For how long a client whose request was not performed waits for the rollback.
 const PATIENCE: Duration = Duration::from_millis(100);

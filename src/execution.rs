@@ -23,8 +23,8 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, RecordState, Rejection, RejectionCode,
-    Representation, RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
+    Attempt, Directive, Fingerprint, Idempotency, Record, RecordId, Rejection, RejectionCode, Representation,
+    RequestBody, ResponseBody, StoreTransaction, StoredBody, StoredResponse, TRACING_TARGET,
     TransactionErrorKind, TransactionUsage,
     answer::{answer_from, refused, replay},
     buffer::{Buffered, Collected, collect},
@@ -177,12 +177,8 @@ impl Execution {
     }
 
     fn record(&self) -> Record {
-        let state = RecordState::in_progress(self.settings.timing.lease);
-        let Attempt { consumer, key, id } = self.attempt.clone();
-        let mut record = Record::new(self.record_id, consumer, key, self.fingerprint.clone(), state);
-        record.attempt = Some(id);
-        record.attempt_number = self.attempt_number;
-        record
+        let lease = self.settings.timing.lease;
+        Record::won(&self.attempt, &self.fingerprint, lease, self.record_id, self.attempt_number)
     }
 
     fn idempotency(&self, cancelled: &CancellationToken) -> Idempotency {

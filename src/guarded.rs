@@ -167,7 +167,7 @@ impl Guarded {
     ) -> Result<Decision, Rejection> {
         for _ in 0..2 {
             let claimed_at = Instant::now();
-            let outcome = match self.ask(&claim).await {
+            let outcome = match self.shared.ask(&claim, self.settings.store_timeout).await {
                 Ok(outcome) => outcome,
                 Err(error) => return self.without_store(&claim.attempt, &error),
             };
@@ -262,14 +262,6 @@ impl Guarded {
             resent: matches!(self.key, KeySource::Resent(_)),
             claimed_at,
             _permit: permit,
-        }
-    }
-
-    /// Claims the key, unless it is one that this process is running.
-    async fn ask(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
-        match self.shared.running.find(&self.consumer, &claim.attempt.key) {
-            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
-            None => self.shared.claim(claim.clone(), self.settings.store_timeout).await,
         }
     }
 

@@ -204,21 +204,14 @@ impl IntentLog {
 
     async fn begin(self, claim: Claim) -> Result<LogOutcome, IntentLogError> {
         let claimed_at = Instant::now();
-        match self.ask(&claim).await? {
+        match self.shared.ask(&claim, self.settings.store_timeout).await? {
             ClaimOutcome::Won { record_id, attempt_number } => {
-                let record = Record::won(&claim, record_id, attempt_number);
+                let record =
+                    Record::won(&claim.attempt, &claim.fingerprint, claim.lease, record_id, attempt_number);
                 Ok(LogOutcome::Run(LogAttempt::begin(&self, claim.attempt, record, claimed_at)))
             }
             ClaimOutcome::Contended => Ok(LogOutcome::InProgress),
             ClaimOutcome::Exists(record) => found(&record, &claim.fingerprint),
-        }
-    }
-
-    /// Claims the key, unless it is one that this process is running.
-    async fn ask(&self, claim: &Claim) -> Result<ClaimOutcome, IntentLogError> {
-        match self.shared.running.find(&claim.attempt.consumer, &claim.attempt.key) {
-            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
-            None => Ok(self.shared.claim(claim.clone(), self.settings.store_timeout).await?),
         }
     }
 }

@@ -216,10 +216,15 @@ impl Record {
     }
 
     /// The record as a claim that was won has made it.
-    pub(crate) fn won(claim: &Claim, id: RecordId, attempt_number: u32) -> Self {
-        let Attempt { consumer, key, id: attempt } = claim.attempt.clone();
-        let state = RecordState::in_progress(claim.lease);
-        let record = Self::new(id, consumer, key, claim.fingerprint.clone(), state);
+    pub(crate) fn won(
+        attempt: &Attempt,
+        fingerprint: &Fingerprint,
+        lease: Duration,
+        id: RecordId,
+        attempt_number: u32,
+    ) -> Self {
+        let Attempt { consumer, key, id: attempt } = attempt.clone();
+        let record = Self::new(id, consumer, key, fingerprint.clone(), RecordState::in_progress(lease));
         Self { attempt: Some(attempt), attempt_number, ..record }
     }
 

@@ -4,7 +4,10 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Method, Response};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 
 use crate::{
     Attempt, ConsumerExtractor, Fingerprinter, IdempotencyKey, KeptRequests, KeySyntax, Reaper, Rejection,
@@ -221,6 +224,11 @@ impl Settings {
         MAX_WAIT.min(self.timing.lease * 3 / 4)
     }
 
+    /// Until when it is tried to write the end of an attempt down. Also a short execution is worth some tries.
+    pub(crate) fn give_up(&self) -> Instant {
+        Instant::now() + self.timing.max_execution.max(MIN_TRIES)
+    }
+
     /// A key as it may stand in logs.
     pub(crate) fn shown<'a>(&self, key: &'a IdempotencyKey) -> &'a str {
         match self.key_logging {
@@ -243,5 +251,7 @@ impl fmt::Debug for Settings {
 
 /// For how long a client waits for what was done to be stored while the store does not answer.
 const MAX_WAIT: Duration = Duration::from_secs(10);
+/// For how long it is tried at least to write the end of an attempt down.
+const MIN_TRIES: Duration = Duration::from_secs(10);
 const BUFFER_LIMIT: usize = 64 * 1024 * 1024;
 const MIN_LEASE: Duration = Duration::from_millis(100);

@@ -83,12 +83,20 @@ impl Shared {
         })
     }
 
-    /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
-    pub(crate) async fn claim(
+    /// Claims a key, unless it is one that this process is running.
+    pub(crate) async fn ask(
         self: &Arc<Self>,
-        claim: Claim,
+        claim: &Claim,
         limit: Duration,
     ) -> Result<ClaimOutcome, StoreError> {
+        match self.running.find(&claim.attempt.consumer, &claim.attempt.key) {
+            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
+            None => self.claim(claim.clone(), limit).await,
+        }
+    }
+
+    /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
+    async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
         // Near the end of its lease a claim is worth nothing: before it is renewed somebody else may run.
         let usable = claim.lease * 3 / 4;
         let limit = limit.min(usable);
@@ -286,8 +294,8 @@ fn task_ended(error: JoinError) -> StoreError {
     StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
 }
 
-/// For how long a release of what was claimed in vain is tried.
-const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
-const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// For how long it is tried to undo what was claimed or opened in vain.
+pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+pub(crate) const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(20);
+pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(1);

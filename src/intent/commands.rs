@@ -12,7 +12,7 @@ use tokio::{
 use super::{Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey};
 use crate::{
     Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET, metrics,
-    shared::{Shared, no_answer},
+    shared::{FIRST_LATE_PAUSE, FIRST_PAUSE, MAX_PAUSE, Shared, UNDO_LIMIT, no_answer},
 };
 
 impl Shared {
@@ -69,7 +69,7 @@ impl Shared {
         let (fence, until) = (IntentFence::Call(opening.call), Instant::now() + LATE);
         let mut pause = FIRST_LATE_PAUSE;
         loop {
-            let give_up = Instant::now() + WITHDRAWAL_LIMIT;
+            let give_up = Instant::now() + UNDO_LIMIT;
             match self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await {
                 Ok(Fenced::Lost) if unanswered && Instant::now() < until => {
                     let _ = timeout(pause, self.draining.cancelled()).await;
@@ -214,10 +214,5 @@ pub(crate) fn report_turned_up(intent: &Intent, resource: &Resource) {
 
 pub(crate) const TURNED_UP: &str = "a resource turned up that the upstream had not known before";
 
-/// For how long it is tried to record that a call was not made.
-const WITHDRAWAL_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// For how long an opening without an answer may still be carried out.
 const LATE: Duration = Duration::from_secs(30);
-const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const MAX_PAUSE: Duration = Duration::from_secs(1);

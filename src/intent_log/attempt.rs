@@ -1,6 +1,6 @@
 //! One attempt outside HTTP.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use http::Extensions;
@@ -170,7 +170,7 @@ impl Ending {
         self.progress.phases_ended().await;
         let held = self.progress.held().is_some();
         let end = if held { End::Hold } else { end };
-        let give_up = Instant::now() + self.settings.timing.max_execution.max(MIN_TRIES);
+        let give_up = self.settings.give_up();
         let ended = self.shared.end(&self.attempt, Some(&self.lease), &end, give_up).await;
         if let Err(error) = &ended {
             self.settings.log_failure(&self.attempt, error, "the end of an attempt is not stored");
@@ -202,6 +202,3 @@ async fn limited(
     sleep(timing.lease).await;
     shared.running.leave(&attempt);
 }
-
-/// For how long it is tried at least to write the end of an attempt down.
-const MIN_TRIES: Duration = Duration::from_secs(10);

@@ -10,21 +10,21 @@ use std::{
 
 use axum::{
     Router,
-    handler::Handler,
     http::{Extensions, StatusCode},
     response::IntoResponse,
     routing::post,
 };
-use sqlx::{Connection, PgConnection, Pool, Postgres, Sqlite, postgres::PgPoolOptions};
+use sqlx::{Connection, PgConnection, Sqlite, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
-    CallFailure, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, Intent, IntentError,
-    IntentFence, IntentFilter, IntentUpdate, Opened, PostgresStore, Reaper, RejectionCode, Resolution,
-    ResolveOutcome, Resource, ResultPolicy, Store, Tx, TxError, store::ConnectionMode,
+    CallFailure, Idempotency, IdempotencyKey, IdempotencyLayer, Intent, IntentError, IntentFence,
+    IntentFilter, IntentUpdate, Opened, PostgresStore, Reaper, RejectionCode, Resolution, ResolveOutcome,
+    Resource, ResultPolicy, Tx, TxError, store::ConnectionMode,
 };
 
 use crate::{
     hooked::{Hook, Hooked},
+    phases::{Node, Site, on_both_stores},
     support::{
         app::consumer,
         db::Db,
@@ -35,50 +35,7 @@ use crate::{
     },
 };
 
-struct Site<DB: Db> {
-    home: DB::Home,
-    store: Arc<dyn Store>,
-    _pool: Pool<DB>,
-}
-
-struct Node {
-    router: Router,
-    handle: IdempotencyHandle,
-}
-
 impl<DB: Db> Site<DB> {
-    async fn open() -> Self {
-        let home = DB::home().await;
-        let pool = DB::pool(&home, 4);
-        let site = Self { store: DB::store(&pool), home, _pool: pool };
-        site.run("CREATE TABLE steps (name TEXT NOT NULL)").await;
-        site
-    }
-
-    async fn run(&self, sql: &str) {
-        let mut connection = DB::pool(&self.home, 1).acquire().await.unwrap();
-        DB::run(&mut *connection, sql).await.unwrap();
-    }
-
-    async fn steps(&self) -> i64 {
-        let mut connection = DB::pool(&self.home, 1).acquire().await.unwrap();
-        DB::number(&mut *connection, "SELECT count(*) FROM steps").await.unwrap()
-    }
-
-    fn node<T: 'static>(&self, handler: impl Handler<T, ()>) -> Node {
-        self.node_with(handler, |layer| layer)
-    }
-
-    fn node_with<T: 'static>(
-        &self,
-        handler: impl Handler<T, ()>,
-        set: impl FnOnce(IdempotencyLayer) -> IdempotencyLayer,
-    ) -> Node {
-        let layer = set(IdempotencyLayer::new(Arc::clone(&self.store)));
-        let handle = layer.handle();
-        Node { router: Router::new().route("/charges", post(handler)).layer(layer), handle }
-    }
-
     async fn intents(&self, filter: IntentFilter) -> Vec<Intent> {
         self.store.recovery().unwrap().list_intents(filter, 10).await.unwrap()
     }
@@ -96,38 +53,6 @@ impl Node {
             sleep(Duration::from_millis(100)).await;
         }
     }
-
-    async fn send(&self) -> Answer {
-        let sent = direct::send(&self.router, direct::charge("key"));
-        timeout(Duration::from_secs(40), sent).await.expect("an answer")
-    }
-
-    async fn send_after_end(&self) -> Answer {
-        loop {
-            let answer = self.send().await;
-            if answer.rejection != Some(RejectionCode::InProgress) {
-                return answer;
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-    }
-}
-
-macro_rules! on_both_stores {
-    ($($test:ident),* $(,)?) => {$(
-        mod $test {
-            #[tokio::test(flavor = "multi_thread")]
-            async fn sqlite() {
-                super::$test(super::Site::<super::Sqlite>::open().await).await;
-            }
-
-            #[tokio::test(flavor = "multi_thread")]
-            #[ignore = "needs PostgreSQL: run scripts/test"]
-            async fn postgres() {
-                super::$test(super::Site::<super::Postgres>::open().await).await;
-            }
-        }
-    )*};
 }
 
 on_both_stores!(
@@ -431,7 +356,7 @@ async fn a_step_that_commits_and_panics_holds_the_key<DB: Db>(site: Site<DB>) {
     let node = site.node(handler);
     node.send().await;
     let answer = node.send_after_end().await;
-    assert_eq!(site.steps().await, 1, "not held: {answer:?}");
+    assert_eq!(site.all_steps().await, 1, "not held: {answer:?}");
 }
 
 async fn a_step_that_commits_and_is_dropped_holds_the_key<DB: Db>(site: Site<DB>) {
@@ -450,7 +375,7 @@ async fn a_step_that_commits_and_is_dropped_holds_the_key<DB: Db>(site: Site<DB>
     let node = site.node(handler);
     node.send().await;
     let answer = node.send_after_end().await;
-    assert_eq!(site.steps().await, 1, "not held: {answer:?}");
+    assert_eq!(site.all_steps().await, 1, "not held: {answer:?}");
 }
 
 async fn a_call_may_have_no_time_out<DB: Db>(site: Site<DB>) {

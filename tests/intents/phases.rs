@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use sqlx::{Connection, Pool, Postgres, Sqlite};
+use sqlx::{Connection, Pool, Sqlite};
 use tokio::time::{sleep, timeout};
 use tower_http::timeout::TimeoutLayer;
 use tower_idempotency::{
@@ -25,41 +25,49 @@ use crate::support::{
 };
 
 /// A database with a table of the steps that were done.
-struct Site<DB: Db> {
+pub(crate) struct Site<DB: Db> {
     home: DB::Home,
     pool: Pool<DB>,
-    store: Arc<dyn Store>,
+    pub(crate) store: Arc<dyn Store>,
 }
 
 /// A handler behind a layer.
-struct Node {
-    router: Router,
-    handle: IdempotencyHandle,
+pub(crate) struct Node {
+    pub(crate) router: Router,
+    pub(crate) handle: IdempotencyHandle,
 }
 
 impl<DB: Db> Site<DB> {
-    async fn open() -> Self {
+    pub(crate) async fn open() -> Self {
         let home = DB::home().await;
         let pool = DB::pool(&home, 4);
         let site = Self { store: DB::store(&pool), home, pool };
-        DB::run(&mut *site.watch().await, "CREATE TABLE steps (name TEXT NOT NULL)").await.unwrap();
+        site.run("CREATE TABLE steps (name TEXT NOT NULL)").await;
         site
     }
 
-    async fn watch(&self) -> sqlx::pool::PoolConnection<DB> {
+    pub(crate) async fn watch(&self) -> sqlx::pool::PoolConnection<DB> {
         DB::pool(&self.home, 1).acquire().await.unwrap()
     }
 
-    async fn steps(&self, name: &str) -> i64 {
+    pub(crate) async fn steps(&self, name: &str) -> i64 {
         let count = format!("SELECT count(*) FROM steps WHERE name = '{name}'");
         DB::number(&mut *self.watch().await, &count).await.unwrap()
     }
 
-    fn node<T: 'static>(&self, handler: impl Handler<T, ()>) -> Node {
+    pub(crate) async fn all_steps(&self) -> i64 {
+        DB::number(&mut *self.watch().await, "SELECT count(*) FROM steps").await.unwrap()
+    }
+
+    pub(crate) async fn run(&self, sql: &str) {
+        DB::run(&mut *self.watch().await, sql).await.unwrap();
+    }
+
+    pub(crate) fn node<T: 'static>(&self, handler: impl Handler<T, ()>) -> Node {
         self.node_with(handler, |layer| layer)
     }
 
-    fn node_with<T: 'static>(
+    pub(crate) fn node_with<T: 'static>(
         &self,
         handler: impl Handler<T, ()>,
         set: impl FnOnce(IdempotencyLayer) -> IdempotencyLayer,
@@ -71,13 +79,13 @@ impl<DB: Db> Site<DB> {
 }
 
 impl Node {
-    async fn send(&self) -> Answer {
+    pub(crate) async fn send(&self) -> Answer {
         let sent = direct::send(&self.router, direct::charge("key"));
         timeout(Duration::from_secs(30), sent).await.expect("an answer")
     }
 
     /// Sends until the end of the attempt before is written down.
-    async fn send_after_end(&self) -> Answer {
+    pub(crate) async fn send_after_end(&self) -> Answer {
         loop {
             let answer = self.send().await;
             if answer.rejection != Some(RejectionCode::InProgress) {
@@ -97,17 +105,18 @@ macro_rules! on_both_stores {
         mod $test {
             #[tokio::test(flavor = "multi_thread")]
             async fn sqlite() {
-                super::$test(super::Site::<super::Sqlite>::open().await).await;
+                super::$test($crate::phases::Site::<sqlx::Sqlite>::open().await).await;
             }
 
             #[tokio::test(flavor = "multi_thread")]
             #[ignore = "needs PostgreSQL: run scripts/test"]
             async fn postgres() {
-                super::$test(super::Site::<super::Postgres>::open().await).await;
+                super::$test($crate::phases::Site::<sqlx::Postgres>::open().await).await;
             }
         }
     )*};
 }
+pub(crate) use on_both_stores;
 
 on_both_stores!(
     a_later_attempt_skips_what_is_finished,
