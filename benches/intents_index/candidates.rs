@@ -223,20 +223,20 @@ CREATE INDEX ON open_intents (look_at)";
 const MOVE: &str = "
 WITH moved AS (DELETE FROM open_intents WHERE id = $1 RETURNING *)
 INSERT INTO intents ({columns})
-SELECT id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, 'finalized', sent, absent,
-       attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, looks, absences,
+SELECT id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, 'finalized', sent,
+       sent_before, absent, attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, looks, absences,
        now(), 'ch_3NqXfM2eZvKYlo2C1ab2cd3e', '{\"amount\":2000,\"currency\":\"usd\",\"status\":\"succeeded\"}', NULL
 FROM moved";
 
 pub(crate) const COLUMNS: &str = "
-    id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, state, sent, absent,
+    id, record_id, consumer, key, name, discriminator, ordinal, arguments, subject, state, sent, sent_before, absent,
     attempt, call, calls, repeatable_until, created_at, opened_at, dangling_at, looks, absences,
     settled_at, resource_id, payload, look_at";
 
 /// The values of an intent that was just opened, all but the last.
 const OPENED: &str = "
-    $1, gen_random_uuid(), 'consumer-17', gen_random_uuid()::text, 'charge', '', 0, sha256(uuid_send($1)), NULL, 'open', true, false,
-    gen_random_uuid(), gen_random_uuid(), 1, now() + interval '1 day', now(), now(), now() + interval '1 minute', 0, 0,
+    $1, gen_random_uuid(), 'consumer-17', gen_random_uuid()::text, 'charge', '', 0, sha256(uuid_send($1)), NULL, 'open', true,
+    false, false, gen_random_uuid(), gen_random_uuid(), 1, now() + interval '1 day', now(), now(), now() + interval '1 minute', 0, 0,
     NULL, NULL, NULL";
 
 /// Before every dangling intent of the fill, so that a search has to pass what finalizing has left in an index.

@@ -121,7 +121,7 @@ const RECORD_INDEX: &str = "CREATE INDEX intents_record_id ON intents (record_id
 const FILL: &str = "
 INSERT INTO intents ({columns})
 SELECT gen_random_uuid(), gen_random_uuid(), 'consumer-17', gen_random_uuid()::text, 'charge', '', 0, sha256(int8send(i)), NULL,
-       CASE WHEN dangles THEN 'open' ELSE 'finalized' END, true, false,
+       CASE WHEN dangles THEN 'open' ELSE 'finalized' END, true, false, false,
        gen_random_uuid(), gen_random_uuid(), 1, at + interval '1 day', at, at, at + interval '1 minute', 0, 0,
        CASE WHEN NOT dangles THEN at + interval '1 second' END,
        CASE WHEN NOT dangles THEN 'ch_3NqXfM2eZvKYlo2C1ab2cd3e' END,

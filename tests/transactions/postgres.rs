@@ -195,19 +195,24 @@ async fn one_fails_and_tries_again(nodes: [Node; 2], answers: [tokio::task::Join
 async fn serializable_handlers_of_different_keys_rarely_collide() {
     let bank = Bank::<Postgres>::open().await.with_connections(32);
     let earlier = bank.node(bank.layer(), charge_once::<Postgres>);
-    for number in 1000..1020 {
-        earlier.send(&number.to_string()).await;
-    }
-    // The planner would rather walk over a table of one page than look into its index.
-    bank.run("DELETE FROM charges; ANALYZE").await;
+    assert_eq!(earlier.send("earlier").await.status, StatusCode::CREATED);
+    // Keys that share a page of the index collide now and then, so there are many pages.
+    bank.run(
+        "INSERT INTO idempotency_records
+         SELECT (jsonb_populate_record(r, jsonb_build_object('key', gen_random_uuid(), 'id', gen_random_uuid()))).*
+         FROM idempotency_records AS r, generate_series(1, 50000)",
+    )
+    .await;
+    bank.run("DELETE FROM charges").await;
+    bank.run("ANALYZE").await;
     let tasks: Vec<_> = (0..200)
-        .map(|number| {
+        .map(|_| {
             let node = bank.node(serializable(&bank), |mut tx: Tx<Postgres>| async move {
                 charge(&mut tx).await;
                 sleep(Duration::from_millis(20)).await;
                 unique(StatusCode::CREATED)
             });
-            node.start(number.to_string())
+            node.start(Uuid::new_v4())
         })
         .collect();
     let mut conflicts = 0;
