@@ -8,7 +8,8 @@ use bytes::Bytes;
 use sqlx::{Executor, PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinSet;
 use tower_idempotency::{
-    Claim, ClaimOutcome, CompleteOutcome, PostgresStore, RenewOutcome, Renewal, Store, StoreErrorKind,
+    Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentFilter, IntentUpdate, OpenOutcome,
+    Opening, PostgresStore, RenewOutcome, Renewal, Resource, Store, StoreErrorKind,
     store::{ConnectionMode, TableCreation},
 };
 
@@ -254,7 +255,7 @@ async fn postgres_completes_without_touching_an_index() {
     assert!(hot * 100 > all * 95, "{hot} of {all} completions were HOT");
 }
 
-/// Every statement is prepared while the table is empty, on the only connection.
+/// Statements of one connection are prepared while the table is empty, those of another when it has grown.
 #[tokio::test]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn postgres_plans_survive_the_growth_of_the_table() {
@@ -272,20 +273,70 @@ async fn postgres_plans_survive_the_growth_of_the_table() {
              FROM generate_series(1, 500000) AS n",
         )
         .await;
-    flush_statistics(&store).await;
-    let scans = "SELECT seq_scan * 1000000 + coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0)
-                 FROM pg_stat_user_tables WHERE schemaname = '{s}' AND relname = 'idempotency_records'";
-    let entries = "SELECT sum(idx_tup_read) FROM pg_stat_user_indexes
-                   WHERE schemaname = '{s}' AND relname = 'idempotency_records'";
-    let before = (schema.number(scans).await, schema.number(entries).await);
-    let begun = Instant::now();
-    every_statement(&store, "large").await;
-    let elapsed = begun.elapsed();
-    flush_statistics(&store).await;
-    let rows = schema.number(scans).await - before.0;
-    let entries = schema.number(entries).await - before.1;
-    assert!(entries > 100, "the statistics were not counted");
-    assert!(rows < 5_000 && entries < 5_000, "read {rows} rows and {entries} index entries in {elapsed:?}");
+    // One has its plans already, the other makes them for the large table.
+    for (store, name) in [(store, "large"), (schema.store().with_max_connections(1), "planned")] {
+        flush_statistics(&store).await;
+        let before = Reads::of(&schema).await;
+        every_statement(&store, name).await;
+        flush_statistics(&store).await;
+        Reads::of(&schema).await.assert_few_since(&before, name);
+    }
+}
+
+/// Nothing is known of the tables to the planner, before and after.
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_plans_survive_the_growth_of_intents_and_phases() {
+    let schema = Schema::create().await;
+    let store = schema.store().with_max_connections(1);
+    store.prepare().await.unwrap();
+    for table in ["records", "intents", "phases"] {
+        schema.run(&format!("ALTER TABLE {{s}}.idempotency_{table} SET (autovacuum_enabled = off)")).await;
+    }
+    every_statement_of_recovery(&store, "small").await;
+    schema
+        .run(
+            "INSERT INTO {s}.idempotency_intents
+             SELECT (jsonb_populate_record(i, jsonb_build_object('id', gen_random_uuid(), 'record_id', gen_random_uuid(),
+                 'created_at', now() - n * interval '1 minute'))).*
+             FROM {s}.idempotency_intents AS i, generate_series(1, 300000) AS n WHERE i.state = 'finalized'",
+        )
+        .await;
+    schema
+        .run(
+            "INSERT INTO {s}.idempotency_phases
+             SELECT gen_random_uuid(), 'acme', n::text, 'p', gen_random_uuid(), '', now() - n * interval '1 minute'
+             FROM generate_series(1, 100000) AS n",
+        )
+        .await;
+    for (store, name) in [(store, "large"), (schema.store().with_max_connections(1), "planned")] {
+        flush_statistics(&store).await;
+        let before = Reads::of(&schema).await;
+        every_statement_of_recovery(&store, name).await;
+        flush_statistics(&store).await;
+        Reads::of(&schema).await.assert_few_since(&before, name);
+    }
+}
+
+/// What was read from the store's tables so far.
+struct Reads {
+    rows: i64,
+    entries: i64,
+}
+
+impl Reads {
+    async fn of(schema: &Schema) -> Self {
+        let rows = "SELECT sum(seq_scan * 1000000 + coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))
+                    FROM pg_stat_user_tables WHERE schemaname = '{s}' AND relname <> 'idempotency_migrations'";
+        let entries = "SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE schemaname = '{s}'";
+        Self { rows: schema.number(rows).await, entries: schema.number(entries).await }
+    }
+
+    fn assert_few_since(&self, before: &Self, name: &str) {
+        let (rows, entries) = (self.rows - before.rows, self.entries - before.entries);
+        assert!(entries > 10, "the statistics were not counted");
+        assert!(rows < 5_000 && entries < 5_000, "{name}: read {rows} rows and {entries} index entries");
+    }
 }
 
 #[tokio::test]
@@ -390,6 +441,35 @@ async fn every_statement(store: &PostgresStore, name: &str) {
         store.evict(&claim.attempt.consumer, &claim.attempt.key).await.unwrap();
     }
     store.purge(100).await.unwrap();
+}
+
+/// Each statement over intents and phases.
+async fn every_statement_of_recovery(store: &PostgresStore, name: &str) {
+    let (claim, recovery) = (claim(name), store.recovery().unwrap());
+    let record = win(store, &claim).await;
+    let opening = Opening::first(claim.attempt.clone(), record, "transfer");
+    let opened = recovery.open_intent(&opening).await.unwrap();
+    assert!(matches!(opened, OpenOutcome::Opened), "{opened:?}");
+    assert_eq!(recovery.count_intents().await.unwrap().open, 1);
+    for filter in [IntentFilter::Open, IntentFilter::Dangling] {
+        assert_eq!(recovery.list_intents(filter, 10).await.unwrap().len(), 1, "{filter:?}");
+    }
+    for filter in [IntentFilter::NeedsAttention, IntentFilter::Dead] {
+        assert!(recovery.list_intents(filter, 10).await.unwrap().is_empty(), "{filter:?}");
+    }
+    assert!(
+        recovery.take_dangling(10, Duration::ZERO).await.unwrap().is_empty(),
+        "its attempt has its lease"
+    );
+    let update = IntentUpdate::Finalize(Resource::new("tr_1"));
+    let fence = IntentFence::Call(opening.call);
+    assert_eq!(
+        recovery.update_intent(opening.upstream_key, fence, &update, None).await.unwrap(),
+        Fenced::Applied
+    );
+    assert!(recovery.get_intent(opening.upstream_key).await.unwrap().is_some());
+    assert_eq!(recovery.find_phase(&claim.attempt, record, "p").await.unwrap(), None);
+    recovery.purge_settled(Duration::from_secs(100 * 24 * 60 * 60), 100).await.unwrap();
 }
 
 /// A connection reports its statistics when it ends a statement a second after its last report.

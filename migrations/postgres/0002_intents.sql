@@ -57,6 +57,9 @@ CREATE INDEX idempotency_intents_record_id ON idempotency_intents (record_id);
 -- bytes for an intent.
 CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE look_at IS NOT NULL;
 
+-- Those that are dead, for operators.
+CREATE INDEX idempotency_intents_dead ON idempotency_intents (created_at) WHERE state = 'dead';
+
 -- For the purge. Measured at ten million intents: B-tree 214 MB, 7 ms for a batch of 1,000, 0.7 ms when nothing is due; BRIN
 -- 160 kB and no index, but 3 to 4 s when nothing is due. The cost of inserting did not differ measurably.
 CREATE INDEX idempotency_intents_created_at ON idempotency_intents (created_at);

@@ -46,6 +46,9 @@ CREATE INDEX idempotency_intents_record_id ON idempotency_intents (record_id);
 -- Those that somebody has to look at: a handful of rows in a table of any size.
 CREATE INDEX idempotency_intents_look_at ON idempotency_intents (look_at) WHERE look_at IS NOT NULL;
 
+-- Those that are dead, for operators.
+CREATE INDEX idempotency_intents_dead ON idempotency_intents (created_at) WHERE state = 'dead';
+
 -- Those that are old enough to be purged.
 CREATE INDEX idempotency_intents_created_at ON idempotency_intents (created_at);
 

@@ -25,7 +25,8 @@ use std::{
 };
 
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, Store, StoreError, StoreErrorKind,
+    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, RecordId, Store, StoreError,
+    StoreErrorKind,
 };
 
 /// An environment variable that `scripts/test` sets.
@@ -75,9 +76,11 @@ pub fn claim(key: &str) -> Claim {
 }
 
 /// Claims the key, which must be free.
-pub async fn win(store: &impl Store, claim: &Claim) {
-    let outcome = store.claim(claim).await.unwrap();
-    assert!(matches!(outcome, ClaimOutcome::Won { .. }), "{outcome:?}");
+pub async fn win(store: &impl Store, claim: &Claim) -> RecordId {
+    match store.claim(claim).await.unwrap() {
+        ClaimOutcome::Won { record_id, .. } => record_id,
+        outcome => panic!("{outcome:?}"),
+    }
 }
 
 /// Checks that the error tells an operator what to do.

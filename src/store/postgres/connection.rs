@@ -230,10 +230,12 @@ fn meaning(code: &str) -> Meaning {
     }
 }
 
-/// A statement that was prepared while the table was small must find its rows by an index when it has grown.
-const START_UP: [(&str, &str); 4] = [
+/// A statement that was prepared while the table was small must find its rows by an index when it has grown. One that takes a
+/// batch must not read all that is due first, which a bitmap does.
+const START_UP: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
     ("jit", "off"),
     ("default_transaction_isolation", "read committed"),
 ];

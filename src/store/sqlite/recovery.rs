@@ -59,3 +59,43 @@ fn query_of(call: Call<'_>) -> Prepared<'_> {
 }
 
 fields_of!(SqliteRow);
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{AssertSqlSafe, SqlitePool};
+
+    use super::*;
+    use crate::store::{sql::Identifier, sqlite::statements::Statements as Every};
+
+    #[tokio::test]
+    async fn what_operators_and_reconcilers_ask_for_is_found_by_its_index() {
+        let pool = SqlitePool::connect("sqlite::memory:").await.unwrap();
+        let mut database = pool.acquire().await.unwrap();
+        for migration in [
+            include_str!("../../../migrations/sqlite/0001_records.sql"),
+            include_str!("../../../migrations/sqlite/0002_intents.sql"),
+        ] {
+            sqlx::raw_sql(migration).execute(&mut *database).await.unwrap();
+        }
+        let Statements { list_open, list_dangling, list_attention, list_dead, count, take_dangling, .. } =
+            Every::new(&Identifier::default_prefix()).recovery;
+        for (statement, index) in [
+            (list_open, "look_at"),
+            (list_dangling, "look_at"),
+            (list_attention, "look_at"),
+            (count, "look_at"),
+            (take_dangling, "look_at"),
+            (list_dead, "dead"),
+        ] {
+            let plan = sqlx::raw_sql(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}")))
+                .fetch_all(&mut *database)
+                .await
+                .unwrap();
+            let plan: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
+            let used = format!("INDEX idempotency_intents_{index}");
+            assert!(plan.iter().any(|step| step.contains(&used)), "{plan:#?}");
+            let walks = |step: &String| step.contains("idempotency_intents") && !step.contains(&used);
+            assert!(!plan.iter().any(walks), "{plan:#?}");
+        }
+    }
+}

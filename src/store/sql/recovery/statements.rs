@@ -13,12 +13,12 @@ pub(in crate::store) struct Statements {
     pub(super) update: Arc<str>,
     pub(super) recount: Arc<str>,
     pub(super) get: Arc<str>,
-    pub(super) take_dangling: Arc<str>,
-    pub(super) list_open: Arc<str>,
-    pub(super) list_dangling: Arc<str>,
-    pub(super) list_attention: Arc<str>,
-    pub(super) list_dead: Arc<str>,
-    pub(super) count: Arc<str>,
+    pub(in crate::store) take_dangling: Arc<str>,
+    pub(in crate::store) list_open: Arc<str>,
+    pub(in crate::store) list_dangling: Arc<str>,
+    pub(in crate::store) list_attention: Arc<str>,
+    pub(in crate::store) list_dead: Arc<str>,
+    pub(in crate::store) count: Arc<str>,
     pub(super) find_phase: Arc<str>,
     pub(super) keep_request: Arc<str>,
     pub(super) keep_record: Arc<str>,
@@ -52,9 +52,9 @@ impl Statements {
         let returning = |template: &str, columns: &str, alias: &str| {
             render(&template.replace("{returned}", &render(columns).replace(alias, "")))
         };
-        let list = |filter: &str, order: &str| {
+        let list = |filter: &str| {
             render(&format!(
-                "SELECT {{intent}} FROM {{intents}} AS i WHERE {filter} ORDER BY {order} LIMIT $1"
+                "{WAITING} SELECT {{intent}} FROM i WHERE {filter} ORDER BY i.created_at LIMIT $1"
             ))
         };
         Self {
@@ -65,14 +65,11 @@ impl Statements {
             recount: render(RECOUNT),
             get: render("SELECT {intent} FROM {intents} AS i WHERE i.id = $1"),
             take_dangling: returning(TAKE_DANGLING, "{intent}", "i."),
-            list_open: list("i.look_at IS NOT NULL AND i.state = 'open'", "i.created_at"),
-            list_dangling: list(
-                "i.look_at IS NOT NULL AND i.state = 'open' AND i.dangling_at <= {now}",
-                "i.created_at",
-            ),
-            list_attention: list("i.look_at IS NOT NULL AND i.attention IS NOT NULL", "i.created_at"),
-            list_dead: list("i.state = 'dead'", "i.created_at DESC"),
-            count: render(COUNT),
+            list_open: list("i.state = 'open'"),
+            list_dangling: list("i.state = 'open' AND i.dangling_at <= {now}"),
+            list_attention: list("i.attention IS NOT NULL"),
+            list_dead: render(LIST_DEAD),
+            count: render(&format!("{WAITING}{COUNT}")),
             find_phase: render("SELECT p.result FROM {phases} AS p WHERE p.record_id = $1 AND p.name = $2"),
             keep_request: render(KEEP_REQUEST),
             keep_record: render(KEEP_RECORD),
@@ -198,12 +195,19 @@ UPDATE {intents} AS i SET look_at = {now} + $2, looks = i.looks + 1
 FROM due WHERE i.{place} = due.place
 RETURNING {returned}";
 
+/// Those that somebody has to look at, as `i`. Apart from what sorts them, so that no planner walks through all intents in
+/// the order of their age to find them.
+const WAITING: &str = "WITH i AS MATERIALIZED (SELECT * FROM {intents} WHERE look_at > {never})";
+
 const COUNT: &str = "
 SELECT count(*) FILTER (WHERE i.state = 'open') AS open,
     count(*) FILTER (WHERE i.state = 'open' AND i.dangling_at <= {now}) AS dangling,
     count(*) FILTER (WHERE i.attention IS NOT NULL) AS need_attention,
-    (SELECT {age} FROM {intents} AS i WHERE i.look_at IS NOT NULL AND i.state = 'open' ORDER BY i.created_at LIMIT 1) AS oldest
-FROM {intents} AS i WHERE i.look_at IS NOT NULL";
+    (SELECT {age} FROM i WHERE i.state = 'open' ORDER BY i.created_at LIMIT 1) AS oldest
+FROM i";
+
+const LIST_DEAD: &str =
+    "SELECT {intent} FROM {intents} AS i WHERE i.state = 'dead' ORDER BY i.created_at DESC LIMIT $1";
 
 const KEEP_REQUEST: &str = "
 INSERT INTO {requests} (record_id, consumer, key, request, tries, next_at)
@@ -242,7 +246,7 @@ WITH doomed AS (
     SELECT i.{place} AS place FROM {intents} AS i
     WHERE i.created_at <= {now} - $2 AND i.look_at IS NULL AND i.state <> 'open' AND NOT EXISTS (
         SELECT 1 FROM {records} AS r WHERE r.consumer = i.consumer AND r.key = i.key AND r.id = i.record_id)
-    LIMIT $1 {skip_locked_i}
+    ORDER BY i.created_at LIMIT $1 {skip_locked_i}
 )
 DELETE FROM {intents} WHERE {place} IN (SELECT place FROM doomed) AND look_at IS NULL AND state <> 'open' RETURNING 1";
 
@@ -251,7 +255,7 @@ WITH doomed AS (
     SELECT p.{place} AS place FROM {phases} AS p
     WHERE p.finished_at <= {now} - $2 AND NOT EXISTS (
         SELECT 1 FROM {records} AS r WHERE r.consumer = p.consumer AND r.key = p.key AND r.id = p.record_id)
-    LIMIT $1 {skip_locked_p}
+    ORDER BY p.finished_at LIMIT $1 {skip_locked_p}
 )
 DELETE FROM {phases} WHERE {place} IN (SELECT place FROM doomed) RETURNING 1";
 
