@@ -77,10 +77,9 @@ pub fn claim(key: &str) -> Claim {
 
 /// Claims the key, which must be free.
 pub async fn win(store: &impl Store, claim: &Claim) -> RecordId {
-    match store.claim(claim).await.unwrap() {
-        ClaimOutcome::Won { record_id, .. } => record_id,
-        outcome => panic!("{outcome:?}"),
-    }
+    let outcome = store.claim(claim).await.unwrap();
+    let ClaimOutcome::Won { record_id, .. } = outcome else { panic!("{outcome:?}") };
+    record_id
 }
 
 /// Checks that the error tells an operator what to do.
