@@ -19,8 +19,26 @@ pub(crate) struct Costs {
     pub(crate) wal: f64,
 }
 
+/// How many intents are opened and finalized in a round.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs {
+    by_clients: i64,
+    in_server: i64,
+}
+
+impl Pairs {
+    /// Less in a table so small that it would not be the same one after that.
+    pub(crate) fn of(rows: i64) -> Self {
+        Self { by_clients: (rows / 100).min(2_000), in_server: (rows / 40).min(5_000) }
+    }
+
+    pub(crate) fn in_all_rounds(self) -> i64 {
+        ROUNDS * (self.by_clients + self.in_server)
+    }
+}
+
 impl Costs {
-    pub(crate) async fn measure(server: &Server, candidates: [&Candidate; 2]) -> Result<Self> {
+    pub(crate) async fn measure(server: &Server, candidates: [&Candidate; 2], pairs: Pairs) -> Result<Self> {
         let (mut client, mut inside, mut wal) = (Vec::new(), Vec::new(), Vec::new());
         // The first rounds warm up.
         for round in 0..ROUNDS {
@@ -28,12 +46,13 @@ impl Costs {
             // Each goes first in every other round.
             for index in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
                 let database = [REFERENCE, COPY][index];
-                by_clients[index] = run_clients(server, database, candidates[index]).await?;
+                by_clients[index] =
+                    run_clients(server, database, candidates[index], pairs.by_clients).await?;
                 let mut sql = server.connect(database).await?;
                 let before = wal_position(&mut sql).await?;
-                in_server[index] = churn(&mut sql, SERVER_PAIRS).await?;
+                in_server[index] = churn(&mut sql, pairs.in_server).await?;
                 if index == 1 {
-                    wal.push((wal_position(&mut sql).await? - before) / as_f64(SERVER_PAIRS));
+                    wal.push((wal_position(&mut sql).await? - before) / as_f64(pairs.in_server));
                 }
                 sql.close().await?;
             }
@@ -55,12 +74,12 @@ fn medians(rounds: &[[f64; 2]]) -> [f64; 2] {
 }
 
 /// Opens and finalizes intents with several clients; the time that each of the two took, over all clients.
-async fn run_clients(server: &Server, database: &str, candidate: &Candidate) -> Result<[f64; 2]> {
+async fn run_clients(server: &Server, database: &str, candidate: &Candidate, pairs: i64) -> Result<[f64; 2]> {
     let (open, finalize) = (candidate.open(), candidate.finalize());
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         let sql = server.connect(database).await?;
-        clients.push(tokio::spawn(run_client(sql, open.clone(), finalize.clone())));
+        clients.push(tokio::spawn(run_client(sql, open.clone(), finalize.clone(), pairs / CLIENTS)));
     }
     let mut sums = [0.0; 2];
     for client in clients {
@@ -70,9 +89,8 @@ async fn run_clients(server: &Server, database: &str, candidate: &Candidate) -> 
     Ok(sums)
 }
 
-async fn run_client(mut sql: PgConnection, open: String, finalize: String) -> Result<[f64; 2]> {
+async fn run_client(mut sql: PgConnection, open: String, finalize: String, pairs: i64) -> Result<[f64; 2]> {
     let (mut pending, mut times) = (VecDeque::new(), [0.0; 2]);
-    let pairs = CLIENT_PAIRS / CLIENTS;
     for pair in 0..pairs + OPEN_AT_ONCE / CLIENTS {
         if pair < pairs {
             let id = Uuid::new_v4();
@@ -116,10 +134,8 @@ async fn wal_position(sql: &mut PgConnection) -> Result<f64> {
     Ok(row.first().ok_or("the position is one row")?.try_get(0)?)
 }
 
-pub(crate) const ROUNDS: i64 = 12;
+const ROUNDS: i64 = 12;
 const CLIENTS: i64 = 4;
-pub(crate) const CLIENT_PAIRS: i64 = 2_000;
-pub(crate) const SERVER_PAIRS: i64 = 5_000;
 pub(crate) const OPEN_AT_ONCE: i64 = 64;
 
 const HOT_SHARE: &str = "

@@ -3,6 +3,7 @@
 //! ```sh
 //! scripts/with-servers cargo bench --all-features --bench intents_index              # 10 million rows
 //! scripts/with-servers cargo bench --all-features --bench intents_index -- 200000    # a quick try
+//! scripts/with-servers cargo bench --all-features --bench intents_index -- 200000 partial    # of some candidates
 //! ```
 //!
 //! The table is filled once, in a database of its own. Every candidate gets a copy of that database and is measured beside
@@ -24,20 +25,22 @@ use std::time::Instant;
 use sqlx::{Connection, PgConnection, Row};
 
 use candidates::{CANDIDATES, Candidate, OpenIntents, PROMOTE, SWEEP};
-use costs::{CLIENT_PAIRS, Costs, ROUNDS, SERVER_PAIRS, churn, hot_share};
+use costs::{Costs, Pairs, churn, hot_share};
 use server::{BASE, COPY, REFERENCE, Server, execute, fill, prepare, query};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let rows = std::env::args().find_map(|argument| argument.parse().ok()).unwrap_or(10_000_000);
+    let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let rows = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(10_000_000);
+    let names: Vec<_> = arguments.into_iter().filter(|argument| argument.parse::<i64>().is_err()).collect();
     let url = std::env::var("TEST_POSTGRES_URL").map_err(|_| "run it with scripts/with-servers")?;
     let server = Server { options: url.parse()? };
     for database in [BASE, REFERENCE, COPY] {
         server.drop(database).await?;
     }
-    let measured = measure_all(&server, rows).await;
+    let measured = measure_all(&server, rows, &names).await;
     for database in [BASE, REFERENCE, COPY] {
         server.drop(database).await?;
     }
@@ -46,10 +49,13 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-async fn measure_all(server: &Server, rows: i64) -> Result<Vec<Measured>> {
+/// All candidates, or those that have one of these in their name.
+async fn measure_all(server: &Server, rows: i64, names: &[String]) -> Result<Vec<Measured>> {
     fill(server, rows).await?;
     let mut measured = Vec::new();
-    for candidate in CANDIDATES {
+    let chosen =
+        |candidate: &Candidate| names.is_empty() || names.iter().any(|name| candidate.name.contains(name));
+    for candidate in CANDIDATES.iter().filter(|candidate| chosen(candidate)) {
         let started = Instant::now();
         measured.push(measure(server, &CANDIDATES[0], candidate, rows).await?);
         for database in [REFERENCE, COPY] {
@@ -109,9 +115,10 @@ async fn measure(
     for database in [REFERENCE, COPY] {
         server.remember(database).await?;
     }
-    let costs = Costs::measure(server, [reference, candidate]).await?;
+    let in_rounds = Pairs::of(rows);
+    let costs = Costs::measure(server, [reference, candidate], in_rounds).await?;
     let pairs = rows * 3 / 100;
-    churn(&mut sql, pairs - ROUNDS * (CLIENT_PAIRS + SERVER_PAIRS)).await?;
+    churn(&mut sql, pairs - in_rounds.in_all_rounds()).await?;
     let swept = sweep(&mut sql, candidate).await?;
     let after_churn = (find(&mut sql, candidate).await?, find_again(&mut sql, candidate).await?);
     let churned = Sizes::of(&mut sql).await?;
