@@ -13,7 +13,7 @@ use tower_service::Service;
 
 pub use self::pass::CompleterPass;
 use self::send::{SendRequest, erased};
-use crate::{Consumer, reconciler::check_backoff};
+use crate::{Consumer, backoff::Backoff};
 
 /// Puts back into a request that is sent again what the authentication layer had set, which is never kept: an extension, an
 /// internal header.
@@ -116,21 +116,6 @@ pub struct Completer {
     timeout: Duration,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Backoff {
-    first: Duration,
-    maximum: Duration,
-}
-
-impl Backoff {
-    /// The pause after that many tries.
-    fn after(self, tries: u32) -> Duration {
-        let doubled =
-            2_u32.checked_pow(tries.saturating_sub(1)).and_then(|factor| self.first.checked_mul(factor));
-        doubled.unwrap_or(self.maximum).min(self.maximum)
-    }
-}
-
 impl Completer {
     /// A completer that sends to this service: the whole application, with everything that a request from the network
     /// passes. An axum `Router` is turned into one by `into_service::<Body>()`, which says what bodies are made of.
@@ -148,7 +133,7 @@ impl Completer {
             interval: Duration::from_secs(30),
             batch: 20,
             concurrency: 4,
-            backoff: Backoff { first: Duration::from_secs(60), maximum: Duration::from_secs(60 * 60) },
+            backoff: Backoff::new(Duration::from_secs(60), Duration::from_secs(60 * 60)),
             max_tries: 5,
             timeout: Duration::from_secs(15 * 60),
         }
@@ -205,8 +190,7 @@ impl Completer {
     #[must_use]
     #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
-        check_backoff(first, max);
-        self.backoff = Backoff { first, maximum: max };
+        self.backoff = Backoff::checked(first, max);
         self
     }
 
@@ -248,17 +232,5 @@ impl fmt::Debug for Completer {
             .field("max_tries", &self.max_tries)
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_double_up_to_their_maximum() {
-        let backoff = Backoff { first: Duration::from_secs(60), maximum: Duration::from_secs(3600) };
-        let pauses = [0, 1, 2, 3, 6, 7, 40].map(|tries| backoff.after(tries).as_secs());
-        assert_eq!(pauses, [60, 60, 120, 240, 1920, 3600, 3600]);
     }
 }

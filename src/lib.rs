@@ -5,6 +5,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod answer;
+mod backoff;
 mod body;
 mod buffer;
 mod closing;

@@ -6,7 +6,8 @@ use std::{
 };
 
 use crate::{
-    AttemptId, StoreError, TRACING_TARGET,
+    StoreError, TRACING_TARGET,
+    backoff::jittered,
     metrics::{self, Purged},
     shared::Shared,
 };
@@ -149,24 +150,4 @@ impl Drop for Alive {
     }
 }
 
-/// Three to five quarters of the interval, so that nodes that started together part.
-pub(crate) fn jittered(interval: Duration) -> Duration {
-    let random = AttemptId::random().as_uuid().as_bytes()[0];
-    (interval / 4 * 3).saturating_add(interval / 2 / 255 * u32::from(random))
-}
-
 const INTENT_RETENTION: Duration = Duration::from_secs(90 * 24 * 60 * 60);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_jitter_is_a_quarter_of_any_interval() {
-        let minute = Duration::from_secs(60);
-        for _ in 0..1000 {
-            assert!((minute * 3 / 4..=minute * 5 / 4).contains(&jittered(minute)));
-        }
-        assert!(jittered(Duration::MAX) >= Duration::MAX / 4 * 3);
-    }
-}

@@ -8,7 +8,7 @@ use std::{error::Error, fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 
 pub use self::pass::ReconcilerPass;
-use crate::{Intent, Resource};
+use crate::{Intent, Resource, backoff::Backoff};
 
 /// Asks upstream services what became of calls.
 ///
@@ -116,8 +116,7 @@ struct Settings {
     concurrency: u32,
     timeout: Duration,
     confirm_after: Duration,
-    first_backoff: Duration,
-    max_backoff: Duration,
+    backoff: Backoff,
     max_lookups: u32,
     recheck_after: Duration,
 }
@@ -130,8 +129,7 @@ impl Default for Settings {
             concurrency: 8,
             timeout: Duration::from_secs(30),
             confirm_after: Duration::from_secs(60),
-            first_backoff: Duration::from_secs(30),
-            max_backoff: Duration::from_secs(60 * 60),
+            backoff: Backoff::new(Duration::from_secs(30), Duration::from_secs(60 * 60)),
             max_lookups: 10,
             recheck_after: Duration::from_secs(60 * 60),
         }
@@ -230,9 +228,7 @@ impl Reconciler {
     #[must_use]
     #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
-        check_backoff(first, max);
-        self.settings.first_backoff = first;
-        self.settings.max_backoff = max;
+        self.settings.backoff = Backoff::checked(first, max);
         self
     }
 
@@ -269,23 +265,10 @@ impl Settings {
         let rounds = self.batch.div_ceil(self.concurrency);
         self.timeout.saturating_mul(rounds.saturating_add(1)).saturating_add(TO_RECORD)
     }
-
-    fn backoff(&self, looks: u32) -> Duration {
-        let doubled = 2_u32.saturating_pow(looks.saturating_sub(1));
-        self.first_backoff.saturating_mul(doubled).min(self.max_backoff)
-    }
 }
 
 /// How long it is tried to record a look-up.
 const TO_RECORD: Duration = Duration::from_secs(15);
-
-#[track_caller]
-pub(crate) fn check_backoff(first: Duration, max: Duration) {
-    assert!(
-        !first.is_zero() && first <= max,
-        "a pause cannot grow from {first:?} to {max:?}: begin above zero and not above the maximum"
-    );
-}
 
 #[cfg(test)]
 mod tests {
@@ -298,12 +281,5 @@ mod tests {
         assert!(settings.taken_for() >= settings.timeout * rounds + TO_RECORD);
         settings.timeout = Duration::MAX;
         assert_eq!(settings.taken_for(), Duration::MAX);
-    }
-
-    #[test]
-    fn the_backoff_doubles_up_to_its_maximum() {
-        let settings = Settings::default();
-        let backoffs = [1, 2, 3, 7, 8, 100, u32::MAX].map(|looks| settings.backoff(looks).as_secs());
-        assert_eq!(backoffs, [30, 60, 120, 1920, 3600, 3600, 3600]);
     }
 }

@@ -18,6 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordState, Store, StoreError,
     StoreErrorKind, TRACING_TARGET,
+    backoff::Backoff,
     renewal::{Lease, Renewer},
     running::Running,
 };
@@ -124,8 +125,7 @@ impl Shared {
         claim: Claim,
         caller: oneshot::Sender<Result<ClaimOutcome, StoreError>>,
     ) {
-        let mut sent = false;
-        let mut pause = FIRST_PAUSE;
+        let (mut sent, mut tries) = (false, 1);
         let outcome = loop {
             let outcome = self.store.claim(&claim).await;
             let Err(error) = &outcome else { break outcome };
@@ -134,8 +134,8 @@ impl Shared {
             if !ambiguous || caller.is_closed() {
                 break outcome;
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
+            sleep(RETRY.after(tries)).await;
+            tries += 1;
         };
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
         let delivered = caller.send(outcome).is_ok();
@@ -191,8 +191,9 @@ impl Shared {
         end: &End,
         give_up: Instant,
     ) -> Result<Ended, StoreError> {
-        let mut pause = FIRST_PAUSE;
+        let mut tries = 1;
         loop {
+            let pause = RETRY.after(tries);
             if let Some(lease) = lease {
                 lease.leave();
             }
@@ -209,7 +210,7 @@ impl Shared {
                 lease.keep(Duration::ZERO);
             }
             sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
+            tries += 1;
         }
     }
 
@@ -297,5 +298,5 @@ fn task_ended(error: JoinError) -> StoreError {
 /// For how long it is tried to undo what was claimed or opened in vain.
 pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
 pub(crate) const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
-pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(20);
-pub(crate) const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// Between two tries of a call to the store.
+pub(crate) const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));

@@ -73,7 +73,7 @@ impl Completer {
     }
 
     async fn take(&self, shared: &Arc<Shared>, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
-        let (recovery, pause) = (shared.recovery()?, self.backoff.first);
+        let (recovery, pause) = (shared.recovery()?, self.backoff.first());
         shared.run_to_end(async move { recovery.take_abandoned(limit, pause).await }).await
     }
 
@@ -162,7 +162,7 @@ impl Completer {
             }
             Fate::Later(what) => {
                 tracing::debug!(target: TRACING_TARGET, %consumer, %record, tries, what, "not sent; sent again later");
-                RequestUpdate::SendAgain { after: self.backoff.first, tried: false }
+                RequestUpdate::SendAgain { after: self.backoff.first(), tried: false }
             }
             Fate::NeedsAttention(what) => {
                 tracing::error!(target: TRACING_TARGET, %consumer, %record, tries, what, "an abandoned request needs attention");

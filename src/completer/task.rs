@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use super::{Completer, CompleterPass};
 use crate::{
     Fenced, IdempotencyHandle, KeptRequest, RecordId, RequestUpdate, StoreError, TRACING_TARGET,
-    reaper::jittered, shared::Shared,
+    backoff::jittered, shared::Shared,
 };
 
 /// Abandoned requests.

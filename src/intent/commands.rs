@@ -12,7 +12,7 @@ use tokio::{
 use super::{Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey};
 use crate::{
     Fenced, RecoveryStore, StoreError, StoreErrorKind, TRACING_TARGET, metrics,
-    shared::{FIRST_LATE_PAUSE, FIRST_PAUSE, MAX_PAUSE, Shared, UNDO_LIMIT, no_answer},
+    shared::{FIRST_LATE_PAUSE, RETRY, Shared, UNDO_LIMIT, no_answer},
 };
 
 impl Shared {
@@ -49,7 +49,7 @@ impl Shared {
         opening: Opening,
         caller: oneshot::Sender<Delivery>,
     ) {
-        let (mut pause, mut unanswered) = (FIRST_PAUSE, false);
+        let (mut tries, mut unanswered) = (1, false);
         let outcome = loop {
             let outcome = recovery.open_intent(&opening).await;
             let ambiguous = outcome.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Ambiguous);
@@ -57,8 +57,8 @@ impl Shared {
             if !ambiguous || caller.is_closed() {
                 break outcome;
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
+            sleep(RETRY.after(tries)).await;
+            tries += 1;
         };
         // If nobody waits any more it is dropped here.
         let _ = caller.send(Delivery { shared: self, opening, unanswered, outcome: Some(outcome) });
@@ -107,8 +107,9 @@ impl Shared {
         update: IntentUpdate,
         give_up: Instant,
     ) -> Result<Fenced, StoreError> {
-        let mut pause = FIRST_PAUSE;
+        let mut tries = 1;
         loop {
+            let pause = RETRY.after(tries);
             match self.settle_once(intent, fence, &update).await {
                 Err(error) if Instant::now() + pause < give_up => {
                     let error = &error as &dyn std::error::Error;
@@ -120,7 +121,7 @@ impl Shared {
                 settled => return settled,
             }
             sleep(pause).await;
-            pause = (pause * 2).min(MAX_PAUSE);
+            tries += 1;
         }
     }
 

@@ -14,7 +14,6 @@ use crate::{
     error::BoxError,
     intent::{TURNED_UP, report_turned_up},
     metrics,
-    reaper::jittered,
     shared::Shared,
 };
 
@@ -224,7 +223,7 @@ impl Settings {
             }
             Lookup::Unknown if intent.looks >= self.max_lookups => self.nothing_learned(intent),
             Lookup::Unknown => {
-                let after = jittered(self.backoff(intent.looks)).min(self.max_backoff);
+                let after = self.backoff.jittered_after(intent.looks);
                 Decision::new(IntentUpdate::LookAgain { after, absences: 0 }, Outcome::Again)
             }
         }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use super::Reconciler;
 use crate::{
-    IdempotencyHandle, ReconcilerPass, StoreError, TRACING_TARGET, reaper::jittered, shared::Shared,
+    IdempotencyHandle, ReconcilerPass, StoreError, TRACING_TARGET, backoff::jittered, shared::Shared,
 };
 
 impl IdempotencyHandle {
