@@ -111,10 +111,12 @@ pub async fn a_request_is_sent_again_when_it_is_said_to_be(fixture: &dyn Fixture
     assert_eq!(recovery.keys_taken().await, [""; 0], "requests that are due");
 }
 
-/// That a request was taken and not sent does not count as a try.
+/// That a request was taken and not sent does not count as a try. There are never fewer than none.
 pub async fn a_try_that_was_not_sent_does_not_count(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = recovery.abandoned_request("k").await.record_id;
+    let untaken = recovery.update_request(record, Some(0), not_sent()).await;
+    assert_eq!(untaken, Fenced::Applied, "nobody has taken it yet");
     for (tries, update) in [(1, not_sent()), (1, send_again(Duration::ZERO)), (2, not_sent())] {
         assert_eq!(recovery.take_request("it is due").await.tries, tries, "tries");
         assert_eq!(recovery.update_request(record, Some(tries), update).await, Fenced::Applied);
