@@ -281,9 +281,10 @@ pub async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
     });
     let mut taken: Vec<_> = at_once(tasks).await.into_iter().flatten().collect();
     assert!(taken.iter().all(|intent| intent.looks == 1), "an intent was taken twice");
+    assert_eq!(taken.len(), 60, "intents that were taken, of 60");
     taken.sort_by_key(|intent| intent.upstream_key.as_uuid());
     taken.dedup_by_key(|intent| intent.upstream_key);
-    assert_eq!(taken.len(), 60, "intents that were taken, of 60");
+    assert_eq!(taken.len(), 60, "different intents that were taken, of 60");
 }
 
 /// An operator sees what is open, what dangles, what needs attention and what is dead, and how much there is.
