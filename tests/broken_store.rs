@@ -201,6 +201,7 @@ faults! {
     eviction_takes_intents_along: EvictionTakesIntentsAlong => [an_intent_is_settled_after_its_record_has_gone],
     calls_under_way_are_taken: CallsUnderWayAreTaken => [intents_are_taken_once_they_are_due_and_their_attempt_has_ended],
     taken_is_not_put_off: TakenIsNotPutOff => [an_intent_is_taken_by_one_at_a_time, intents_are_taken_once_they_are_due_and_their_attempt_has_ended],
+    look_ups_look_then_write: LookUpsLookThenWrite => [an_intent_is_taken_by_one_at_a_time],
     attention_is_not_listed: AttentionIsNotListed => [intents_are_listed_and_counted_by_what_they_wait_for],
     settled_are_never_purged: SettledAreNeverPurged => [settled_intents_are_purged_without_their_record],
     keeping_unfenced: KeepingUnfenced => [a_request_is_kept_by_the_attempt_that_owns_its_record],

@@ -36,6 +36,7 @@ pub enum RecoveryFault {
     EvictionTakesIntentsAlong,
     CallsUnderWayAreTaken,
     TakenIsNotPutOff,
+    LookUpsLookThenWrite,
     AttentionIsNotListed,
     SettledAreNeverPurged,
     KeepingUnfenced,

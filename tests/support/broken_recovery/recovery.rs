@@ -94,8 +94,23 @@ impl RecoveryStore for Faulty {
     async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
         let ended = "UPDATE idempotency_records SET lease_until = 0";
         self.spoil(RecoveryFault::CallsUnderWayAreTaken, ended).await;
-        let pause = if self.has(RecoveryFault::TakenIsNotPutOff) { Duration::ZERO } else { pause };
-        self.sound().take_dangling(limit, pause).await
+        let pause = match self.fault {
+            RecoveryFault::TakenIsNotPutOff | RecoveryFault::LookUpsLookThenWrite => Duration::ZERO,
+            _ => pause,
+        };
+        let mut taken = self.sound().take_dangling(limit, pause).await?;
+        if self.has(RecoveryFault::LookUpsLookThenWrite) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            for intent in &mut taken {
+                intent.looks = 1;
+                let id = intent.upstream_key.as_uuid().simple();
+                let write = format!(
+                    "UPDATE idempotency_intents SET looks = 1, look_at = 9000000000000000 WHERE id = X'{id}'"
+                );
+                self.spoil(RecoveryFault::LookUpsLookThenWrite, &write).await;
+            }
+        }
+        Ok(taken)
     }
 
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
