@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 use tower_idempotency::{
-    Attempt, Consumer, Fenced, IdempotencyKey, KeptRequest, RecordId, RequestUpdate, Store as _, StoreError,
+    Attempt, Consumer, Fenced, IdempotencyKey, KeptRequest, RecordId, RequestUpdate, StoreError,
 };
 use uuid::Uuid;
 
