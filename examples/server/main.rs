@@ -58,18 +58,16 @@ mod payouts;
 use std::{error::Error, net::Ipv4Addr, process::ExitCode, str::FromStr, time::Duration};
 
 use axum::{
-    Json, Router,
-    body::Bytes,
-    extract::{Extension, Path, Query, Request, State},
-    http::{Extensions, StatusCode, header},
+    Router,
+    extract::Request,
+    http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::get,
 };
 use bank::Bank;
-use charges::{Charge, Charges};
+use charges::Charges;
 use payouts::Payouts;
-use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPolicy, TransactionOptions};
 use tracing_subscriber::EnvFilter;
@@ -101,13 +99,11 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     println!("payouts go through the bank at {}", payouts.bank_url());
 
     let app = Router::new()
-        .route("/charges", post(create_charge).get(list_charges))
-        .route("/charges/{id}", get(show_charge))
+        .merge(charges.router())
         .merge(payouts.router())
         .layer(idempotency)
         // Added last, so it is outside: the idempotency layer has to know whose key it is.
         .layer(middleware::from_fn(authenticate))
-        .with_state(charges)
         .route("/healthz", get(async || "ok\n"));
 
     let port = variable("PORT")?.unwrap_or(3000);
@@ -173,102 +169,6 @@ async fn authenticate(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-#[derive(Deserialize)]
-struct NewCharge {
-    amount: i64,
-    currency: String,
-    description: Option<String>,
-}
-
-impl NewCharge {
-    fn parse(body: &[u8]) -> Result<Self, Problem> {
-        let new: Self = serde_json::from_slice(body)
-            .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no charge: {error}")))?;
-        if new.amount <= 0 {
-            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
-        }
-        if !CURRENCIES.contains(&new.currency.as_str()) {
-            let detail = format!("currency must be one of {}", CURRENCIES.join(", "));
-            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, detail));
-        }
-        Ok(new)
-    }
-}
-
-#[derive(Deserialize)]
-struct Behaviour {
-    #[serde(default)]
-    delay_ms: u64,
-    simulate: Option<Simulate>,
-}
-
-#[derive(Clone, Copy, Deserialize, PartialEq)]
-#[serde(rename_all = "lowercase")]
-enum Simulate {
-    Panic,
-    #[serde(rename = "402")]
-    Declined,
-    #[serde(rename = "500")]
-    InternalError,
-    #[serde(rename = "503")]
-    Unavailable,
-}
-
-async fn create_charge(
-    State(charges): State<Charges>,
-    Extension(consumer): Extension<Consumer>,
-    Query(behaviour): Query<Behaviour>,
-    extensions: Extensions,
-    body: Bytes,
-) -> axum::response::Result<Response> {
-    let NewCharge { amount, currency, description } = NewCharge::parse(&body)?;
-    if behaviour.simulate == Some(Simulate::Declined) {
-        return Err(Problem(StatusCode::PAYMENT_REQUIRED, "the card was declined".to_owned()).into());
-    }
-
-    let charge = Charge::new(&consumer, amount, currency, description);
-    let mut tx = charges.begin(&extensions).await?;
-    tx.insert(&charge).await?;
-    tokio::time::sleep(Duration::from_millis(behaviour.delay_ms).min(MAX_DELAY)).await;
-
-    match behaviour.simulate {
-        Some(Simulate::Panic) => panic!("simulated"),
-        Some(Simulate::InternalError) => {
-            Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, "simulated".to_owned()).into())
-        }
-        Some(Simulate::Unavailable) => {
-            Err(Problem(StatusCode::SERVICE_UNAVAILABLE, "simulated".to_owned()).into())
-        }
-        Some(Simulate::Declined) | None => {
-            let location = [(header::LOCATION, format!("/charges/{}", charge.id))];
-            Ok((StatusCode::CREATED, location, with_etag(charge)).into_response())
-        }
-    }
-}
-
-async fn list_charges(
-    State(charges): State<Charges>,
-    Extension(consumer): Extension<Consumer>,
-) -> Result<Json<Vec<Charge>>, Problem> {
-    Ok(Json(charges.list(&consumer).await?))
-}
-
-async fn show_charge(
-    State(charges): State<Charges>,
-    Extension(consumer): Extension<Consumer>,
-    Path(id): Path<String>,
-) -> Result<Response, Problem> {
-    match charges.find(&consumer, &id).await? {
-        Some(charge) => Ok(with_etag(charge).into_response()),
-        None => Err(Problem(StatusCode::NOT_FOUND, "no such charge".to_owned())),
-    }
-}
-
-/// A charge never changes, so its id is as good a tag as any.
-fn with_etag(charge: Charge) -> impl IntoResponse {
-    ([(header::ETAG, format!("\"{}\"", charge.id))], Json(charge))
-}
-
 /// A refusal as `application/problem+json`, like those of the idempotency layer.
 struct Problem(StatusCode, String);
 
@@ -313,6 +213,3 @@ fn without_password(url: &str) -> String {
         None => url.to_owned(),
     }
 }
-
-const CURRENCIES: [&str; 5] = ["chf", "eur", "gbp", "jpy", "usd"];
-const MAX_DELAY: Duration = Duration::from_secs(120);
