@@ -21,7 +21,8 @@
 //! | `forget` | answers 500 and has lost the order | as with `5xx` |
 //!
 //! With `?fail=yes` the handler itself fails after the call. The retry gets the transfer that was made, without a call.
-//! `cargo run --example payout -- --demo` sends all of these and prints what comes back.
+//! `cargo run --example payout -- --demo` sends all of these and prints what comes back. `-- --bank` is the bank alone, on port
+//! 4000 or `PORT`, for other programs.
 //!
 //! What is guaranteed: no call is made that was not written down before; a transfer that is known is never made again; and
 //! one that may have been made is only made again when the bank does not know it. Kill the program at any moment.
@@ -110,6 +111,11 @@ fn reconciler(bank: &Bank) -> Reconciler {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    if std::env::args().any(|argument| argument == "--bank") {
+        let port = std::env::var("PORT").map_or(Ok(4000), |port| port.parse())?;
+        println!("a bank at {}", Bank::open(port).await?.url());
+        return Ok(tokio::signal::ctrl_c().await?);
+    }
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("payouts.sqlite");
     let file = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
@@ -118,7 +124,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .execute(&pool)
         .await?;
 
-    let bank = Bank::open().await?;
+    let bank = Bank::open(0).await?;
     let idempotency = IdempotencyLayer::new(pool.clone()).required();
     let handle = idempotency.handle();
     handle.prepare().await?;

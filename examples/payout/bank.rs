@@ -34,9 +34,9 @@ impl Bank {
         Self { url: url.into(), http }
     }
 
-    /// A new bank in this process.
-    pub(crate) async fn open() -> std::io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    /// A new bank in this process, on this port; 0 is any.
+    pub(crate) async fn open(port: u16) -> std::io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
         let url = format!("http://{}", listener.local_addr()?);
         tokio::spawn(serve(listener));
         Ok(Self::at(url))
