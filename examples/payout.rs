@@ -49,7 +49,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use tower::ServiceExt;
-use tower_idempotency::{Consumer, Idempotency, IdempotencyLayer, Intent, Reconciler, Tx, TxError};
+use tower_idempotency::{Consumer, Idempotency, IdempotencyLayer, Reconciler, Tx, TxError};
 
 #[derive(Deserialize, Serialize)]
 struct Payout {
@@ -98,17 +98,6 @@ async fn authenticate(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// Asks the bank what became of calls whose outcome is unknown. Twice, if it does not know one.
-fn reconciler(bank: &Bank) -> Reconciler {
-    let bank = bank.clone();
-    let look_up = move |intent: Intent| {
-        let bank = bank.clone();
-        async move { bank.find(&intent).await }
-    };
-    let soon = Duration::from_millis(500);
-    Reconciler::new(look_up).with_interval(soon).with_confirmation_after(soon)
-}
-
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     if std::env::args().any(|argument| argument == "--bank") {
@@ -128,7 +117,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let idempotency = IdempotencyLayer::new(pool.clone()).required();
     let handle = idempotency.handle();
     handle.prepare().await?;
-    handle.start_reconciler(reconciler(&bank))?;
+    // It asks the bank what became of calls whose outcome is unknown.
+    let soon = Duration::from_millis(500);
+    handle
+        .start_reconciler(Reconciler::new(bank.clone()).with_interval(soon).with_confirmation_after(soon))?;
     let app = Router::new()
         .route("/payouts", post(pay_out))
         .layer(idempotency)

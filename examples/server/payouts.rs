@@ -14,7 +14,7 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, SqliteConnection};
-use tower_idempotency::{Consumer, Idempotency, Intent, IntentError, Reconciler, Resource, TxError};
+use tower_idempotency::{Consumer, Idempotency, IntentError, Reconciler, Resource, TxError};
 use uuid::Uuid;
 
 use crate::{
@@ -81,12 +81,7 @@ impl Payouts {
 
     /// Asks the bank what became of transfers whose outcome is unknown.
     pub(crate) fn reconciler(&self) -> Reconciler {
-        let bank = self.bank.clone();
-        let look_up = move |intent: Intent| {
-            let bank = bank.clone();
-            async move { bank.find(&intent).await }
-        };
-        Reconciler::new(look_up).with_interval(self.timeout).with_confirmation_after(self.timeout)
+        Reconciler::new(self.bank.clone()).with_interval(self.timeout).with_confirmation_after(self.timeout)
     }
 
     /// Writes the payout down before anybody is asked to pay. Returns its id: every attempt gets that of the first.
