@@ -27,6 +27,12 @@ impl SqliteFile {
         format!("sqlite:{}", self.0.path().join("test.db").display())
     }
 
+    /// Everything that is in the file, and in those beside it.
+    pub fn bytes(&self) -> Vec<u8> {
+        let files = std::fs::read_dir(self.0.path()).unwrap();
+        files.flat_map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect()
+    }
+
     pub fn pool(&self) -> SqlitePool {
         SqlitePoolOptions::new().max_connections(4).connect_lazy_with(self.options())
     }
