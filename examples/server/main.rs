@@ -136,7 +136,8 @@ async fn serve() -> Result<(), Box<dyn Error>> {
         .route("/healthz", get(async || "ok\n"));
     // It is given the whole application: what it sends passes everything that a request from the network passes.
     let completer = Completer::new(app.clone().into_service::<Body>(), consumers);
-    handle.start_completer(completer.with_interval(completer_interval()?))?;
+    let interval = completer_interval()?;
+    handle.start_completer(completer.with_interval(interval).with_backoff(interval, interval * 64))?;
 
     let port = variable("PORT")?.unwrap_or(3000);
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port))
@@ -191,9 +192,10 @@ async fn payouts(charges: &Charges) -> Result<Payouts, Box<dyn Error>> {
     Ok(Payouts::open(charges.clone(), bank, timeout).await?)
 }
 
-/// How often abandoned requests are looked for, and for how long after its lease one is left to its client.
+/// How often abandoned requests are looked for, for how long after its lease one is left to its client, and the pause after
+/// it was sent in vain, which doubles.
 fn completer_interval() -> Result<Duration, String> {
-    Ok(Duration::from_millis(variable("COMPLETER_INTERVAL_MS")?.unwrap_or(30_000).max(1)))
+    Ok(Duration::from_millis(variable::<u32>("COMPLETER_INTERVAL_MS")?.unwrap_or(30_000).max(1).into()))
 }
 
 /// A refusal as `application/problem+json`, like those of the idempotency layer.
