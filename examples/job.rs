@@ -10,7 +10,8 @@
 //! To kill it in the middle, take a bank that outlives it and that does not answer when it is called first:
 //!
 //! ```sh
-//! cargo build --examples && cargo run --example payout -- --bank &
+//! cargo build --examples
+//! cargo run --example payout -- --bank &
 //! export UPSTREAM_URL=http://127.0.0.1:4000 UPSTREAM=timeout
 //! timeout -s KILL 1 cargo run --example job -- 2031-02-28
 //! cargo run --example job -- 2031-02-28
@@ -90,7 +91,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
         Ok(url) => Bank::at(url),
         Err(_) => Bank::open(0).await?,
     };
-
     println!("{night}, through the bank at {}", bank.url());
 
     // What a run leaves behind that was killed is taken over when the lease has run out.

@@ -41,7 +41,8 @@
 //! Requests that were abandoned are completed by the server itself. To see it, take a bank that outlives the server:
 //!
 //! ```sh
-//! cargo build --examples && cargo run --example payout -- --bank &
+//! cargo build --examples
+//! cargo run --example payout -- --bank &
 //! export UPSTREAM_URL=http://127.0.0.1:4000 UPSTREAM_TIMEOUT_MS=3000 LEASE_MS=3000 COMPLETER_INTERVAL_MS=1000
 //! cargo run --example server &
 //! ```
@@ -51,7 +52,7 @@
 //! ```sh
 //! curl -m 1 'localhost:3000/payouts?upstream=timeout' -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: payout-2' \
 //!   --json '{"recipient": "DE02", "amount": 2000}'; kill -9 $!
-//! cargo run --example server &
+//! cargo run --example server & sleep 1
 //! curl localhost:3000/payouts -H 'X-Api-Key: acme-key'
 //! ```
 //!
