@@ -199,8 +199,9 @@ impl Settings {
         if intent.state == (IntentState::Open { sent: false }) {
             return Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent));
         }
-        // The last permitted look-up may be the first that did not find it.
-        let permitted = self.max_lookups.saturating_add(1);
+        // The last permitted look-up may be the first that did not find it. What was declared absent is looked up once more.
+        let last = if matches!(intent.state, IntentState::Open { .. }) { 1 } else { 2 };
+        let permitted = self.max_lookups.saturating_add(last);
         (intent.looks > permitted).then(|| self.nothing_learned(intent))
     }
 
