@@ -1,0 +1,125 @@
+//! Outcomes that come late, and records that end while something is under way.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use axum::{
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use sqlx::Sqlite;
+use tokio::{sync::mpsc, time::sleep};
+use tower_idempotency::{
+    CallFailure, Fenced, Idempotency, IdempotencyLayer, IntentError, IntentFence, IntentFilter, IntentState,
+    IntentUpdate, OpenIntent, Opened, Reaper, RejectionCode, Resource,
+};
+
+use crate::{
+    hooked::{Hook, Hooked},
+    phases::{Node, Site, on_both_stores},
+    support::{db::Db, served::Count},
+};
+
+on_both_stores!(
+    a_resource_that_turns_up_after_another_call_was_not_sent_is_not_made_again,
+    a_resource_that_turns_up_after_two_declared_absences_is_not_made_again,
+);
+
+/// What attempts do with a charge, one after the other.
+#[derive(Clone)]
+enum Step {
+    /// Sends it, and is frozen before the reply is there.
+    Freeze(mpsc::UnboundedSender<OpenIntent>),
+    NotSent,
+    Charge,
+}
+
+fn charging<DB: Db>(site: &Site<DB>, steps: &[Step]) -> (Node, Count) {
+    let steps = Arc::new(Mutex::new(steps.iter().rev().cloned().collect::<Vec<_>>()));
+    let charges = Count::default();
+    let counter = charges.clone();
+    let handler = async move |idempotency: Idempotency| {
+        let step = steps.lock().unwrap().pop().unwrap_or(Step::Charge);
+        let intent = match idempotency.intent("charge").open().await {
+            Ok(Opened::Call(intent)) => intent,
+            Ok(Opened::Finalized(made)) => return (StatusCode::CREATED, made.id).into_response(),
+            Ok(Opened::Refused(_)) => panic!("nobody refuses"),
+            Err(error) => return error.into_response(),
+        };
+        match step {
+            Step::Freeze(sender) => {
+                counter.add();
+                sender.send(intent).unwrap();
+                StatusCode::INTERNAL_SERVER_ERROR.into_response()
+            }
+            Step::NotSent => {
+                intent.not_sent().await.unwrap();
+                StatusCode::SERVICE_UNAVAILABLE.into_response()
+            }
+            Step::Charge => {
+                let id = format!("ch_{}", counter.add());
+                intent.finalize(id.clone()).await.unwrap();
+                (StatusCode::CREATED, id).into_response()
+            }
+        }
+    };
+    (site.node(handler), charges)
+}
+
+async fn declare_absent<DB: Db>(site: &Site<DB>) {
+    let recovery = site.store.recovery().unwrap();
+    let open = recovery.list_intents(IntentFilter::Open, 10).await.unwrap().remove(0);
+    let absent = IntentUpdate::Absent(None);
+    let fenced = recovery.update_intent(open.upstream_key, IntentFence::Operator, &absent, None).await;
+    assert_eq!(fenced.unwrap(), Fenced::Applied);
+}
+
+async fn assert_reported<DB: Db>(site: &Site<DB>) {
+    let recovery = site.store.recovery().unwrap();
+    let reported = recovery.list_intents(IntentFilter::NeedsAttention, 10).await.unwrap();
+    assert_eq!(reported.len(), 1);
+    assert_eq!(reported[0].state, IntentState::Finalized(Resource::new("ch_1")));
+}
+
+async fn a_resource_that_turns_up_after_another_call_was_not_sent_is_not_made_again<DB: Db>(site: Site<DB>) {
+    let (sender, mut frozen) = mpsc::unbounded_channel();
+    let (node, charges) = charging(&site, &[Step::Freeze(sender), Step::NotSent]);
+    assert_eq!(node.send().await.status, StatusCode::INTERNAL_SERVER_ERROR);
+    declare_absent(&site).await;
+    assert_eq!(node.send().await.status, StatusCode::SERVICE_UNAVAILABLE);
+    // The first process goes on.
+    frozen.recv().await.unwrap().finalize("ch_1").await.unwrap();
+    let answer = node.send().await;
+    assert_eq!((charges.get(), &answer.body[..]), (1, &b"ch_1"[..]), "charged twice: {answer:?}");
+    assert_reported(&site).await;
+}
+
+async fn a_resource_that_turns_up_after_two_declared_absences_is_not_made_again<DB: Db>(site: Site<DB>) {
+    let (sender, mut frozen) = mpsc::unbounded_channel();
+    let (node, charges) = charging(&site, &[Step::Freeze(sender), Step::NotSent]);
+    assert_eq!(node.send().await.status, StatusCode::INTERNAL_SERVER_ERROR);
+    declare_absent(&site).await;
+    assert_eq!(node.send().await.status, StatusCode::SERVICE_UNAVAILABLE);
+    declare_absent(&site).await;
+    frozen.recv().await.unwrap().finalize("ch_1").await.unwrap();
+    let answer = node.send().await;
+    assert_eq!((charges.get(), &answer.body[..]), (1, &b"ch_1"[..]), "charged twice: {answer:?}");
+    assert_reported(&site).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resource_with_an_odd_id_is_recorded_though_the_reply_is_lost() {
+    let site = Site::<Sqlite>::open().await;
+    let store = Hooked::new(&site.store).on_settling(Hook::LoseReply);
+    let handler = async |idempotency: Idempotency| {
+        let made = idempotency.intent("charge").call(async |_| Ok(Resource::new("ch\0"))).await?;
+        Ok::<_, IntentError>((StatusCode::CREATED, made.id))
+    };
+    let layer = IdempotencyLayer::new(store);
+    let router = axum::Router::new().route("/charges", axum::routing::post(handler)).layer(layer.clone());
+    let node = Node { router, handle: layer.handle() };
+    let answer = node.send().await;
+    assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+}
