@@ -109,6 +109,30 @@ async fn a_resource_that_turns_up_after_two_declared_absences_is_not_made_again<
     assert_reported(&site).await;
 }
 
+/// A trigger ends the lease: stands for a server that stops for a moment between two statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intent_whose_lease_ends_while_it_is_opened_is_called_or_withdrawn() {
+    let site = Site::<Sqlite>::open().await;
+    let calls = Count::default();
+    let counter = calls.clone();
+    let handler = async move |idempotency: Idempotency| {
+        let call = async |_| Ok(Resource::new(format!("ch_{}", counter.add())));
+        let made = idempotency.intent("charge").call(call).await?;
+        Ok::<_, IntentError>((StatusCode::CREATED, made.id))
+    };
+    let node = site.node_with(handler, |layer| layer.with_reaper(Reaper::off()));
+    node.handle.prepare().await.unwrap();
+    site.run(
+        "CREATE TRIGGER slow AFTER INSERT ON idempotency_intents BEGIN UPDATE idempotency_records SET lease_until = 0; END",
+    )
+    .await;
+    node.send().await;
+    site.run("DROP TRIGGER slow").await;
+    sleep(Duration::from_millis(500)).await;
+    let answer = node.send().await;
+    assert_eq!((answer.status, calls.get()), (StatusCode::CREATED, 1), "{answer:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resource_with_an_odd_id_is_recorded_though_the_reply_is_lost() {
     let site = Site::<Sqlite>::open().await;

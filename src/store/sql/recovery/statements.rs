@@ -154,7 +154,8 @@ ON CONFLICT (id) DO UPDATE SET
     looks            = 0,
     absences         = 0,
     attention        = NULL
-WHERE i.call <> excluded.call AND i.arguments = excluded.arguments AND {callable}";
+WHERE i.call <> excluded.call AND i.arguments = excluded.arguments AND {callable}
+RETURNING 1";
 
 /// What is there now, if the record is the attempt's.
 const OPENED: &str = "
