@@ -370,6 +370,11 @@ const RULES: &[(&str, &str)] = &[
                   AND ({r}.unresolved > 0 OR {held} OR {r}.lease_until > {now})
               THEN {now} + ({r}.expires_at - {r}.created_at) ELSE {r}.expires_at END",
     ),
+    // Neither must its response.
+    (
+        "{answered_on}",
+        "CASE WHEN {r}.expires_at <= {now} THEN {now} + ({r}.expires_at - {r}.created_at) ELSE {r}.expires_at END",
+    ),
     ("{releasable}", "({resolvable} AND NOT {unrepeatable})"),
     ("{resolvable}", "({r}.state = 'held' OR {lapsed})"),
     ("{held}", "({r}.state = 'held' OR {due} OR {blocked})"),

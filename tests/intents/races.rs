@@ -25,6 +25,7 @@ use crate::{
 on_both_stores!(
     a_resource_that_turns_up_after_another_call_was_not_sent_is_not_made_again,
     a_resource_that_turns_up_after_two_declared_absences_is_not_made_again,
+    what_is_completed_after_its_expiry_is_replayed,
 );
 
 /// What attempts do with a charge, one after the other.
@@ -107,6 +108,43 @@ async fn a_resource_that_turns_up_after_two_declared_absences_is_not_made_again<
     let answer = node.send().await;
     assert_eq!((charges.get(), &answer.body[..]), (1, &b"ch_1"[..]), "charged twice: {answer:?}");
     assert_reported(&site).await;
+}
+
+fn short(layer: IdempotencyLayer) -> IdempotencyLayer {
+    layer
+        .with_retention(Duration::from_secs(600 + 31))
+        .with_lease(Duration::from_millis(1000))
+        .with_max_execution(Duration::from_millis(2000))
+        .with_retention(Duration::from_millis(3000))
+        .with_reaper(Reaper::off())
+}
+
+async fn what_is_completed_after_its_expiry_is_replayed<DB: Db>(site: Site<DB>) {
+    let (runs, charges) = (Count::default(), Count::default());
+    let counter = charges.clone();
+    let handler = async move |idempotency: Idempotency| -> Response {
+        let run = runs.add();
+        let call = async |_| match run {
+            1 => Err(CallFailure::not_sent("upstream is down")),
+            _ => Ok(Resource::new(format!("ch_{}", counter.add()))),
+        };
+        match idempotency.intent("charge").call(call).await {
+            Ok(made) => {
+                sleep(Duration::from_millis(if run == 2 { 1500 } else { 0 })).await;
+                (StatusCode::CREATED, made.id).into_response()
+            }
+            Err(error) => error.into_response(),
+        }
+    };
+    let node = site.node_with(handler, short);
+    node.send().await.assert_refused(RejectionCode::UpstreamUnavailable);
+    sleep(Duration::from_millis(2000)).await;
+    // The record expires while this attempt runs.
+    let first = node.send().await;
+    assert_eq!((first.status, &first.body[..]), (StatusCode::CREATED, &b"ch_1"[..]));
+    // The client has lost that response.
+    let retry = node.send().await;
+    assert_eq!((charges.get(), &retry.body[..]), (1, &b"ch_1"[..]), "charged twice: {retry:?}");
 }
 
 /// A trigger ends the lease: stands for a server that stops for a moment between two statements.

@@ -156,7 +156,7 @@ UNION ALL
 SELECT position, TRUE AS renewed FROM renewed";
 
 const COMPLETE: &str = "
-UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
+UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}, expires_at = {answered_on}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
@@ -224,7 +224,8 @@ const COMPLETE_LOCKED: &str = "
 INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt_number, abandoned, max_abandoned, lease_until,
     created_at, expires_at, response)
 VALUES ($1, $2, $3, '', 'held', 0, 0, 0, {now}, {now}, {now}, $4)
-ON CONFLICT (consumer, key) DO UPDATE SET state = 'completed', response = excluded.response, completed_at = {now}
+ON CONFLICT (consumer, key) DO UPDATE SET state = 'completed', response = excluded.response, completed_at = {now},
+    expires_at = {answered_on}
 WHERE {mine} AND current_setting('tower_idempotency.attempt', true) = $3::text
 RETURNING r.state = 'completed' AS completed";
 

@@ -137,7 +137,7 @@ WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.att
     AND {r}.state IN ('in_progress', 'held')";
 
 const COMPLETE: &str = "
-UPDATE {table} SET state = 'completed', response = ?4, completed_at = {now}
+UPDATE {table} SET state = 'completed', response = ?4, completed_at = {now}, expires_at = {answered_on}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 
