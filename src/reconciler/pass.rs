@@ -274,7 +274,7 @@ fn is_recorded(found: &Intent, taken: &Intent, update: &IntentUpdate) -> bool {
         (IntentUpdate::Absent(_), IntentState::Dead { absent, .. }) => *absent,
         _ => false,
     };
-    says_so && (found.call, found.looks) == (taken.call, taken.looks)
+    says_so && (found.call, found.takes) == (taken.call, taken.takes)
 }
 
 fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {

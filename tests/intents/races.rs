@@ -23,10 +23,45 @@ use crate::{
 };
 
 on_both_stores!(
+    a_late_lookup_does_not_count_after_an_operator_wants_it_looked_up_again,
     a_resource_that_turns_up_after_another_call_was_not_sent_is_not_made_again,
     a_resource_that_turns_up_after_two_declared_absences_is_not_made_again,
     what_is_completed_after_its_expiry_is_replayed,
 );
+
+/// A charge whose reply is lost, at an upstream that does not deduplicate.
+async fn lose_a_charge<DB: Db>(site: &Site<DB>) {
+    let handler = async |idempotency: Idempotency| {
+        let call = async |_| Err(CallFailure::unknown("reply lost"));
+        let short = Duration::from_millis(200);
+        let made = idempotency.intent("charge").with_timeout(short).with_grace(short).call(call).await?;
+        Ok::<_, IntentError>((StatusCode::CREATED, made.id))
+    };
+    site.node(handler).send().await.assert_refused(RejectionCode::OutcomeUnknown);
+    sleep(Duration::from_millis(450)).await;
+}
+
+async fn a_late_lookup_does_not_count_after_an_operator_wants_it_looked_up_again<DB: Db>(site: Site<DB>) {
+    lose_a_charge(&site).await;
+    let recovery = site.store.recovery().unwrap();
+    // This reconciler has asked in the wrong place, was told that there is no charge, and is frozen.
+    let late = recovery.take_dangling(10, Duration::from_secs(60)).await.unwrap().remove(0);
+    let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
+    let key = late.upstream_key;
+    assert_eq!(
+        recovery.update_intent(key, IntentFence::Operator, &again, None).await.unwrap(),
+        Fenced::Applied
+    );
+    sleep(Duration::from_millis(20)).await;
+    let taken = recovery.take_dangling(10, Duration::from_secs(60)).await.unwrap().remove(0);
+    assert_eq!((taken.looks, taken.absences), (1, 0));
+    let absent = IntentUpdate::Absent(None);
+    let fenced = recovery.update_intent(key, late.lookup_fence(), &absent, None).await.unwrap();
+    assert_eq!(fenced, Fenced::Lost, "{:?}", recovery.get_intent(key).await);
+    let found = IntentUpdate::Finalize(Resource::new("ch_1"));
+    let fenced = recovery.update_intent(key, taken.lookup_fence(), &found, None).await.unwrap();
+    assert_eq!(fenced, Fenced::Applied);
+}
 
 /// What attempts do with a charge, one after the other.
 #[derive(Clone)]

@@ -412,6 +412,7 @@ fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
         age: span(row.int("age")?.unwrap_or_default()),
         dangling: row.flag("dangling")?,
         looks: number(row.int("looks")?.unwrap_or_default())?,
+        takes: number(row.int("takes")?.unwrap_or_default())?,
         absences: number(row.int("absences")?.unwrap_or_default())?,
         attention: row.text("attention")?,
     })
