@@ -6,20 +6,25 @@ use std::{
 };
 
 use axum::{
-    http::StatusCode,
+    http::{Extensions, StatusCode},
     response::{IntoResponse, Response},
 };
-use sqlx::Sqlite;
+use sqlx::{
+    Postgres, Sqlite,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 use tokio::{sync::mpsc, time::sleep};
 use tower_idempotency::{
     CallFailure, Fenced, Idempotency, IdempotencyLayer, IntentError, IntentFence, IntentFilter, IntentState,
-    IntentUpdate, OpenIntent, Opened, Reaper, RejectionCode, Resource,
+    IntentUpdate, OpenIntent, Opened, PostgresStore, Reaper, RejectionCode, Resource, Tx, TxError,
+    store::ConnectionMode,
 };
 
 use crate::{
     hooked::{Hook, Hooked},
     phases::{Node, Site, on_both_stores},
-    support::{db::Db, served::Count},
+    shop::until,
+    support::{db::Db, direct, required_env, schema::Schema, served::Count},
 };
 
 on_both_stores!(
@@ -219,4 +224,49 @@ async fn a_resource_with_an_odd_id_is_recorded_though_the_reply_is_lost() {
     let node = Node { router, handle: layer.handle() };
     let answer = node.send().await;
     assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
+}
+
+/// The statement that nobody waits for ends at about the moment at which the server is told to end its transaction.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_phase_whose_statement_ends_while_it_is_given_up_is_rolled_back() {
+    let site = Site::<Postgres>::open().await;
+    let dropped_after = Duration::from_millis(50);
+    let handler = async move |idempotency: Idempotency| {
+        let late: i64 = idempotency.key().as_str().parse().unwrap();
+        let step = async |tx: &mut sqlx::PgConnection| {
+            sqlx::query("INSERT INTO steps VALUES ('step')").execute(&mut *tx).await?;
+            // A rollback waits for a second.
+            let sleep =
+                format!("SELECT pg_sleep({})", 1.05 + f64::from(i32::try_from(late).unwrap()) / 2000.0);
+            sqlx::query(sqlx::AssertSqlSafe(sleep)).execute(tx).await?;
+            Ok::<_, TxError>(())
+        };
+        let _ = tokio::time::timeout(dropped_after, idempotency.phase("step", step)).await;
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let node = site.node(handler);
+    let mut held = Vec::new();
+    for batch in 0..12 {
+        let sent = (0..4).map(|n| {
+            let router = node.router.clone();
+            tokio::spawn(async move {
+                direct::send(&router, direct::charge(&format!("\"{}\"", batch * 4 + n))).await
+            })
+        });
+        for answer in futures(sent.collect()).await {
+            assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{answer:?}");
+        }
+        sleep(Duration::from_millis(1300)).await;
+        held.extend(node.handle.list(tower_idempotency::RecordFilter::Held, 100).await.unwrap());
+    }
+    assert!(held.is_empty(), "{:?}", held.iter().map(|record| &record.key).collect::<Vec<_>>());
+}
+
+async fn futures<T>(tasks: Vec<tokio::task::JoinHandle<T>>) -> Vec<T> {
+    let mut all = Vec::new();
+    for task in tasks {
+        all.push(task.await.unwrap());
+    }
+    all
 }
