@@ -270,3 +270,42 @@ async fn futures<T>(tasks: Vec<tokio::task::JoinHandle<T>>) -> Vec<T> {
     }
     all
 }
+
+/// Behind a transaction pooler no start-up option sets the isolation of the store's own transactions.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn calls_of_one_request_at_once_do_not_collide_whatever_the_isolation() {
+    let schema = Schema::create().await;
+    for isolation in ["repeatable read", "serializable"] {
+        let options: PgConnectOptions = required_env("TEST_POSTGRES_URL").parse().unwrap();
+        let options = options.options([("default_transaction_isolation", isolation)]);
+        let pool = PgPoolOptions::new().max_connections(8).connect_lazy_with(options);
+        let store = PostgresStore::new(pool)
+            .with_schema(&schema.name)
+            .unwrap()
+            .with_connection_mode(ConnectionMode::TransactionPooler);
+        let handler = async |idempotency: Idempotency| {
+            let mut calls = tokio::task::JoinSet::new();
+            for recipient in 0..8 {
+                let idempotency = idempotency.clone();
+                calls.spawn(async move {
+                    let call = async |_| Ok(Resource::new(recipient.to_string()));
+                    idempotency
+                        .intent("payout")
+                        .of(recipient)
+                        .call(call)
+                        .await
+                        .map_err(|error| format!("{error:?}"))
+                });
+            }
+            let failed: Vec<_> = calls.join_all().await.into_iter().filter_map(Result::err).collect();
+            let status =
+                if failed.is_empty() { StatusCode::CREATED } else { StatusCode::INTERNAL_SERVER_ERROR };
+            (status, format!("{failed:?}"))
+        };
+        let layer = IdempotencyLayer::new(store);
+        let router = axum::Router::new().route("/charges", axum::routing::post(handler)).layer(layer);
+        let answer = direct::send(&router, direct::charge(&format!("\"{isolation}\""))).await;
+        assert_eq!(answer.status, StatusCode::CREATED, "{isolation}: {answer:?}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::{
     future::poll_fn,
+    iter,
     ops::{Deref, DerefMut},
     sync::OnceLock,
     time::Duration,
@@ -61,7 +62,8 @@ impl Connections {
         operation: &str,
         calls: &[Call<'_>],
     ) -> Result<Vec<Vec<PgRow>>, StoreError> {
-        let text = calls.iter().map(Call::text).collect::<Vec<_>>().join(";");
+        let statements = calls.iter().map(Call::text);
+        let text = iter::once(ISOLATION.to_owned()).chain(statements).collect::<Vec<_>>().join(";");
         let mut connection = self.lend(base, settings).await?;
         let sent = async {
             let mut replies = vec![Vec::new()];
@@ -73,6 +75,7 @@ impl Connections {
                 }
             }
             replies.pop();
+            replies.remove(0);
             Ok(replies)
         };
         let reply = timeout(settings.statement_timeout, sent).await;
@@ -237,6 +240,8 @@ const START_UP: [(&str, &str); 4] = [
     ("jit", "off"),
     ("default_transaction_isolation", "read committed"),
 ];
+/// Through a pooler no start-up option says so.
+const ISOLATION: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
 const READ_ONLY: &str = "25006";
 const MAX_CONNECTIONS: u32 = 16;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);
