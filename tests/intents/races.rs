@@ -32,6 +32,8 @@ on_both_stores!(
     a_resource_that_turns_up_after_another_call_was_not_sent_is_not_made_again,
     a_resource_that_turns_up_after_two_declared_absences_is_not_made_again,
     what_is_completed_after_its_expiry_is_replayed,
+    what_an_attempt_has_done_past_the_expiry_is_not_done_again,
+    what_an_attempt_has_done_shortly_before_the_expiry_is_not_done_again,
 );
 
 /// A charge whose reply is lost, at an upstream that does not deduplicate.
@@ -150,41 +152,44 @@ async fn a_resource_that_turns_up_after_two_declared_absences_is_not_made_again<
     assert_reported(&site).await;
 }
 
+const RETENTION: Duration = Duration::from_secs(6);
+
 fn short(layer: IdempotencyLayer) -> IdempotencyLayer {
     layer
         .with_retention(Duration::from_secs(600 + 31))
-        .with_lease(Duration::from_millis(1000))
-        .with_max_execution(Duration::from_millis(2000))
-        .with_retention(Duration::from_millis(3000))
+        .with_lease(Duration::from_secs(2))
+        .with_max_execution(Duration::from_secs(4))
+        .with_retention(RETENTION)
         .with_reaper(Reaper::off())
 }
 
+/// Of a request without a key, whose record is not kept for longer than its handler runs.
 async fn what_is_completed_after_its_expiry_is_replayed<DB: Db>(site: Site<DB>) {
-    let (runs, charges) = (Count::default(), Count::default());
-    let counter = charges.clone();
-    let handler = async move |idempotency: Idempotency| -> Response {
-        let run = runs.add();
-        let call = async |_| match run {
-            1 => Err(CallFailure::not_sent("upstream is down")),
-            _ => Ok(Resource::new(format!("ch_{}", counter.add()))),
-        };
-        match idempotency.intent("charge").call(call).await {
-            Ok(made) => {
-                sleep(Duration::from_millis(if run == 2 { 1500 } else { 0 })).await;
-                (StatusCode::CREATED, made.id).into_response()
+    for in_transaction in [false, true] {
+        let runs = Count::default();
+        let counter = runs.clone();
+        let handler = async move |extensions: Extensions| {
+            if in_transaction {
+                let mut tx = Tx::<DB>::begin(&extensions).await?;
+                DB::run(&mut tx, "INSERT INTO steps VALUES ('step')").await?;
             }
-            Err(error) => error.into_response(),
-        }
-    };
-    let node = site.node_with(handler, short);
-    node.send().await.assert_refused(RejectionCode::UpstreamUnavailable);
-    sleep(Duration::from_millis(2000)).await;
-    // The record expires while this attempt runs.
-    let first = node.send().await;
-    assert_eq!((first.status, &first.body[..]), (StatusCode::CREATED, &b"ch_1"[..]));
-    // The client has lost that response.
-    let retry = node.send().await;
-    assert_eq!((charges.get(), &retry.body[..]), (1, &b"ch_1"[..]), "charged twice: {retry:?}");
+            sleep(Duration::from_millis(2500)).await;
+            Ok::<_, TxError>((StatusCode::CREATED, format!("run {} {in_transaction}", counter.add())))
+        };
+        let node = site.node_with(handler, |layer| {
+            layer.with_derived_key(Duration::from_secs(2)).with_reaper(Reaper::off())
+        });
+        let charge = || {
+            let mut request = direct::charge("key");
+            request.headers_mut().remove("idempotency-key");
+            request.headers_mut().insert("content-type", format!("text/{in_transaction}").parse().unwrap());
+            request
+        };
+        let first = direct::send(&node.router, charge()).await;
+        assert_eq!(first.status, StatusCode::CREATED, "{first:?}");
+        first.assert_same_replay(&direct::send(&node.router, charge()).await);
+        assert_eq!(runs.get(), 1);
+    }
 }
 
 /// A trigger ends the lease: stands for a server that stops for a moment between two statements.
@@ -308,4 +313,45 @@ async fn calls_of_one_request_at_once_do_not_collide_whatever_the_isolation() {
         let answer = direct::send(&router, direct::charge(&format!("\"{isolation}\""))).await;
         assert_eq!(answer.status, StatusCode::CREATED, "{isolation}: {answer:?}");
     }
+}
+
+/// A process charges, renews its lease past the expiry of the record, and dies.
+async fn what_an_attempt_has_done_past_the_expiry_is_not_done_again<DB: Db>(site: Site<DB>) {
+    charge_and_die(site, RETENTION / 2, RETENTION * 11 / 20).await;
+}
+
+/// It dies before it has renewed its lease, which outlives the expiry.
+async fn what_an_attempt_has_done_shortly_before_the_expiry_is_not_done_again<DB: Db>(site: Site<DB>) {
+    charge_and_die(site, RETENTION * 3 / 4, Duration::ZERO).await;
+}
+
+async fn charge_and_die<DB: Db>(site: Site<DB>, starts_after: Duration, dies_after: Duration) {
+    let (runs, charges) = (Count::default(), Count::default());
+    let (runs_, counter) = (runs.clone(), charges.clone());
+    let handler = async move |idempotency: Idempotency| -> Response {
+        let run = runs_.add();
+        let call = async |_| match run {
+            1 => Err(CallFailure::not_sent("upstream is down")),
+            _ => Ok(Resource::new(format!("ch_{}", counter.add()))),
+        };
+        match idempotency.intent("charge").call(call).await {
+            Ok(_) if run == 2 => std::future::pending().await,
+            Ok(made) => (StatusCode::CREATED, made.id).into_response(),
+            Err(error) => error.into_response(),
+        }
+    };
+    let (node, other) = (site.node_with(handler.clone(), short), site.another_node_with(handler, short));
+    node.send().await.assert_refused(RejectionCode::UpstreamUnavailable);
+    sleep(starts_after).await;
+    let hanging = tokio::runtime::Runtime::new().unwrap();
+    hanging.spawn(async move { other.send().await });
+    let recovery = site.store.recovery().unwrap();
+    let open = async || recovery.list_intents(IntentFilter::Open, 1).await.unwrap();
+    until("the charge", async || charges.get() > 0 && open().await.is_empty()).await;
+    sleep(dies_after).await;
+    hanging.shutdown_background();
+    assert_eq!((runs.get(), charges.get()), (2, 1));
+    sleep(RETENTION / 4).await;
+    let retry = node.send_after_end().await;
+    assert_eq!((charges.get(), &retry.body[..]), (1, &b"ch_1"[..]), "charged twice: {retry:?}");
 }
