@@ -2,7 +2,6 @@
 
 use std::{
     future::poll_fn,
-    iter,
     ops::{Deref, DerefMut},
     sync::OnceLock,
     time::Duration,
@@ -62,8 +61,12 @@ impl Connections {
         operation: &str,
         calls: &[Call<'_>],
     ) -> Result<Vec<Vec<PgRow>>, StoreError> {
-        let statements = calls.iter().map(Call::text);
-        let text = iter::once(ISOLATION.to_owned()).chain(statements).collect::<Vec<_>>().join(";");
+        let isolation = match settings.mode {
+            ConnectionMode::Direct => None,
+            ConnectionMode::TransactionPooler => Some(ISOLATION.to_owned()),
+        };
+        let preludes = usize::from(isolation.is_some());
+        let text = isolation.into_iter().chain(calls.iter().map(Call::text)).collect::<Vec<_>>().join(";");
         let mut connection = self.lend(base, settings).await?;
         let sent = async {
             let mut replies = vec![Vec::new()];
@@ -75,8 +78,7 @@ impl Connections {
                 }
             }
             replies.pop();
-            replies.remove(0);
-            Ok(replies)
+            Ok(replies.split_off(preludes.min(replies.len())))
         };
         let reply = timeout(settings.statement_timeout, sent).await;
         self.received(connection, settings, operation, reply)
