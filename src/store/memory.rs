@@ -141,7 +141,8 @@ impl Store for MemoryStore {
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
-        let Some(entry) = shard.entries.get_mut(&identity) else {
+        let Shard { entries, by_expiry } = &mut *shard;
+        let Some(entry) = entries.get_mut(&identity) else {
             return Ok(CompleteOutcome::Absent);
         };
         if entry.attempt != Some(attempt.id) {
@@ -151,6 +152,12 @@ impl Store for MemoryStore {
         if !entry.is_completed() {
             self.shared.bytes.fetch_add(response.len(), Ordering::Relaxed);
             entry.state = State::Completed { response };
+            let now = Instant::now();
+            if entry.expires_at <= now {
+                by_expiry.remove(&(entry.expires_at, identity.clone()));
+                entry.expires_at = now + entry.retention();
+                by_expiry.insert((entry.expires_at, identity));
+            }
         }
         Ok(CompleteOutcome::Completed)
     }
@@ -447,6 +454,20 @@ mod tests {
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(is_won(&store, &claim("b")).await);
         assert_eq!(store.shared.records.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_completed_after_its_expiry_is_kept_for_its_whole_retention() {
+        let store = MemoryStore::new().with_max_records(1);
+        let minute = Duration::from_secs(60);
+        let long = Claim { retention: minute, lease: minute * 2, ..claim("a") };
+        assert!(is_won(&store, &long).await);
+        tokio::time::advance(minute).await;
+        store.complete(&long.attempt, Bytes::new()).await.unwrap();
+        tokio::time::advance(minute / 2).await;
+        assert!(!is_won(&store, &claim("a")).await && store.claim(&claim("b")).await.is_err());
+        tokio::time::advance(minute / 2).await;
+        assert!(is_won(&store, &claim("b")).await);
     }
 
     #[tokio::test(start_paused = true)]

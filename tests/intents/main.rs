@@ -17,6 +17,7 @@ mod late;
 mod network;
 mod payouts;
 mod phases;
+mod races;
 mod reconciler;
 mod resumed;
 mod shop;

@@ -48,7 +48,7 @@ impl Entry {
         }
     }
 
-    /// As the record was claimed with: nothing but a resolution moves the expiry, and nothing is resolved twice.
+    /// As the record was claimed with: nothing but its completion moves the expiry, and that comes once.
     pub(super) fn retention(&self) -> Duration {
         self.expires_at - self.created_at
     }

@@ -116,6 +116,9 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             opened,
         ];
         let mut replies = self.0.write("open an intent", calls).await?;
+        if replies.get(1).is_some_and(|rows| !rows.is_empty()) {
+            return Ok(OpenOutcome::Opened);
+        }
         let rows = replies.pop().unwrap_or_default();
         let Some(found) = Self::intents("open an intent", &rows)?.pop() else {
             return Ok(OpenOutcome::Lost);
@@ -409,6 +412,7 @@ fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
         age: span(row.int("age")?.unwrap_or_default()),
         dangling: row.flag("dangling")?,
         looks: number(row.int("looks")?.unwrap_or_default())?,
+        takes: number(row.int("takes")?.unwrap_or_default())?,
         absences: number(row.int("absences")?.unwrap_or_default())?,
         attention: row.text("attention")?,
     })
