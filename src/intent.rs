@@ -389,7 +389,7 @@ pub enum IntentFence {
         /// Its last call.
         call: CallId,
         /// How often it was [taken](Intent::takes).
-        looks: u32,
+        takes: u32,
         /// Whether it was open, and not dead.
         open: bool,
     },
@@ -436,7 +436,7 @@ impl Intent {
     #[must_use]
     pub fn lookup_fence(&self) -> IntentFence {
         let open = matches!(self.state, IntentState::Open { .. });
-        IntentFence::Lookup { call: self.call, looks: self.takes, open }
+        IntentFence::Lookup { call: self.call, takes: self.takes, open }
     }
 }
 

@@ -333,12 +333,12 @@ fn changed<'a>(
     update: &'a IntentUpdate,
     attention: Option<&'a str>,
 ) -> Call<'a> {
-    let (state, last_call, looks) = match fence {
+    let (state, last_call, takes) = match fence {
         IntentFence::Call(call) => (Value::Text("open"), Value::Uuid(call.as_uuid()), -1),
         IntentFence::AbsentCall(call) => (Value::Text("dead"), Value::Uuid(call.as_uuid()), -1),
-        IntentFence::Lookup { call, looks, open } => {
+        IntentFence::Lookup { call, takes, open } => {
             let state = if open { "open" } else { "dead" };
-            (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(looks))
+            (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(takes))
         }
         IntentFence::Operator => (Value::Text("operator"), Value::Null, -1),
         IntentFence::Attention => (Value::Text("attention"), Value::Null, -1),
@@ -372,7 +372,7 @@ fn changed<'a>(
         .with(Value::text(attention))
         .with(state)
         .with(last_call)
-        .with(Value::Int(looks))
+        .with(Value::Int(takes))
 }
 
 fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
