@@ -23,6 +23,13 @@ impl Recovery {
         (claim, opening)
     }
 
+    /// Makes a call, which succeeds.
+    async fn call(&self, claim: &Claim) {
+        let opening = opening_of(claim, "a");
+        self.must_open(&opening, "a new intent").await;
+        self.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
+    }
+
     /// Takes the one intent that is due.
     async fn take_one(&self, why: &str) -> Intent {
         let mut taken = self.take().await;
@@ -85,22 +92,28 @@ pub async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixtu
 /// What was done under a lease that outlives the expiry is not forgotten when the lease runs out.
 pub async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claim = Claim { retention: SHORT * 10, ..claim_of("k") };
-    recovery.store.win(&claim, "first claim").await;
-    let opening = opening_of(&claim, "a");
-    recovery.must_open(&opening, "a new intent").await;
-    recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
-    for lease in [Some(SHORT * 5), None] {
-        for _ in 0..4 {
-            run_out().await;
-        }
-        if let Some(lease) = lease {
-            let renewed = recovery.store.renew_one(&claim.attempt, lease).await;
-            assert_eq!(renewed, RenewOutcome::Renewed, "renewal by the owner");
-        }
+    let claims =
+        ["called before", "called after"].map(|key| Claim { retention: SHORT * 10, ..claim_of(key) });
+    let [before, after] = &claims;
+    for claim in &claims {
+        recovery.store.win(claim, "first claim").await;
     }
-    let won = recovery.store.win(&retry_of(&claim), "the lease is over").await;
-    assert_eq!(won, (claim.record_id, 2), "id and number of the takeover");
+    recovery.call(before).await;
+    for _ in 0..4 {
+        run_out().await;
+    }
+    for claim in &claims {
+        let renewed = recovery.store.renew_one(&claim.attempt, SHORT * 5).await;
+        assert_eq!(renewed, RenewOutcome::Renewed, "renewal by the owner");
+    }
+    recovery.call(after).await;
+    for _ in 0..4 {
+        run_out().await;
+    }
+    for claim in &claims {
+        let won = recovery.store.win(&retry_of(claim), "the lease is over").await;
+        assert_eq!(won, (claim.record_id, 2), "id and number of the takeover");
+    }
 }
 
 /// An operator settles what no attempt with a live lease may be calling, and never again what is finalized.

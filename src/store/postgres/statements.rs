@@ -197,7 +197,7 @@ RETURNING 1";
 
 const RESOLVE_COMPLETE: &str = "
 UPDATE {table} AS r SET state = 'completed', response = $3, attempt = NULL, completed_at = {now},
-    expires_at = {now} + (r.expires_at - r.created_at)
+    expires_at = {kept_anew}
 WHERE r.consumer = $1 AND r.key = $2 AND {resolvable}
 RETURNING 1";
 
@@ -240,7 +240,9 @@ WITH mine AS (
     INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt_number, abandoned, max_abandoned, lease_until,
         created_at, expires_at)
     VALUES ($1, $2, $3, '', 'held', 0, 0, 0, {now}, {now}, {now})
-    ON CONFLICT (consumer, key) DO UPDATE SET kept = TRUE, lease_until = {now} + $6::bigint * interval '1 microsecond'
+    ON CONFLICT (consumer, key) DO UPDATE SET kept = TRUE, lease_until = {now} + $6::bigint * interval '1 microsecond',
+        expires_at = CASE WHEN r.expires_at <= {now} + $6::bigint * interval '1 microsecond' THEN {kept_anew}
+                     ELSE r.expires_at END
     WHERE {mine} AND r.state = 'in_progress' AND current_setting('tower_idempotency.attempt', true) = $3::text
     RETURNING r.id
 )

@@ -177,7 +177,7 @@ RETURNING 1";
 
 const RESOLVE_COMPLETE: &str = "
 UPDATE {table} SET state = 'completed', response = ?3, attempt = NULL, completed_at = {now},
-    expires_at = {now} + ({r}.expires_at - {r}.created_at)
+    expires_at = {kept_anew}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {resolvable}
 RETURNING 1";
 
@@ -190,7 +190,8 @@ const MINE: &str = "SELECT 1 FROM {table} WHERE {r}.consumer = ?1 AND {r}.key = 
 
 /// Notes that a phase hangs on the record, and renews the lease.
 const KEEP: &str = "
-UPDATE {table} SET kept = TRUE, lease_until = {now} + ?4
+UPDATE {table} SET kept = TRUE, lease_until = {now} + ?4,
+    expires_at = CASE WHEN {r}.expires_at <= {now} + ?4 THEN {kept_anew} ELSE {r}.expires_at END
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine} AND {r}.state = 'in_progress'
 RETURNING 1";
 

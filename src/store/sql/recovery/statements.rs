@@ -185,7 +185,8 @@ UPDATE {records} AS r SET
     unresolved       = (SELECT count(*) FROM {intents} AS i WHERE i.record_id = r.id AND i.state = 'open'),
     repeatable_until = (SELECT min(i.repeatable_until) FROM {intents} AS i
                         WHERE i.record_id = r.id AND i.state = 'open' AND i.sent),
-    expires_at       = {kept_on}
+    expires_at       = CASE WHEN r.state = 'in_progress' AND r.lease_until > {now} AND r.expires_at <= r.lease_until
+                       THEN {kept_anew} ELSE {kept_on} END
 WHERE r.consumer = $1 AND r.key = $2 AND r.id = $3";
 
 const TAKE_DANGLING: &str = "
