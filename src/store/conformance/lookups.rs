@@ -93,21 +93,21 @@ pub async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixtu
 pub async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claims =
-        ["called before", "called after"].map(|key| Claim { retention: SHORT * 10, ..claim_of(key) });
+        ["called before", "called after"].map(|key| Claim { retention: SHORT * 20, ..claim_of(key) });
     let [before, after] = &claims;
     for claim in &claims {
         recovery.store.win(claim, "first claim").await;
     }
     recovery.call(before).await;
-    for _ in 0..4 {
+    for _ in 0..8 {
         run_out().await;
     }
     for claim in &claims {
-        let renewed = recovery.store.renew_one(&claim.attempt, SHORT * 5).await;
+        let renewed = recovery.store.renew_one(&claim.attempt, SHORT * 10).await;
         assert_eq!(renewed, RenewOutcome::Renewed, "renewal by the owner");
     }
     recovery.call(after).await;
-    for _ in 0..4 {
+    for _ in 0..8 {
         run_out().await;
     }
     for claim in &claims {

@@ -26,7 +26,7 @@ impl Store for Faulty {
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
         let renewed = self.inner.renew(renewals).await;
-        let expired = "UPDATE idempotency_records SET expires_at = created_at + 4000";
+        let expired = "UPDATE idempotency_records SET expires_at = created_at + 8000";
         self.spoil(RecoveryFault::RenewalKeepsTheExpiry, expired).await;
         renewed
     }
