@@ -73,6 +73,6 @@ pub enum RequestUpdate {
     },
     /// It is not sent any more and waits for an operator, who is told this.
     NeedsAttention(String),
-    /// It is not needed any more, and deleted.
+    /// It is not needed any more, because its record is completed or gone, and is deleted.
     Done,
 }

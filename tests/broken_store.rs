@@ -2,14 +2,14 @@
 
 #![allow(clippy::wildcard_enum_match_arm, reason = "a fault changes one thing and leaves the rest as it is")]
 
-#[path = "support/broken_intents/mod.rs"]
-mod broken_intents;
+#[path = "support/broken_recovery/mod.rs"]
+mod broken_recovery;
 #[path = "support/broken_store/mod.rs"]
 mod broken_store;
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use broken_intents::{IntentFault, IntentStorage};
+use broken_recovery::{RecoveryFault, RecoveryStorage};
 use broken_store::{Fault, Storage};
 use tower_idempotency::store::conformance::{Fixture, rules};
 
@@ -27,11 +27,11 @@ impl Broken for Fault {
     }
 }
 
-impl Broken for IntentFault {
+impl Broken for RecoveryFault {
     const NONE: Self = Self::None;
 
     fn fixture(self) -> Arc<dyn Fixture> {
-        Arc::new(IntentStorage::new(self))
+        Arc::new(RecoveryStorage::new(self))
     }
 }
 
@@ -71,16 +71,16 @@ fn all_rules() -> Vec<&'static str> {
 fn a_store_without_a_fault_breaks_no_rule() {
     assert_eq!(broken(Fault::None, &all_rules()), BTreeSet::new());
     // With so many databases at once a lease may run out too early.
-    let mut left: Vec<&str> = INTENT_FAULTS.concat();
+    let mut left: Vec<&str> = RECOVERY_FAULTS.concat();
     for _ in 0..3 {
-        left = broken(IntentFault::None, &left).into_iter().collect();
+        left = broken(RecoveryFault::None, &left).into_iter().collect();
     }
     assert_eq!(left, [""; 0]);
 }
 
 #[test]
 fn every_rule_is_proved_by_a_fault() {
-    let proofs = FAULTS.iter().chain(INTENT_FAULTS);
+    let proofs = FAULTS.iter().chain(RECOVERY_FAULTS);
     let proved: BTreeSet<&str> = proofs.flat_map(|rules| rules.iter().copied()).collect();
     assert_eq!(proved, all_rules().into_iter().collect());
 }
@@ -180,7 +180,7 @@ faults! {
 }
 
 faults! {
-    INTENT_FAULTS: IntentFault;
+    RECOVERY_FAULTS: RecoveryFault;
     subject_is_forgotten: SubjectIsForgotten => [an_intent_is_kept_as_it_was_opened],
     repeated_opening_is_a_new_call: RepeatedOpeningIsANewCall => [a_repeated_opening_by_the_same_call_is_opened_again],
     opening_unfenced: OpeningUnfenced => [an_opening_needs_the_record_and_a_live_lease],
@@ -201,6 +201,36 @@ faults! {
     eviction_takes_intents_along: EvictionTakesIntentsAlong => [an_intent_is_settled_after_its_record_has_gone],
     calls_under_way_are_taken: CallsUnderWayAreTaken => [intents_are_taken_once_they_are_due_and_their_attempt_has_ended],
     taken_is_not_put_off: TakenIsNotPutOff => [an_intent_is_taken_by_one_at_a_time, intents_are_taken_once_they_are_due_and_their_attempt_has_ended],
+    look_ups_look_then_write: LookUpsLookThenWrite => [an_intent_is_taken_by_one_at_a_time],
     attention_is_not_listed: AttentionIsNotListed => [intents_are_listed_and_counted_by_what_they_wait_for],
     settled_are_never_purged: SettledAreNeverPurged => [settled_intents_are_purged_without_their_record],
+    keeping_unfenced: KeepingUnfenced => [a_request_is_kept_by_the_attempt_that_owns_its_record],
+    request_is_text: RequestIsText => [a_kept_request_is_shown_as_it_was_kept],
+    last_request_counts: LastRequestCounts => [the_first_request_of_a_record_counts],
+    kept_record_counts_anew: KeptRecordCountsAnew => [a_kept_record_stays_when_it_is_released, the_first_request_of_a_record_counts],
+    keeping_a_record_unfenced: KeepingARecordUnfenced => [a_record_that_has_ended_is_not_kept],
+    waiting_requests_are_purged: WaitingRequestsArePurged => [kept_requests_are_purged_once_their_record_is_completed_or_gone],
+    purge_of_requests_ignores_its_limit: PurgeOfRequestsIgnoresItsLimit => [a_purge_of_kept_requests_keeps_to_its_limit],
+    unfinished_phase_is_empty: UnfinishedPhaseIsEmpty => [a_phase_that_was_not_finished_is_not_found],
+    time_is_forgotten: TimeIsForgotten => [a_request_is_not_taken_before_its_time],
+    lease_is_forgotten: LeaseIsForgotten => [a_request_is_not_taken_while_an_attempt_has_a_live_lease],
+    lapsed_are_not_taken: LapsedAreNotTaken => [a_request_is_taken_once_its_attempt_has_ended],
+    take_looks_then_writes: TakeLooksThenWrites => [an_abandoned_request_is_taken_by_one_at_a_time],
+    limit_of_takes_is_forgotten: LimitOfTakesIsForgotten => [requests_are_taken_up_to_a_limit],
+    pause_is_forgotten: PauseIsForgotten => [a_taken_request_is_taken_again_after_the_pause, an_abandoned_request_is_taken_by_one_at_a_time],
+    tries_are_not_counted: TriesAreNotCounted => [a_taken_request_is_taken_again_after_the_pause],
+    completed_are_taken: CompletedAreTaken => [a_request_of_a_record_that_has_ended_is_not_taken],
+    expired_are_taken: ExpiredAreTaken => [a_request_of_a_record_that_has_ended_is_not_taken],
+    next_record_is_reached: NextRecordIsReached => [a_request_does_not_reach_the_next_record_of_its_key],
+    held_are_taken: HeldAreTaken => [a_request_of_a_held_record_is_not_taken],
+    due_are_taken: DueAreTaken => [a_request_of_a_held_record_is_not_taken],
+    unresolved_are_taken: UnresolvedAreTaken => [a_request_waits_for_the_intents_of_its_record],
+    policy_is_forgotten: PolicyIsForgotten => [a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts],
+    tries_are_no_fence: TriesAreNoFence => [an_update_of_a_request_is_fenced_by_its_tries],
+    operator_keeps_the_tries: OperatorKeepsTheTries => [an_operator_begins_the_tries_of_a_request_anew],
+    attention_is_sent_again: AttentionIsSentAgain => [a_request_that_needs_attention_is_listed_and_not_taken, an_update_of_a_request_is_fenced_by_its_tries],
+    list_of_requests_ignores_its_limit: ListOfRequestsIgnoresItsLimit => [a_request_that_needs_attention_is_listed_and_not_taken],
+    after_is_forgotten: AfterIsForgotten => [a_request_is_sent_again_when_it_is_said_to_be],
+    every_try_counts: EveryTryCounts => [a_try_that_was_not_sent_does_not_count],
+    done_is_kept: DoneIsKept => [a_request_that_is_done_is_deleted],
 }

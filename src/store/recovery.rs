@@ -27,6 +27,8 @@ use crate::{
 /// * **An intent may be called** if it is new; if it is open and was certainly not sent; if it is open and the upstream
 ///   still recognizes its key; if it is dead because the upstream does not know it. Never with other arguments.
 /// * **Intents outlive their record.** Those whose record has gone are settled alone.
+/// * **Kept requests do not.** One is sent again only while its record waits for the next attempt, and is purged once its
+///   record is completed or gone.
 #[async_trait]
 pub trait RecoveryStore: Debug + Send + Sync {
     /// Opens an intent before its call.
@@ -80,7 +82,8 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Any; nothing is changed.
     async fn count_intents(&self) -> Result<IntentCounts, StoreError>;
 
-    /// The result of a finished phase, which only the stores of this crate can have. Waits for a transaction that is finishing it.
+    /// The result of a finished phase, which only the stores of this crate can have. Waits for a transaction that is finishing
+    /// it. `None` if it was not finished.
     ///
     /// # Errors
     ///
@@ -92,8 +95,9 @@ pub trait RecoveryStore: Debug + Send + Sync {
         name: &str,
     ) -> Result<Option<Bytes>, StoreError>;
 
-    /// Keeps the encoded request of an attempt that owns its record, to be sent again if nobody has completed it after this
-    /// time. The first one of a record counts: a later call of an attempt that owns the record changes nothing.
+    /// Keeps the encoded request of an attempt that owns its record with a live lease, to be sent again if nobody has completed
+    /// it after this time. Lost for any other attempt. The first one of a record counts: a later call of an attempt that owns
+    /// the record is applied and changes nothing.
     ///
     /// # Errors
     ///
@@ -119,9 +123,11 @@ pub trait RecoveryStore: Debug + Send + Sync {
         record: RecordId,
     ) -> Result<Fenced, StoreError>;
 
-    /// Takes requests that are to be sent again, at most `limit`: those whose record is in progress with a lease that is
-    /// over, that may run again and is not held, and that was not claimed under a policy that holds abandoned attempts.
-    /// Nobody else takes them for `pause`, and each counts a try more.
+    /// Takes requests that are to be sent again, at most `limit`: those whose time has come, that do not need attention, and
+    /// whose record waits for the next attempt. That is: the record is in progress, not expired, and its lease is over or it
+    /// was released and has stayed; the next claim would not find it held; and it was not claimed under a policy that holds
+    /// abandoned attempts ([`max_abandoned`](crate::Claim::max_abandoned) 1), however its attempt has ended. Nobody else takes
+    /// them for `pause`, and each counts a try more.
     ///
     /// # Errors
     ///
@@ -130,7 +136,8 @@ pub trait RecoveryStore: Debug + Send + Sync {
 
     /// Records what became of a try to send a request again. It applies only while the request has these `tries` and waits to
     /// be sent, so that nobody who is late undoes what others have found out; `None` is the operator's, whatever it is at, and
-    /// its tries begin anew. Lost if there is no such request.
+    /// its tries begin anew. [`Done`](RequestUpdate::Done) applies whatever it is at, too: a record that is completed or gone
+    /// stays so. A try that is given back where there is none leaves none. Lost if there is no such request.
     ///
     /// # Errors
     ///
@@ -142,15 +149,16 @@ pub trait RecoveryStore: Debug + Send + Sync {
         update: &RequestUpdate,
     ) -> Result<Fenced, StoreError>;
 
-    /// Lists the requests that wait for an operator, at most `limit`.
+    /// Lists the requests that wait for an operator, because they [need attention](RequestUpdate::NeedsAttention), at most
+    /// `limit`.
     ///
     /// # Errors
     ///
     /// Any; nothing is changed.
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError>;
 
-    /// Deletes kept requests whose record is completed or gone, and settled intents and finished phases that are older than
-    /// `retention` and whose record is gone; of each at most `limit`. Returns how many.
+    /// Deletes kept requests whose record is completed or gone, however old they are, and settled intents and finished phases
+    /// that are older than `retention` and whose record is gone; of each at most `limit`. Returns how many in all.
     ///
     /// # Errors
     ///

@@ -1,33 +1,19 @@
 //! Opening intents, and recording what became of them.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::{Fixture, support::*};
 use crate::{
-    Claim, Fenced, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, RecordId,
-    RecoveryStore, Resource, UpstreamKey,
+    Claim, Fenced, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, RecordId, Resource,
+    UpstreamKey,
     intent::{CallId, Place},
 };
 
-/// A store of records and of intents whose errors break the rule.
-#[derive(Clone, Debug)]
-pub(super) struct Recovery {
-    pub(super) store: Handle,
-    pub(super) intents: Arc<dyn RecoveryStore>,
-}
-
 impl Recovery {
-    /// `None` if the store keeps no intents.
-    pub(super) async fn of(fixture: &dyn Fixture) -> Option<Self> {
-        let store = handle(fixture).await;
-        let intents = store.store().recovery()?;
-        Some(Self { store, intents })
-    }
-
     pub(super) async fn open(&self, opening: &Opening) -> OpenOutcome {
-        expected(self.intents.open_intent(opening).await, "open_intent")
+        expected(self.inner.open_intent(opening).await, "open_intent")
     }
 
     /// Opens and must be allowed to call.
@@ -55,7 +41,7 @@ impl Recovery {
     }
 
     pub(super) async fn find(&self, intent: UpstreamKey) -> Option<Intent> {
-        expected(self.intents.get_intent(intent).await, "get_intent")
+        expected(self.inner.get_intent(intent).await, "get_intent")
     }
 
     pub(super) async fn get(&self, intent: UpstreamKey) -> Intent {
@@ -68,7 +54,7 @@ impl Recovery {
         fence: IntentFence,
         update: IntentUpdate,
     ) -> Fenced {
-        expected(self.intents.update_intent(intent, fence, &update, None).await, "update_intent")
+        expected(self.inner.update_intent(intent, fence, &update, None).await, "update_intent")
     }
 
     pub(super) async fn must_update(&self, intent: UpstreamKey, fence: IntentFence, update: IntentUpdate) {
@@ -84,7 +70,7 @@ impl Recovery {
 
     /// Takes what is due, at most 100, for a minute.
     pub(super) async fn take(&self) -> Vec<Intent> {
-        expected(self.intents.take_dangling(100, LONG).await, "take_dangling")
+        expected(self.inner.take_dangling(100, LONG).await, "take_dangling")
     }
 }
 

@@ -41,6 +41,7 @@
 // A rule has one way to fail, and that is to panic; whatever it did not expect fails it.
 #![allow(clippy::missing_panics_doc, clippy::wildcard_enum_match_arm)]
 
+mod abandoned_requests;
 mod abandonment;
 mod claims;
 mod clock;
@@ -54,13 +55,16 @@ mod operators;
 mod purge;
 mod renewal;
 mod replay;
+mod requests;
 mod support;
 mod takeover;
+mod tries;
 
 use std::{fmt, fmt::Debug, pin::Pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
+pub use abandoned_requests::*;
 pub use abandonment::*;
 pub use claims::*;
 pub use clock::*;
@@ -74,7 +78,9 @@ pub use operators::*;
 pub use purge::*;
 pub use renewal::*;
 pub use replay::*;
+pub use requests::*;
 pub use takeover::*;
+pub use tries::*;
 
 use crate::Store;
 
@@ -326,6 +332,31 @@ macro_rules! __for_each_conformance_rule {
             an_intent_is_taken_by_one_at_a_time
             intents_are_listed_and_counted_by_what_they_wait_for
             settled_intents_are_purged_without_their_record
+            a_request_is_kept_by_the_attempt_that_owns_its_record
+            a_kept_request_is_shown_as_it_was_kept
+            the_first_request_of_a_record_counts
+            a_kept_record_stays_when_it_is_released
+            a_record_that_has_ended_is_not_kept
+            kept_requests_are_purged_once_their_record_is_completed_or_gone
+            a_purge_of_kept_requests_keeps_to_its_limit
+            a_phase_that_was_not_finished_is_not_found
+            a_request_is_not_taken_before_its_time
+            a_request_is_not_taken_while_an_attempt_has_a_live_lease
+            a_request_is_taken_once_its_attempt_has_ended
+            an_abandoned_request_is_taken_by_one_at_a_time
+            requests_are_taken_up_to_a_limit
+            a_taken_request_is_taken_again_after_the_pause
+            a_request_of_a_record_that_has_ended_is_not_taken
+            a_request_does_not_reach_the_next_record_of_its_key
+            a_request_of_a_held_record_is_not_taken
+            a_request_waits_for_the_intents_of_its_record
+            a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts
+            an_update_of_a_request_is_fenced_by_its_tries
+            an_operator_begins_the_tries_of_a_request_anew
+            a_request_that_needs_attention_is_listed_and_not_taken
+            a_request_is_sent_again_when_it_is_said_to_be
+            a_try_that_was_not_sent_does_not_count
+            a_request_that_is_done_is_deleted
         }
     };
 }

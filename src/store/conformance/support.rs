@@ -10,8 +10,8 @@ use tokio::{
 
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
-    RecordFilter, RecordId, RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store,
-    StoreError,
+    RecordFilter, RecordId, RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome,
+    Store, StoreError,
 };
 
 /// A lease or a retention that runs out while the rule waits.
@@ -173,6 +173,26 @@ impl Handle {
 
     pub(super) async fn purge(&self, limit: u32) -> u64 {
         expected(self.0.purge(limit).await, "purge")
+    }
+}
+
+/// A store, and what it keeps for recovery, whose errors break the rule.
+#[derive(Clone, Debug)]
+pub(super) struct Recovery {
+    pub(super) store: Handle,
+    pub(super) inner: Arc<dyn RecoveryStore>,
+}
+
+impl Recovery {
+    /// `None` if the store keeps nothing for recovery.
+    pub(super) async fn of(fixture: &dyn super::Fixture) -> Option<Self> {
+        let store = handle(fixture).await;
+        let inner = store.store().recovery()?;
+        Some(Self { store, inner })
+    }
+
+    pub(super) async fn purge_settled(&self, retention: Duration, limit: u32) -> u64 {
+        expected(self.inner.purge_settled(retention, limit).await, "purge_settled")
     }
 }
 

@@ -232,7 +232,7 @@ RETURNING {returned}";
 
 const UPDATE_REQUEST: &str = "
 UPDATE {requests} AS q SET
-    tries     = CASE WHEN $5 < 0 THEN 0 WHEN $6 THEN q.tries ELSE q.tries - 1 END,
+    tries     = CASE WHEN $5 < 0 THEN 0 WHEN $6 OR q.tries = 0 THEN q.tries ELSE q.tries - 1 END,
     next_at   = CASE WHEN $2 THEN {now} + $3 END,
     attention = $4
 WHERE q.record_id = $1 AND ($5 < 0 OR q.tries = $5 AND q.next_at IS NOT NULL) RETURNING 1";

@@ -1,8 +1,9 @@
-//! The SQLite store, whose intents have one fault that a test chooses.
+//! The SQLite store, whose intents and kept requests have one fault that a test chooses.
 
 #![allow(unreachable_pub, reason = "a test binary has no users")]
 
 mod recovery;
+mod requests;
 mod store;
 
 use std::{sync::Arc, time::Duration};
@@ -13,7 +14,7 @@ use tower_idempotency::{SqliteStore, Store, store::conformance::Fixture};
 
 /// What is wrong with the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IntentFault {
+pub enum RecoveryFault {
     None,
     SubjectIsForgotten,
     RepeatedOpeningIsANewCall,
@@ -35,25 +36,55 @@ pub enum IntentFault {
     EvictionTakesIntentsAlong,
     CallsUnderWayAreTaken,
     TakenIsNotPutOff,
+    LookUpsLookThenWrite,
     AttentionIsNotListed,
     SettledAreNeverPurged,
+    KeepingUnfenced,
+    RequestIsText,
+    LastRequestCounts,
+    KeptRecordCountsAnew,
+    KeepingARecordUnfenced,
+    WaitingRequestsArePurged,
+    PurgeOfRequestsIgnoresItsLimit,
+    UnfinishedPhaseIsEmpty,
+    TimeIsForgotten,
+    LeaseIsForgotten,
+    LapsedAreNotTaken,
+    TakeLooksThenWrites,
+    LimitOfTakesIsForgotten,
+    PauseIsForgotten,
+    TriesAreNotCounted,
+    CompletedAreTaken,
+    ExpiredAreTaken,
+    NextRecordIsReached,
+    HeldAreTaken,
+    DueAreTaken,
+    UnresolvedAreTaken,
+    PolicyIsForgotten,
+    TriesAreNoFence,
+    OperatorKeepsTheTries,
+    AttentionIsSentAgain,
+    ListOfRequestsIgnoresItsLimit,
+    AfterIsForgotten,
+    EveryTryCounts,
+    DoneIsKept,
 }
 
 /// Storage of the store, and the fault of every handle to it.
 #[derive(Debug)]
-pub struct IntentStorage {
+pub struct RecoveryStorage {
     folder: TempDir,
-    fault: IntentFault,
+    fault: RecoveryFault,
 }
 
-impl IntentStorage {
-    pub fn new(fault: IntentFault) -> Self {
+impl RecoveryStorage {
+    pub fn new(fault: RecoveryFault) -> Self {
         Self { folder: TempDir::new().unwrap(), fault }
     }
 }
 
 #[async_trait::async_trait]
-impl Fixture for IntentStorage {
+impl Fixture for RecoveryStorage {
     async fn open(&self) -> Arc<dyn Store> {
         let options = sqlx::sqlite::SqliteConnectOptions::new()
             .filename(self.folder.path().join("test.db"))
@@ -72,18 +103,24 @@ impl Fixture for IntentStorage {
 pub struct Faulty {
     inner: SqliteStore,
     pool: SqlitePool,
-    fault: IntentFault,
+    fault: RecoveryFault,
 }
 
 impl Faulty {
-    fn has(&self, fault: IntentFault) -> bool {
+    fn has(&self, fault: RecoveryFault) -> bool {
         self.fault == fault
     }
 
     /// Runs the statement if the store has this fault.
-    async fn spoil(&self, fault: IntentFault, sql: &str) {
+    async fn spoil(&self, fault: RecoveryFault, sql: &str) {
         if self.has(fault) {
-            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&self.pool).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(self.tables().await).await.unwrap();
         }
+    }
+
+    /// The database, whose tables may not be there yet.
+    async fn tables(&self) -> &SqlitePool {
+        self.inner.prepare().await.unwrap();
+        &self.pool
     }
 }

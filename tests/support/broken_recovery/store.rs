@@ -10,7 +10,7 @@ use tower_idempotency::{
     TransactionLimits,
 };
 
-use super::{Faulty, IntentFault};
+use super::{Faulty, RecoveryFault};
 
 #[async_trait::async_trait]
 impl Store for Faulty {
@@ -20,8 +20,7 @@ impl Store for Faulty {
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         let forget = "UPDATE idempotency_records SET repeatable_until = NULL, unresolved = 0";
-        self.inner.prepare().await?;
-        self.spoil(IntentFault::OpenIntentsDoNotHold, forget).await;
+        self.spoil(RecoveryFault::OpenIntentsDoNotHold, forget).await;
         self.inner.claim(claim).await
     }
 
@@ -34,7 +33,7 @@ impl Store for Faulty {
     }
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        self.spoil(IntentFault::ReleaseDeletes, "UPDATE idempotency_records SET kept = FALSE").await;
+        self.spoil(RecoveryFault::ReleaseDeletes, "UPDATE idempotency_records SET kept = FALSE").await;
         self.inner.release(attempt).await
     }
 
@@ -51,7 +50,7 @@ impl Store for Faulty {
     }
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
-        self.spoil(IntentFault::EvictionTakesIntentsAlong, "DELETE FROM idempotency_intents").await;
+        self.spoil(RecoveryFault::EvictionTakesIntentsAlong, "DELETE FROM idempotency_intents").await;
         self.inner.evict(consumer, key).await
     }
 
@@ -79,7 +78,7 @@ impl Store for Faulty {
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
         let forget = "UPDATE idempotency_records SET repeatable_until = NULL, unresolved = 0";
-        self.spoil(IntentFault::PurgeDeletesUnresolved, forget).await;
+        self.spoil(RecoveryFault::PurgeDeletesUnresolved, forget).await;
         self.inner.purge(limit).await
     }
 }

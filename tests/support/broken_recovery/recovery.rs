@@ -1,4 +1,4 @@
-//! What is wrong with the intents.
+//! What is wrong with the intents, and the calls of the store.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,10 +10,10 @@ use tower_idempotency::{
 };
 use uuid::Uuid;
 
-use super::{Faulty, IntentFault};
+use super::{Faulty, RecoveryFault};
 
 impl Faulty {
-    fn sound(&self) -> Arc<dyn RecoveryStore> {
+    pub(super) fn sound(&self) -> Arc<dyn RecoveryStore> {
         self.inner.recovery().expect("it keeps intents")
     }
 
@@ -21,11 +21,11 @@ impl Faulty {
     fn misread(&self, opening: &Opening) -> Opening {
         let mut misread = opening.clone();
         match self.fault {
-            IntentFault::SubjectIsForgotten => misread.subject = None,
-            IntentFault::RepeatedOpeningIsANewCall => misread.call = CallId::from_uuid(Uuid::new_v4()),
-            IntentFault::ArgumentsAreNotCompared => misread.arguments = Bytes::from_static(b"arguments"),
-            IntentFault::EverythingIsRepeatable => misread.repeatable_for = Duration::from_secs(1000),
-            IntentFault::NothingIsRepeatable => misread.repeatable_for = Duration::ZERO,
+            RecoveryFault::SubjectIsForgotten => misread.subject = None,
+            RecoveryFault::RepeatedOpeningIsANewCall => misread.call = CallId::from_uuid(Uuid::new_v4()),
+            RecoveryFault::ArgumentsAreNotCompared => misread.arguments = Bytes::from_static(b"arguments"),
+            RecoveryFault::EverythingIsRepeatable => misread.repeatable_for = Duration::from_secs(1000),
+            RecoveryFault::NothingIsRepeatable => misread.repeatable_for = Duration::ZERO,
             _ => {}
         }
         misread
@@ -36,8 +36,8 @@ impl Faulty {
 impl RecoveryStore for Faulty {
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
         let settled = "UPDATE idempotency_intents SET state = 'open', sent = FALSE WHERE state = 'finalized'";
-        self.spoil(IntentFault::SettledIsOpenedAgain, settled).await;
-        if self.has(IntentFault::TakeoverPassesOpenings) {
+        self.spoil(RecoveryFault::SettledIsOpenedAgain, settled).await;
+        if self.has(RecoveryFault::TakeoverPassesOpenings) {
             // Looks at the record first, and writes the intent later.
             let owned = self.inner.get(&opening.attempt.consumer, &opening.attempt.key).await?;
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -47,7 +47,7 @@ impl RecoveryStore for Faulty {
         }
         let outcome = self.sound().open_intent(&self.misread(opening)).await?;
         Ok(match outcome {
-            OpenOutcome::Lost if self.has(IntentFault::OpeningUnfenced) => OpenOutcome::Opened,
+            OpenOutcome::Lost if self.has(RecoveryFault::OpeningUnfenced) => OpenOutcome::Opened,
             outcome => outcome,
         })
     }
@@ -61,37 +61,56 @@ impl RecoveryStore for Faulty {
     ) -> Result<Fenced, StoreError> {
         let found = self.sound().get_intent(intent).await?;
         let fence = match (self.fault, fence, found) {
-            (IntentFault::CallIsNoFence, IntentFence::Call(_), Some(found)) => IntentFence::Call(found.call),
-            (IntentFault::CallIsNoFence, IntentFence::AbsentCall(_), Some(found)) => {
+            (RecoveryFault::CallIsNoFence, IntentFence::Call(_), Some(found)) => {
+                IntentFence::Call(found.call)
+            }
+            (RecoveryFault::CallIsNoFence, IntentFence::AbsentCall(_), Some(found)) => {
                 IntentFence::AbsentCall(found.call)
             }
-            (IntentFault::LookupIsFencedByItsCallAlone, IntentFence::Lookup { call, .. }, _) => {
+            (RecoveryFault::LookupIsFencedByItsCallAlone, IntentFence::Lookup { call, .. }, _) => {
                 IntentFence::Call(call)
             }
-            (IntentFault::OperatorIsNotFenced, IntentFence::Operator, Some(found)) => {
+            (RecoveryFault::OperatorIsNotFenced, IntentFence::Operator, Some(found)) => {
                 IntentFence::Call(found.call)
             }
             (_, fence, _) => fence,
         };
         let update = match update {
-            IntentUpdate::NotSent if self.has(IntentFault::NotSentIsForgotten) => return Ok(Fenced::Applied),
-            IntentUpdate::Absent(_) if self.has(IntentFault::AbsentIsRefused) => {
+            IntentUpdate::NotSent if self.has(RecoveryFault::NotSentIsForgotten) => {
+                return Ok(Fenced::Applied);
+            }
+            IntentUpdate::Absent(_) if self.has(RecoveryFault::AbsentIsRefused) => {
                 IntentUpdate::Refuse("absent".to_owned())
             }
             update => update.clone(),
         };
-        let attention = attention.filter(|_| !self.has(IntentFault::AttentionIsNotListed));
+        let attention = attention.filter(|_| !self.has(RecoveryFault::AttentionIsNotListed));
         let fenced = self.sound().update_intent(intent, fence, &update, attention).await?;
         let held = "UPDATE idempotency_records SET state = 'held'";
-        self.spoil(IntentFault::OpenIntentsHoldForGood, held).await;
+        self.spoil(RecoveryFault::OpenIntentsHoldForGood, held).await;
         Ok(fenced)
     }
 
     async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
         let ended = "UPDATE idempotency_records SET lease_until = 0";
-        self.spoil(IntentFault::CallsUnderWayAreTaken, ended).await;
-        let pause = if self.has(IntentFault::TakenIsNotPutOff) { Duration::ZERO } else { pause };
-        self.sound().take_dangling(limit, pause).await
+        self.spoil(RecoveryFault::CallsUnderWayAreTaken, ended).await;
+        let pause = match self.fault {
+            RecoveryFault::TakenIsNotPutOff | RecoveryFault::LookUpsLookThenWrite => Duration::ZERO,
+            _ => pause,
+        };
+        let mut taken = self.sound().take_dangling(limit, pause).await?;
+        if self.has(RecoveryFault::LookUpsLookThenWrite) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            for intent in &mut taken {
+                intent.looks = 1;
+                let id = intent.upstream_key.as_uuid().simple();
+                let write = format!(
+                    "UPDATE idempotency_intents SET looks = 1, look_at = 9000000000000000 WHERE id = X'{id}'"
+                );
+                self.spoil(RecoveryFault::LookUpsLookThenWrite, &write).await;
+            }
+        }
+        Ok(taken)
     }
 
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
@@ -112,7 +131,8 @@ impl RecoveryStore for Faulty {
         record: RecordId,
         name: &str,
     ) -> Result<Option<Bytes>, StoreError> {
-        self.sound().find_phase(attempt, record, name).await
+        let found = self.sound().find_phase(attempt, record, name).await?;
+        Ok(found.or(self.has(RecoveryFault::UnfinishedPhaseIsEmpty).then(Bytes::new)))
     }
 
     async fn keep_record(
@@ -121,7 +141,7 @@ impl RecoveryStore for Faulty {
         key: &IdempotencyKey,
         record: RecordId,
     ) -> Result<Fenced, StoreError> {
-        self.sound().keep_record(consumer, key, record).await
+        self.make_stay(consumer, key, record).await
     }
 
     async fn keep_request(
@@ -131,11 +151,11 @@ impl RecoveryStore for Faulty {
         request: &Bytes,
         after: Duration,
     ) -> Result<Fenced, StoreError> {
-        self.sound().keep_request(attempt, record, request, after).await
+        self.keep(attempt, record, request, after).await
     }
 
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError> {
-        self.sound().take_abandoned(limit, pause).await
+        Ok(self.take(limit, pause).await)
     }
 
     async fn update_request(
@@ -144,15 +164,20 @@ impl RecoveryStore for Faulty {
         tries: Option<u32>,
         update: &RequestUpdate,
     ) -> Result<Fenced, StoreError> {
-        self.sound().update_request(record, tries, update).await
+        self.update(record, tries, update).await
     }
 
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
+        let limit = if self.has(RecoveryFault::ListOfRequestsIgnoresItsLimit) { u32::MAX } else { limit };
         self.sound().list_requests(limit).await
     }
 
     async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
-        let retention = if self.has(IntentFault::SettledAreNeverPurged) { Duration::MAX } else { retention };
+        let retention =
+            if self.has(RecoveryFault::SettledAreNeverPurged) { Duration::MAX } else { retention };
+        let waiting = "DELETE FROM idempotency_requests WHERE next_at IS NULL";
+        self.spoil(RecoveryFault::WaitingRequestsArePurged, waiting).await;
+        let limit = if self.has(RecoveryFault::PurgeOfRequestsIgnoresItsLimit) { u32::MAX } else { limit };
         self.sound().purge_settled(retention, limit).await
     }
 }

@@ -1,0 +1,183 @@
+//! Taking requests that are to be sent again.
+
+use std::time::Duration;
+
+use super::{
+    Fixture,
+    intents::{finalize, opening_of},
+    requests::request,
+    support::*,
+};
+use crate::{Claim, Fenced, IntentFence, Opening};
+
+/// A request is not taken before its time, which counts from when it was kept.
+pub async fn a_request_is_not_taken_before_its_time(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    for (key, after) in [("soon", SHORT), ("later", LONG)] {
+        let claim = claim_of(key);
+        recovery.store.win(&claim, "first claim").await;
+        assert_eq!(recovery.keep(&claim, &request(), after).await, Fenced::Applied, "kept by the owner");
+        recovery.abandon(&claim).await;
+    }
+    run_out().await;
+    assert_eq!(recovery.keys_taken().await, ["soon"], "requests whose time has come");
+}
+
+/// A request is not taken while an attempt of its record may be running: neither the one that kept it nor a later one.
+pub async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    recovery.abandoned_request("abandoned").await;
+    recovery.win_with_request(&claim_of("running")).await;
+    let taken_over = Claim { lease: SHORT, ..claim_of("taken over") };
+    recovery.win_with_request(&taken_over).await;
+    run_out().await;
+    let retry = Claim { lease: LONG, ..retry_of(&taken_over) };
+    recovery.store.win(&retry, "the lease has run out").await;
+    assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
+}
+
+/// A request is taken once the lease of its attempt has run out, or its attempt has released a record that stays.
+pub async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    recovery.win_with_request(&Claim { lease: SHORT, ..claim_of("lapsed") }).await;
+    let with_intent = claim_of("released with an intent");
+    recovery.win_with_request(&with_intent).await;
+    let opening = opening_of(&with_intent, "a");
+    recovery.must_open(&opening, "a new intent").await;
+    recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
+    assert_eq!(recovery.store.release(&with_intent.attempt).await, Fenced::Applied, "release by the owner");
+    recovery.abandoned_request("released").await;
+    run_out().await;
+    let keys = ["lapsed", "released", "released with an intent"];
+    assert_eq!(recovery.keys_taken().await, keys, "requests that are taken");
+}
+
+/// Whoever takes requests at the same time as others gets those that the others do not get.
+pub async fn an_abandoned_request_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    for n in 0..40 {
+        recovery.abandoned_request(&format!("k {n}")).await;
+    }
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let tasks = (0..6).map(|_| {
+        let recovery = recovery.clone();
+        async move {
+            let mut taken = Vec::new();
+            for _ in 0..8 {
+                taken.extend(expected(recovery.inner.take_abandoned(5, LONG).await, "take_abandoned"));
+            }
+            taken
+        }
+    });
+    let mut taken: Vec<_> = at_once(tasks).await.into_iter().flatten().collect();
+    assert!(taken.iter().all(|request| request.tries == 1), "a request was taken twice");
+    assert_eq!(taken.len(), 40, "requests that were taken, of 40");
+    taken.sort_by_key(|request| request.record_id.as_uuid());
+    taken.dedup_by_key(|request| request.record_id);
+    assert_eq!(taken.len(), 40, "different requests that were taken, of 40");
+}
+
+/// No more requests are taken at a time than were asked for.
+pub async fn requests_are_taken_up_to_a_limit(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    for key in ["a", "b", "c"] {
+        recovery.abandoned_request(key).await;
+    }
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    for count in [2, 1, 0] {
+        let taken = expected(recovery.inner.take_abandoned(2, LONG).await, "take_abandoned");
+        assert_eq!(taken.len(), count, "requests that are taken, at most 2");
+    }
+}
+
+/// A request that was taken is taken again when nobody says what became of it, after the pause; each time is a try.
+pub async fn a_taken_request_is_taken_again_after_the_pause(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    recovery.abandoned_request("k").await;
+    for tries in [1, 2] {
+        let taken = recovery.take_requests(SHORT).await;
+        assert_eq!(taken.iter().map(|request| request.tries).collect::<Vec<_>>(), [tries], "tries");
+        run_out().await;
+    }
+    assert_eq!(recovery.take_request("the pause is over").await.tries, 3, "tries");
+    assert_eq!(recovery.keys_taken().await, [""; 0], "requests that are taken during the pause");
+}
+
+/// A request is not taken any more once its record is completed or gone, or counts as absent.
+pub async fn a_request_of_a_record_that_has_ended_is_not_taken(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let [abandoned, completed, evicted, released, expired] =
+        ["abandoned", "completed", "evicted", "released", "expired"]
+            .map(|key| Claim { lease: SHORT, ..claim_of(key) });
+    let expired = Claim { retention: SHORT, ..expired };
+    for claim in [&abandoned, &completed, &evicted, &released, &expired] {
+        recovery.win_with_request(claim).await;
+    }
+    recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
+    assert!(recovery.store.evict(&evicted).await, "there was a record to evict");
+    assert_eq!(recovery.store.release(&released.attempt).await, Fenced::Applied, "release by the owner");
+    run_out().await;
+    assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
+}
+
+/// The request of an expired record is not taken for the record that has its key now.
+pub async fn a_request_does_not_reach_the_next_record_of_its_key(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let old = Claim { lease: SHORT, retention: SHORT, ..claim_of("k") };
+    recovery.win_with_request(&old).await;
+    run_out().await;
+    let new = Claim { retention: LONG, ..other_request(&old) };
+    assert_eq!(recovery.store.win(&new, "the record has expired").await, (new.record_id, 1), "a new record");
+    recovery.abandoned_request("abandoned").await;
+    run_out().await;
+    assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
+}
+
+/// A request is not taken while its record is held, or would be found held by the next claim.
+pub async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let held = claim_of("held");
+    recovery.win_with_request(&held).await;
+    assert_eq!(recovery.store.hold(&held.attempt).await, Fenced::Applied, "hold by the owner");
+    let [once, twice] = ["abandoned once", "abandoned twice"].map(|key| Claim {
+        lease: SHORT,
+        max_abandoned: 2,
+        ..claim_of(key)
+    });
+    recovery.win_with_request(&twice).await;
+    run_out().await;
+    recovery.store.win(&retry_of(&twice), "the lease has run out").await;
+    recovery.win_with_request(&once).await;
+    run_out().await;
+    assert_eq!(recovery.keys_taken().await, ["abandoned once"], "requests that are taken");
+}
+
+/// A request is not taken while its record has an open intent that may not be called again, and is once that is settled.
+pub async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let mut intents = Vec::new();
+    for (key, repeatable_for) in [("once", Duration::ZERO), ("deduplicated", LONG)] {
+        let claim = Claim { lease: SHORT, ..claim_of(key) };
+        recovery.win_with_request(&claim).await;
+        let opening = Opening { repeatable_for, ..opening_of(&claim, "a") };
+        recovery.must_open(&opening, "a new intent").await;
+        intents.push(opening.upstream_key);
+    }
+    run_out().await;
+    assert_eq!(recovery.keys_taken().await, ["deduplicated"], "requests whose intents may be called again");
+    recovery.must_update(intents[0], IntentFence::Operator, finalize()).await;
+    assert_eq!(recovery.keys_taken().await, ["once"], "requests whose intents are settled");
+}
+
+/// A request that was claimed under a policy that holds abandoned attempts is never sent again without its client.
+pub async fn a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let [lapsed, released] =
+        ["lapsed", "released"].map(|key| Claim { lease: SHORT, max_abandoned: 1, ..claim_of(key) });
+    recovery.win_with_request(&lapsed).await;
+    recovery.win_with_request(&released).await;
+    recovery.abandon(&released).await;
+    recovery.abandoned_request("under another policy").await;
+    run_out().await;
+    assert_eq!(recovery.keys_taken().await, ["under another policy"], "requests that are taken");
+}

@@ -1,0 +1,235 @@
+//! Keeping requests and their records, and the purge of what is kept.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{Fixture, support::*};
+use crate::{Attempt, Claim, Fenced, KeptRequest, RecordId, RecordState, RequestUpdate};
+
+impl Recovery {
+    pub(super) async fn keep(&self, claim: &Claim, request: &Bytes, after: Duration) -> Fenced {
+        let kept = self.inner.keep_request(&claim.attempt, claim.record_id, request, after).await;
+        expected(kept, "keep_request")
+    }
+
+    async fn must_not_keep(&self, claim: &Claim, why: &str) {
+        assert_eq!(self.keep(claim, &request(), Duration::ZERO).await, Fenced::Lost, "{why}");
+    }
+
+    /// Wins a key and keeps its request, which is due at once.
+    pub(super) async fn win_with_request(&self, claim: &Claim) {
+        self.store.win(claim, "first claim").await;
+        assert_eq!(self.keep(claim, &request(), Duration::ZERO).await, Fenced::Applied, "kept by the owner");
+    }
+
+    pub(super) async fn keep_record(&self, claim: &Claim) -> Fenced {
+        let Attempt { consumer, key, .. } = &claim.attempt;
+        expected(self.inner.keep_record(consumer, key, claim.record_id).await, "keep_record")
+    }
+
+    /// Releases a record by its attempt so that it stays.
+    pub(super) async fn abandon(&self, claim: &Claim) {
+        assert_eq!(self.keep_record(claim).await, Fenced::Applied, "keep_record");
+        assert_eq!(self.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
+    }
+
+    /// A record that waits for the next attempt, and its request, which is due at once.
+    pub(super) async fn abandoned_request(&self, key: &str) -> Claim {
+        let claim = claim_of(key);
+        self.win_with_request(&claim).await;
+        self.abandon(&claim).await;
+        claim
+    }
+
+    /// Takes at most 100 requests, after those that are due at once have become so.
+    pub(super) async fn take_requests(&self, pause: Duration) -> Vec<KeptRequest> {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        expected(self.inner.take_abandoned(100, pause).await, "take_abandoned")
+    }
+
+    /// Keys of the requests that are due, which are taken for a minute.
+    pub(super) async fn keys_taken(&self) -> Vec<String> {
+        let taken = self.take_requests(LONG).await;
+        let mut keys: Vec<_> = taken.iter().map(|request| request.key.as_str().to_owned()).collect();
+        keys.sort();
+        keys
+    }
+
+    /// Takes the one request that is due.
+    pub(super) async fn take_request(&self, why: &str) -> KeptRequest {
+        let mut taken = self.take_requests(LONG).await;
+        assert_eq!(taken.len(), 1, "{why}: requests that are due");
+        taken.remove(0)
+    }
+
+    pub(super) async fn update_request(
+        &self,
+        record: RecordId,
+        tries: Option<u32>,
+        update: RequestUpdate,
+    ) -> Fenced {
+        expected(self.inner.update_request(record, tries, &update).await, "update_request")
+    }
+
+    /// Whether the request of a record is there, which an operator finds out by having it sent again.
+    pub(super) async fn has_request(&self, record: RecordId) -> bool {
+        self.update_request(record, None, send_again(Duration::ZERO)).await == Fenced::Applied
+    }
+}
+
+pub(super) fn request() -> Bytes {
+    Bytes::from_static(b"a request")
+}
+
+pub(super) fn send_again(after: Duration) -> RequestUpdate {
+    RequestUpdate::SendAgain { after, tried: true }
+}
+
+/// Only the attempt that owns the record with a live lease keeps a request, and otherwise nothing is kept.
+pub async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let [owned, completed, held] = ["owned", "completed", "held"].map(claim_of);
+    recovery.must_not_keep(&owned, "there is no record").await;
+    for claim in [&owned, &completed, &held] {
+        recovery.store.win(claim, "first claim").await;
+    }
+    let retry = retry_of(&owned);
+    recovery.must_not_keep(&retry, "it is another attempt's and another id").await;
+    let other = Claim { record_id: owned.record_id, ..retry.clone() };
+    recovery.must_not_keep(&other, "it is another attempt's").await;
+    let other = Claim { record_id: RecordId::random(), ..owned.clone() };
+    recovery.must_not_keep(&other, "it is another record").await;
+    recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
+    recovery.must_not_keep(&completed, "it is completed").await;
+    assert_eq!(recovery.store.hold(&held.attempt).await, Fenced::Applied, "hold by the owner");
+    recovery.must_not_keep(&held, "it is held").await;
+    let lapsed = Claim { lease: SHORT, ..claim_of("lapsed") };
+    recovery.store.win(&lapsed, "first claim").await;
+    run_out().await;
+    recovery.must_not_keep(&lapsed, "the lease has run out").await;
+    for record in [&owned, &retry, &other, &completed, &held, &lapsed].map(|claim| claim.record_id) {
+        assert!(!recovery.has_request(record).await, "a request that was not to be kept");
+    }
+    assert_eq!(recovery.keep(&owned, &request(), Duration::ZERO).await, Fenced::Applied, "by the owner");
+    assert!(recovery.has_request(owned.record_id).await, "a kept request");
+}
+
+/// A request comes back as it was kept, with the names of its record.
+pub async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let bytes: Bytes = (0..=u8::MAX).chain(*b"'; --\r\n").collect();
+    let claim = Claim { attempt: Attempt::new(consumer("' ä \\"), key_of("' k \\")), ..claim_of("k") };
+    recovery.store.win(&claim, "first claim").await;
+    assert_eq!(recovery.keep(&claim, &bytes, Duration::ZERO).await, Fenced::Applied, "kept by the owner");
+    recovery.abandon(&claim).await;
+    let Attempt { consumer, key, .. } = claim.attempt;
+    let mut expected = KeptRequest::new(claim.record_id, consumer, key, bytes);
+    expected.tries = 1;
+    assert_eq!(recovery.take_request("it is abandoned").await, expected, "what is taken");
+}
+
+/// A request that is kept later for the same record changes nothing: not what was kept, nor when it is due, nor its tries.
+pub async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = Claim { lease: SHORT, ..claim_of("k") };
+    recovery.win_with_request(&claim).await;
+    let other = Bytes::from_static(b"another request");
+    assert_eq!(recovery.keep(&claim, &other, LONG).await, Fenced::Applied, "kept again by the owner");
+    run_out().await;
+    for attempt_number in [2, 3] {
+        let retry = Claim { record_id: claim.record_id, lease: LONG, ..retry_of(&claim) };
+        assert_eq!(recovery.store.win(&retry, "it was abandoned").await, (claim.record_id, attempt_number));
+        assert_eq!(recovery.keep(&retry, &other, LONG).await, Fenced::Applied, "kept by the next attempt");
+        recovery.abandon(&retry).await;
+        if attempt_number == 2 {
+            let taken = recovery.take_request("the first was due at once").await;
+            assert_eq!((taken.request, taken.tries), (request(), 1), "what is taken");
+        }
+    }
+    let again = recovery.update_request(claim.record_id, Some(1), send_again(Duration::ZERO)).await;
+    assert_eq!(again, Fenced::Applied, "it was tried once");
+    let taken = recovery.take_request("it is due again").await;
+    assert_eq!((taken.request, taken.tries), (request(), 2), "what is taken");
+}
+
+/// A record that is kept goes on when its attempt gives it back: its id, its fingerprint and its attempt number.
+pub async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    recovery.abandon(&claim).await;
+    let shown = recovery.store.get(&claim, "it was kept").await;
+    assert_eq!(shown.state, RecordState::in_progress(Duration::ZERO), "what is shown");
+    recovery.store.be_refused(&other_request(&claim), "the record keeps its fingerprint").await;
+    let won = recovery.store.win(&retry_of(&claim), "it was released").await;
+    assert_eq!(won, (claim.record_id, 2), "id and number");
+}
+
+/// A record that is completed or gone is not kept, nor is another one that has its key.
+pub async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let [gone, completed] = ["gone", "completed"].map(claim_of);
+    assert_eq!(recovery.keep_record(&gone).await, Fenced::Lost, "there is no record");
+    recovery.store.win_and_complete(&completed, response("r")).await;
+    assert_eq!(recovery.keep_record(&completed).await, Fenced::Lost, "it is completed");
+    recovery.store.win(&gone, "first claim").await;
+    assert!(recovery.store.evict(&gone).await, "there was a record to evict");
+    let next = retry_of(&gone);
+    recovery.store.win(&next, "it was evicted").await;
+    assert_eq!(recovery.keep_record(&gone).await, Fenced::Lost, "it is another record");
+    assert_eq!(recovery.store.release(&next.attempt).await, Fenced::Applied, "release by the owner");
+    assert!(recovery.store.find(&next).await.is_none(), "nothing hung on the record that was released");
+}
+
+/// A kept request is purged once its record is completed or gone, however old it is, and not before.
+pub async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    recovery.abandoned_request("given up").await;
+    recovery.give_up("why").await;
+    recovery.abandoned_request("abandoned").await;
+    let [running, held, completed, evicted] = ["running", "held", "completed", "evicted"].map(claim_of);
+    let replaced = Claim { lease: SHORT, retention: SHORT, ..claim_of("replaced") };
+    for claim in [&running, &held, &completed, &evicted, &replaced] {
+        recovery.win_with_request(claim).await;
+    }
+    assert_eq!(recovery.purge_settled(LONG, 100).await, 0, "purged requests");
+    assert_eq!(recovery.store.hold(&held.attempt).await, Fenced::Applied, "hold by the owner");
+    recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
+    assert!(recovery.store.evict(&evicted).await, "there was a record to evict");
+    run_out().await;
+    recovery.store.win(&Claim { lease: LONG, ..retry_of(&replaced) }, "the record has expired").await;
+    assert_eq!(recovery.purge_settled(LONG, 100).await, 3, "purged requests");
+    for claim in [&completed, &evicted, &replaced] {
+        assert!(!recovery.has_request(claim.record_id).await, "the request of {:?}", claim.attempt.key);
+    }
+    assert_eq!(recovery.attention().await, [("given up".to_owned(), "why".to_owned())]);
+    assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
+    for claim in [&running, &held] {
+        assert!(recovery.has_request(claim.record_id).await, "the request of {:?}", claim.attempt.key);
+    }
+}
+
+/// No more kept requests are purged at a time than were asked for.
+pub async fn a_purge_of_kept_requests_keeps_to_its_limit(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    for key in ["a", "b", "c"] {
+        let claim = claim_of(key);
+        recovery.win_with_request(&claim).await;
+        recovery.store.complete_as_owner(&claim.attempt, response("r"), "by the owner").await;
+    }
+    for count in [2, 1, 0] {
+        assert_eq!(recovery.purge_settled(LONG, 2).await, count, "purged requests, at most 2");
+    }
+}
+
+/// There is no result, not even an empty one, of a phase that was not finished.
+pub async fn a_phase_that_was_not_finished_is_not_found(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    for why in ["there is no record", "nothing was finished"] {
+        let found = recovery.inner.find_phase(&claim.attempt, claim.record_id, "a").await;
+        assert_eq!(expected(found, "find_phase"), None, "{why}");
+        recovery.store.win(&claim, "a claim").await;
+    }
+}
