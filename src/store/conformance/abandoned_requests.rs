@@ -28,18 +28,19 @@ pub async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fixture: &
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("abandoned").await;
     recovery.win_with_request(&claim_of("running")).await;
-    let taken_over = Claim { lease: SHORT, ..claim_of("taken over") };
+    let taken_over = claim_of("taken over");
     recovery.win_with_request(&taken_over).await;
-    run_out().await;
-    let retry = Claim { lease: LONG, ..retry_of(&taken_over) };
-    recovery.store.win(&retry, "the lease has run out").await;
+    recovery.lapse(&taken_over).await;
+    recovery.store.win(&retry_of(&taken_over), "the lease has run out").await;
     assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
 }
 
 /// A request is taken once the lease of its attempt has run out, or its attempt has released a record that stays.
 pub async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    recovery.win_with_request(&Claim { lease: SHORT, ..claim_of("lapsed") }).await;
+    let lapsed = claim_of("lapsed");
+    recovery.win_with_request(&lapsed).await;
+    recovery.lapse(&lapsed).await;
     let with_intent = claim_of("released with an intent");
     recovery.win_with_request(&with_intent).await;
     let opening = opening_of(&with_intent, "a");
@@ -47,7 +48,6 @@ pub async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture
     recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
     assert_eq!(recovery.store.release(&with_intent.attempt).await, Fenced::Applied, "release by the owner");
     recovery.abandoned_request("released").await;
-    run_out().await;
     let keys = ["lapsed", "released", "released with an intent"];
     assert_eq!(recovery.keys_taken().await, keys, "requests that are taken");
 }
@@ -107,29 +107,32 @@ pub async fn a_taken_request_is_taken_again_after_the_pause(fixture: &dyn Fixtur
 pub async fn a_request_of_a_record_that_has_ended_is_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [abandoned, completed, evicted, released, expired] =
-        ["abandoned", "completed", "evicted", "released", "expired"]
-            .map(|key| Claim { lease: SHORT, ..claim_of(key) });
+        ["abandoned", "completed", "evicted", "released", "expired"].map(claim_of);
     let expired = Claim { retention: SHORT, ..expired };
     for claim in [&abandoned, &completed, &evicted, &released, &expired] {
         recovery.win_with_request(claim).await;
     }
+    run_out().await;
+    for claim in [&abandoned, &completed, &expired] {
+        recovery.lapse(claim).await;
+    }
     recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
     assert!(recovery.store.evict(&evicted).await, "there was a record to evict");
     assert_eq!(recovery.store.release(&released.attempt).await, Fenced::Applied, "release by the owner");
-    run_out().await;
     assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
 }
 
 /// The request of an expired record is not taken for the record that has its key now.
 pub async fn a_request_does_not_reach_the_next_record_of_its_key(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let old = Claim { lease: SHORT, retention: SHORT, ..claim_of("k") };
+    let old = Claim { retention: SHORT, ..claim_of("k") };
     recovery.win_with_request(&old).await;
     run_out().await;
+    recovery.lapse(&old).await;
     let new = Claim { retention: LONG, ..other_request(&old) };
     assert_eq!(recovery.store.win(&new, "the record has expired").await, (new.record_id, 1), "a new record");
+    recovery.lapse(&new).await;
     recovery.abandoned_request("abandoned").await;
-    run_out().await;
     assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
 }
 
@@ -139,16 +142,15 @@ pub async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixture) {
     let held = claim_of("held");
     recovery.win_with_request(&held).await;
     assert_eq!(recovery.store.hold(&held.attempt).await, Fenced::Applied, "hold by the owner");
-    let [once, twice] = ["abandoned once", "abandoned twice"].map(|key| Claim {
-        lease: SHORT,
-        max_abandoned: 2,
-        ..claim_of(key)
-    });
-    recovery.win_with_request(&twice).await;
-    run_out().await;
-    recovery.store.win(&retry_of(&twice), "the lease has run out").await;
-    recovery.win_with_request(&once).await;
-    run_out().await;
+    let [once, twice] =
+        ["abandoned once", "abandoned twice"].map(|key| Claim { max_abandoned: 2, ..claim_of(key) });
+    for claim in [&once, &twice] {
+        recovery.win_with_request(claim).await;
+        recovery.lapse(claim).await;
+    }
+    let retry = retry_of(&twice);
+    recovery.store.win(&retry, "the lease has run out").await;
+    recovery.lapse(&retry).await;
     assert_eq!(recovery.keys_taken().await, ["abandoned once"], "requests that are taken");
 }
 
@@ -157,13 +159,13 @@ pub async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut intents = Vec::new();
     for (key, repeatable_for) in [("once", Duration::ZERO), ("deduplicated", LONG)] {
-        let claim = Claim { lease: SHORT, ..claim_of(key) };
+        let claim = claim_of(key);
         recovery.win_with_request(&claim).await;
         let opening = Opening { repeatable_for, ..opening_of(&claim, "a") };
         recovery.must_open(&opening, "a new intent").await;
         intents.push(opening.upstream_key);
+        recovery.lapse(&claim).await;
     }
-    run_out().await;
     assert_eq!(recovery.keys_taken().await, ["deduplicated"], "requests whose intents may be called again");
     recovery.must_update(intents[0], IntentFence::Operator, finalize()).await;
     assert_eq!(recovery.keys_taken().await, ["once"], "requests whose intents are settled");
@@ -172,12 +174,11 @@ pub async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture
 /// A request that was claimed under a policy that holds abandoned attempts is never sent again without its client.
 pub async fn a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let [lapsed, released] =
-        ["lapsed", "released"].map(|key| Claim { lease: SHORT, max_abandoned: 1, ..claim_of(key) });
+    let [lapsed, released] = ["lapsed", "released"].map(|key| Claim { max_abandoned: 1, ..claim_of(key) });
     recovery.win_with_request(&lapsed).await;
+    recovery.lapse(&lapsed).await;
     recovery.win_with_request(&released).await;
     recovery.abandon(&released).await;
     recovery.abandoned_request("under another policy").await;
-    run_out().await;
     assert_eq!(recovery.keys_taken().await, ["under another policy"], "requests that are taken");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{Fixture, support::*};
-use crate::{Attempt, Claim, Fenced, KeptRequest, RecordId, RecordState, RequestUpdate};
+use crate::{Attempt, Claim, Fenced, KeptRequest, RecordId, RecordState, RenewOutcome, RequestUpdate};
 
 impl Recovery {
     pub(super) async fn keep(&self, claim: &Claim, request: &Bytes, after: Duration) -> Fenced {
@@ -26,6 +26,13 @@ impl Recovery {
     pub(super) async fn keep_record(&self, claim: &Claim) -> Fenced {
         let Attempt { consumer, key, .. } = &claim.attempt;
         expected(self.inner.keep_record(consumer, key, claim.record_id).await, "keep_record")
+    }
+
+    /// Lets the lease of an attempt run out at once.
+    pub(super) async fn lapse(&self, claim: &Claim) {
+        let renewed = self.store.renew_one(&claim.attempt, Duration::from_millis(1)).await;
+        assert_eq!(renewed, RenewOutcome::Renewed, "a renewal by the owner");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 
     /// Releases a record by its attempt so that it stays.
@@ -104,9 +111,9 @@ pub async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixture: &dyn
     recovery.must_not_keep(&completed, "it is completed").await;
     assert_eq!(recovery.store.hold(&held.attempt).await, Fenced::Applied, "hold by the owner");
     recovery.must_not_keep(&held, "it is held").await;
-    let lapsed = Claim { lease: SHORT, ..claim_of("lapsed") };
+    let lapsed = claim_of("lapsed");
     recovery.store.win(&lapsed, "first claim").await;
-    run_out().await;
+    recovery.lapse(&lapsed).await;
     recovery.must_not_keep(&lapsed, "the lease has run out").await;
     for record in [&owned, &retry, &other, &completed, &held, &lapsed].map(|claim| claim.record_id) {
         assert!(!recovery.has_request(record).await, "a request that was not to be kept");
@@ -132,13 +139,13 @@ pub async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture) {
 /// A request that is kept later for the same record changes nothing: not what was kept, nor when it is due, nor its tries.
 pub async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claim = Claim { lease: SHORT, ..claim_of("k") };
+    let claim = claim_of("k");
     recovery.win_with_request(&claim).await;
     let other = Bytes::from_static(b"another request");
     assert_eq!(recovery.keep(&claim, &other, LONG).await, Fenced::Applied, "kept again by the owner");
-    run_out().await;
+    recovery.lapse(&claim).await;
     for attempt_number in [2, 3] {
-        let retry = Claim { record_id: claim.record_id, lease: LONG, ..retry_of(&claim) };
+        let retry = Claim { record_id: claim.record_id, ..retry_of(&claim) };
         assert_eq!(recovery.store.win(&retry, "it was abandoned").await, (claim.record_id, attempt_number));
         assert_eq!(recovery.keep(&retry, &other, LONG).await, Fenced::Applied, "kept by the next attempt");
         recovery.abandon(&retry).await;
@@ -189,7 +196,7 @@ pub async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fix
     recovery.give_up("why").await;
     recovery.abandoned_request("abandoned").await;
     let [running, held, completed, evicted] = ["running", "held", "completed", "evicted"].map(claim_of);
-    let replaced = Claim { lease: SHORT, retention: SHORT, ..claim_of("replaced") };
+    let replaced = Claim { retention: SHORT, ..claim_of("replaced") };
     for claim in [&running, &held, &completed, &evicted, &replaced] {
         recovery.win_with_request(claim).await;
     }
@@ -198,7 +205,8 @@ pub async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fix
     recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
     assert!(recovery.store.evict(&evicted).await, "there was a record to evict");
     run_out().await;
-    recovery.store.win(&Claim { lease: LONG, ..retry_of(&replaced) }, "the record has expired").await;
+    recovery.lapse(&replaced).await;
+    recovery.store.win(&retry_of(&replaced), "the record has expired").await;
     assert_eq!(recovery.purge_settled(LONG, 100).await, 3, "purged requests");
     for claim in [&completed, &evicted, &replaced] {
         assert!(!recovery.has_request(claim.record_id).await, "the request of {:?}", claim.attempt.key);
