@@ -1,16 +1,16 @@
 //! The in-process store, and the executable specification of the contract.
 
 mod entry;
+mod intents;
+mod recovery;
+mod requests;
+mod shard;
+mod shared;
 
 use std::{
-    collections::{BTreeSet, HashMap},
     fmt,
-    hash::{BuildHasher, RandomState},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::SystemTime,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -18,20 +18,28 @@ use bytes::Bytes;
 use http::Extensions;
 use tokio::time::Instant;
 
-use self::entry::{Decision, Entry, State, decide};
+use self::{
+    entry::{Decision, Entry, State, decide},
+    shard::identity_of,
+    shared::{Shared, lock},
+};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
     RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError,
     StoreErrorKind, StoreTransaction, TransactionLimits,
 };
 
-/// Keeps records in this process: for tests and for tools that run as a single process.
+/// Keeps records, intents and requests in this process: for tests and for tools that run as a single process.
 ///
-/// The records are lost with the process, and no other process sees them. A clone is another handle to the same
-/// records.
+/// They are lost with the process, and no other process sees them. A clone is another handle to the same records.
 ///
-/// The store never drops a record that it may not forget. When it is full, a claim of a new key is
-/// [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503; what is stored is still replayed.
+/// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as with a database:
+/// [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog), [`Reconciler`](crate::Reconciler) and
+/// [`Completer`](crate::Completer).
+///
+/// The store never drops what it may not forget. When it is full, settled intents whose record has gone are forgotten early;
+/// if that does not help, a claim of a new key is [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503;
+/// what is stored is still replayed.
 ///
 /// Time is tokio's, so that a test with a paused clock can let leases run out and records expire.
 ///
@@ -54,14 +62,17 @@ impl MemoryStore {
         Self { shared: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
     }
 
-    /// How many records this handle lets the store grow to. Default: 100,000.
+    /// How many records, intents and kept requests, counted together, this handle lets the store grow to. Default: 100,000.
+    ///
+    /// It is checked when a key is claimed; the intents and the request of a record that was claimed are always kept.
     #[must_use]
     pub fn with_max_records(mut self, max_records: usize) -> Self {
         self.max_records = max_records;
         self
     }
 
-    /// How many bytes of stored responses this handle lets the store grow to. Default: 256 MiB.
+    /// How many bytes of stored responses, kept requests and payloads of intents this handle lets the store grow to. Default:
+    /// 256 MiB.
     ///
     /// It is checked when a key is claimed, because a response that was earned must be stored; what is in flight at
     /// that moment may overshoot it.
@@ -72,12 +83,25 @@ impl MemoryStore {
     }
 
     fn full(&self) -> Option<StoreError> {
-        let records = self.shared.records.load(Ordering::Relaxed);
-        let bytes = self.shared.bytes.load(Ordering::Relaxed);
-        (records >= self.max_records || bytes >= self.max_bytes).then(|| {
-            let message = format!("the memory store is full: {records} records, {bytes} bytes of responses");
+        let items = self.shared.stored.items.load(Ordering::Relaxed);
+        let bytes = self.shared.stored.bytes.load(Ordering::Relaxed);
+        (items >= self.max_records || bytes >= self.max_bytes).then(|| {
+            let message =
+                format!("the memory store is full: {items} records, intents and requests, {bytes} bytes");
             StoreError::new(StoreErrorKind::Unavailable, message)
         })
+    }
+
+    /// Forgets what may be forgotten, if the store is full.
+    fn make_room(&self) {
+        if self.full().is_some() {
+            let (now, stored) = (self.shared.now(), &self.shared.stored);
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge(left, stored));
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| {
+                shard.purge_intents(left, Duration::ZERO, now, stored)
+            });
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge_requests(left, stored));
+        }
     }
 }
 
@@ -91,8 +115,8 @@ impl Default for MemoryStore {
 impl fmt::Debug for MemoryStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryStore")
-            .field("records", &self.shared.records)
-            .field("bytes", &self.shared.bytes)
+            .field("items", &self.shared.stored.items)
+            .field("bytes", &self.shared.stored.bytes)
             .finish_non_exhaustive()
     }
 }
@@ -104,28 +128,26 @@ impl Store for MemoryStore {
     }
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
-        if self.full().is_some() {
-            self.shared.purge(PURGED_WHEN_FULL);
-        }
+        self.make_room();
         let identity = identity_of(&claim.attempt);
         let mut shard = self.shared.shard(&identity);
-        let now = Instant::now();
+        let (now, stored) = (Instant::now(), &self.shared.stored);
         match decide(shard.entries.get(&identity), claim, now) {
             Decision::Create => {
-                shard.remove(&identity, &self.shared);
+                shard.remove(&identity, stored);
                 if let Some(error) = self.full() {
                     return Err(error);
                 }
-                shard.insert(identity, Entry::new(claim, now), &self.shared);
+                shard.put(identity, Entry::new(claim, now), stored);
                 Ok(ClaimOutcome::won(claim.record_id, 1))
             }
             Decision::Change(entry, outcome) => {
-                shard.entries.insert(identity, *entry);
+                shard.put(identity, *entry, stored);
                 Ok(outcome)
             }
             Decision::Hold(entry) => {
                 let record = self.shared.show(&identity, &entry, now);
-                shard.entries.insert(identity, *entry);
+                shard.put(identity, *entry, stored);
                 Ok(ClaimOutcome::Exists(Box::new(record)))
             }
             Decision::Show(entry) => {
@@ -135,7 +157,7 @@ impl Store for MemoryStore {
     }
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
-        Ok(renewals.iter().map(|renewal| self.shared.renew(renewal)).collect())
+        Ok(renewals.iter().map(|renewal| self.renew_one(renewal)).collect())
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
@@ -149,7 +171,7 @@ impl Store for MemoryStore {
             return Ok(CompleteOutcome::Lost(Box::new(record)));
         }
         if !entry.is_completed() {
-            self.shared.bytes.fetch_add(response.len(), Ordering::Relaxed);
+            self.shared.stored.bytes.fetch_add(response.len(), Ordering::Relaxed);
             entry.state = State::Completed { response };
         }
         Ok(CompleteOutcome::Completed)
@@ -160,7 +182,8 @@ impl Store for MemoryStore {
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get(&identity) {
             Some(entry) if entry.is_open_to(attempt) => {
-                shard.remove(&identity, &self.shared);
+                let released = entry.released(Instant::now());
+                shard.give_back(identity, released, &self.shared.stored);
                 Ok(Fenced::Applied)
             }
             _ => Ok(Fenced::Lost),
@@ -200,7 +223,7 @@ impl Store for MemoryStore {
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let identity = (consumer.clone(), key.clone());
-        Ok(self.shared.shard(&identity).remove(&identity, &self.shared))
+        Ok(self.shared.shard(&identity).remove(&identity, &self.shared.stored))
     }
 
     async fn resolve(
@@ -215,17 +238,26 @@ impl Store for MemoryStore {
         let Some(entry) = shard.entries.get(&identity) else {
             return Ok(ResolveOutcome::Absent);
         };
-        match &entry.state {
-            State::Completed { .. } => return Ok(ResolveOutcome::AlreadyCompleted),
-            State::InProgress { lease_until } if *lease_until > now => return Ok(ResolveOutcome::InProgress),
-            State::InProgress { .. } | State::Held => {}
+        if entry.is_completed() {
+            return Ok(ResolveOutcome::AlreadyCompleted);
         }
-        let resolved = entry.clone();
-        shard.remove(&identity, &self.shared);
-        if let Resolution::Complete(response) = resolution {
-            let expires_at = now + resolved.retention();
-            let state = State::Completed { response };
-            shard.insert(identity, Entry { state, attempt: None, expires_at, ..resolved }, &self.shared);
+        if !entry.is_resolvable(now) {
+            return Ok(ResolveOutcome::InProgress);
+        }
+        let stored = &self.shared.stored;
+        match resolution {
+            Resolution::Release if entry.is_unrepeatable(now) => {
+                return Ok(ResolveOutcome::UnresolvedIntents);
+            }
+            Resolution::Release => {
+                let released = Entry { abandoned: 0, ..entry.released(now) };
+                shard.give_back(identity, released, stored);
+            }
+            Resolution::Complete(response) => {
+                let (state, expires_at) = (State::Completed { response }, now + entry.retention);
+                let completed = Entry { state, attempt: None, expires_at, ..entry.clone() };
+                shard.put(identity, completed, stored);
+            }
         }
         Ok(ResolveOutcome::Resolved)
     }
@@ -240,46 +272,18 @@ impl Store for MemoryStore {
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
-        None
+        Some(Arc::new(self.clone()))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        Ok(self.shared.purge(limit))
+        Ok(self.shared.purge(limit, |shard, left| shard.purge(left, &self.shared.stored)))
     }
 }
 
-type Identity = (Consumer, IdempotencyKey);
-
-struct Shared {
-    shards: [Mutex<Shard>; SHARDS],
-    hasher: RandomState,
-    records: AtomicUsize,
-    bytes: AtomicUsize,
-    /// One moment on both clocks: leases are judged by the first, the second is shown to people.
-    epoch: (Instant, SystemTime),
-}
-
-impl Default for Shared {
-    fn default() -> Self {
-        Self {
-            shards: Default::default(),
-            hasher: RandomState::new(),
-            records: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            epoch: (Instant::now(), SystemTime::now()),
-        }
-    }
-}
-
-impl Shared {
-    fn shard(&self, identity: &Identity) -> MutexGuard<'_, Shard> {
-        let hash = self.hasher.hash_one(identity).to_le_bytes()[0];
-        lock(&self.shards[usize::from(hash) % SHARDS])
-    }
-
-    fn renew(&self, renewal: &Renewal) -> RenewOutcome {
+impl MemoryStore {
+    fn renew_one(&self, renewal: &Renewal) -> RenewOutcome {
         let identity = identity_of(&renewal.attempt);
-        let mut shard = self.shard(&identity);
+        let mut shard = self.shared.shard(&identity);
         let Some(entry) = shard.entries.get_mut(&identity) else { return RenewOutcome::Lost };
         if entry.attempt != Some(renewal.attempt.id) {
             return RenewOutcome::Lost;
@@ -293,79 +297,6 @@ impl Shared {
             State::Completed { .. } => RenewOutcome::Lost,
         }
     }
-
-    fn purge(&self, limit: u32) -> u64 {
-        let mut left = limit;
-        for shard in &self.shards {
-            let mut shard = lock(shard);
-            for identity in shard.absent(Instant::now(), left) {
-                shard.remove(&identity, self);
-                left -= 1;
-            }
-        }
-        u64::from(limit - left)
-    }
-
-    fn show(&self, (consumer, key): &Identity, entry: &Entry, now: Instant) -> Record {
-        let state = match &entry.state {
-            State::InProgress { .. } if entry.is_to_be_held(now) => RecordState::Held,
-            State::InProgress { lease_until } => {
-                RecordState::in_progress(lease_until.saturating_duration_since(now))
-            }
-            State::Held => RecordState::Held,
-            State::Completed { response } => RecordState::completed(response.clone()),
-        };
-        Record {
-            id: entry.record_id,
-            consumer: consumer.clone(),
-            key: key.clone(),
-            fingerprint: entry.fingerprint.clone(),
-            state,
-            attempt: entry.attempt,
-            attempt_number: entry.attempt_number,
-            abandoned: entry.abandoned,
-            unresolved: 0,
-            created_at: self.wall_clock(entry.created_at),
-            expires_at: self.wall_clock(entry.expires_at),
-        }
-    }
-
-    fn wall_clock(&self, at: Instant) -> SystemTime {
-        self.epoch.1 + at.saturating_duration_since(self.epoch.0)
-    }
-}
-
-#[derive(Default)]
-struct Shard {
-    entries: HashMap<Identity, Entry>,
-    by_expiry: BTreeSet<(Instant, Identity)>,
-}
-
-impl Shard {
-    fn insert(&mut self, identity: Identity, entry: Entry, shared: &Shared) {
-        shared.records.fetch_add(1, Ordering::Relaxed);
-        shared.bytes.fetch_add(entry.size(), Ordering::Relaxed);
-        self.by_expiry.insert((entry.expires_at, identity.clone()));
-        self.entries.insert(identity, entry);
-    }
-
-    fn remove(&mut self, identity: &Identity, shared: &Shared) -> bool {
-        let Some(entry) = self.entries.remove(identity) else { return false };
-        self.by_expiry.remove(&(entry.expires_at, identity.clone()));
-        shared.bytes.fetch_sub(entry.size(), Ordering::Relaxed);
-        shared.records.fetch_sub(1, Ordering::Relaxed);
-        true
-    }
-
-    fn absent(&self, now: Instant, limit: u32) -> Vec<Identity> {
-        let expired = self.by_expiry.iter().take_while(|(expires_at, _)| *expires_at <= now);
-        expired
-            .map(|(_, identity)| identity)
-            .filter(|identity| self.entries.get(*identity).is_some_and(|entry| entry.is_absent(now)))
-            .take(usize::try_from(limit).unwrap_or(usize::MAX))
-            .cloned()
-            .collect()
-    }
 }
 
 fn matches(filter: RecordFilter, state: &RecordState) -> bool {
@@ -377,16 +308,6 @@ fn matches(filter: RecordFilter, state: &RecordState) -> bool {
     }
 }
 
-fn identity_of(attempt: &Attempt) -> Identity {
-    (attempt.consumer.clone(), attempt.key.clone())
-}
-
-/// A poisoned lock is taken all the same: no change to a shard is left half done by a panic.
-fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
-    shard.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-const SHARDS: usize = 16;
 const DEFAULT_MAX_RECORDS: usize = 100_000;
 const DEFAULT_MAX_BYTES: usize = 256 * 1024 * 1024;
 const PURGED_WHEN_FULL: u32 = 64;
@@ -433,7 +354,7 @@ mod tests {
 
         store.evict(&first.attempt.consumer, &first.attempt.key).await.unwrap();
         assert!(is_won(&store, &claim("b")).await);
-        assert_eq!(format!("{store:?}"), "MemoryStore { records: 1, bytes: 0, .. }");
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 1, bytes: 0, .. }");
     }
 
     #[tokio::test(start_paused = true)]
@@ -446,7 +367,7 @@ mod tests {
 
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(is_won(&store, &claim("b")).await);
-        assert_eq!(store.shared.records.load(Ordering::Relaxed), 1);
+        assert_eq!(store.shared.stored.items.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -466,20 +387,5 @@ mod tests {
         let renewal = Renewal::new(endless.attempt.clone(), Duration::MAX);
         assert_eq!(store.renew(&[renewal]).await.unwrap(), [RenewOutcome::Renewed]);
         assert!(store.get(&endless.attempt.consumer, &endless.attempt.key).await.unwrap().is_some());
-    }
-
-    #[test]
-    fn a_poisoned_shard_is_still_used() {
-        let shard = Mutex::new(Shard::default());
-        let panicked = std::thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    let _guard = shard.lock();
-                    panic!("while holding the lock");
-                })
-                .join()
-        });
-        assert!(panicked.is_err() && shard.is_poisoned());
-        assert!(lock(&shard).entries.is_empty());
     }
 }
