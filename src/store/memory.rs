@@ -317,7 +317,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::Fingerprint;
+    use crate::{Fingerprint, IntentFence, IntentUpdate, OpenOutcome, Opening, Resource};
 
     fn claim(key: &str) -> Claim {
         let consumer = Consumer::new("acme").unwrap();
@@ -355,6 +355,79 @@ mod tests {
         store.evict(&first.attempt.consumer, &first.attempt.key).await.unwrap();
         assert!(is_won(&store, &claim("b")).await);
         assert_eq!(format!("{store:?}"), "MemoryStore { items: 1, bytes: 0, .. }");
+    }
+
+    /// A record whose intent, of an upstream that recognizes its key for a minute, is finalized or open.
+    async fn with_intent(store: &MemoryStore, key: &str, finalized: bool) -> (Claim, Opening) {
+        let claim = claim(key);
+        assert!(is_won(store, &claim).await);
+        let mut opening = Opening::first(claim.attempt.clone(), claim.record_id, "transfer");
+        opening.repeatable_for = Duration::from_secs(60);
+        opening.dangling_after = Duration::from_secs(60);
+        assert!(matches!(store.open_intent(&opening).await.unwrap(), OpenOutcome::Opened));
+        if finalized {
+            let (fence, resource) =
+                (IntentFence::Call(opening.call), Resource::new("tr_1").with_payload([0; 10].as_slice()));
+            let update = IntentUpdate::Finalize(resource);
+            store.update_intent(opening.upstream_key, fence, &update, None).await.unwrap();
+        }
+        (claim, opening)
+    }
+
+    async fn evict(store: &MemoryStore, claim: &Claim) {
+        assert!(store.evict(&claim.attempt.consumer, &claim.attempt.key).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn intents_and_requests_are_counted_until_they_are_gone() {
+        let store = MemoryStore::new();
+        let (claim, _) = with_intent(&store, "a", true).await;
+        let request = Bytes::from_static(&[0; 7]);
+        for _ in 0..2 {
+            store.keep_request(&claim.attempt, claim.record_id, &request, Duration::ZERO).await.unwrap();
+        }
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 3, bytes: 17, .. }");
+        evict(&store, &claim).await;
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 2, bytes: 17, .. }");
+        assert_eq!(store.purge_settled(Duration::ZERO, 10).await.unwrap(), 2);
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 0, bytes: 0, .. }");
+    }
+
+    #[tokio::test]
+    async fn a_full_store_forgets_settled_intents_whose_record_has_gone_and_no_others() {
+        let store = MemoryStore::new().with_max_records(4);
+        let (gone, settled) = with_intent(&store, "a", true).await;
+        let (_, open) = with_intent(&store, "b", false).await;
+        assert_eq!(store.claim(&claim("c")).await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+        evict(&store, &gone).await;
+        assert!(is_won(&store, &claim("c")).await);
+        assert!(store.get_intent(settled.upstream_key).await.unwrap().is_some(), "there was room");
+        assert!(is_won(&store, &claim("d")).await);
+        assert!(store.get_intent(settled.upstream_key).await.unwrap().is_none());
+        assert!(store.claim(&claim("e")).await.is_err());
+        assert!(store.get_intent(open.upstream_key).await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_paused_clock_lets_an_upstream_forget_a_key() {
+        let store = MemoryStore::new();
+        let (first, open) = with_intent(&store, "a", false).await;
+        tokio::time::advance(Duration::from_secs(59)).await;
+        let shown = store.get_intent(open.upstream_key).await.unwrap().unwrap();
+        assert_eq!((shown.age, shown.dangling), (Duration::from_secs(59), false));
+        assert_eq!(store.take_dangling(10, Duration::ZERO).await.unwrap(), []);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(!is_won(&store, &claim("a")).await, "it may not be called again");
+        let [taken] = &store.take_dangling(10, Duration::ZERO).await.unwrap()[..] else {
+            panic!("it dangles")
+        };
+        let (key, fence) = (taken.upstream_key, taken.lookup_fence());
+        let settled = store.update_intent(key, fence, &IntentUpdate::Absent(None), None).await.unwrap();
+        assert_eq!(settled, Fenced::Applied);
+        let ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim("a")).await.unwrap() else {
+            panic!("it is settled");
+        };
+        assert_eq!((record_id, attempt_number), (first.record_id, 2));
     }
 
     #[tokio::test(start_paused = true)]

@@ -137,6 +137,7 @@ async fn memory_a_finalizing_write_that_fails_is_tried_again() {
 async fn memory_an_abandoned_request_is_completed_without_its_client() {
     let (store, stage): (Arc<dyn Store>, _) = (Arc::new(MemoryStore::new()), Stage::default());
     let layer = layer(&store)
+        .with_lease(shop::LEASE)
         .with_consumer(tower_idempotency::ConsumerExtractor::extension())
         .with_kept_requests(KeptRequests::new().with_abandoned_after(std::time::Duration::from_millis(1)));
     let node = shop::Node::new(layer, &stage);
@@ -162,7 +163,7 @@ async fn memory_a_job_is_done_once() {
 #[tokio::test]
 async fn memory_a_phase_is_refused() {
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
-    let handler = async |idempotency: Idempotency| -> Result<StatusCode, TxError> {
+    let handler = async |idempotency: Idempotency| -> Result<String, TxError> {
         let step = async |_: &mut SqliteConnection| panic!("a phase has begun");
         idempotency.phase("step", step).await
     };
