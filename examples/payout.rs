@@ -21,7 +21,8 @@
 //! | `forget` | answers 500 and has lost the order | as with `5xx` |
 //!
 //! With `?fail=yes` the handler itself fails after the call. The retry gets the transfer that was made, without a call.
-//! `cargo run --example payout -- --demo` sends all of these and prints what comes back.
+//! `cargo run --example payout -- --demo` sends all of these and prints what comes back. `-- --bank` is the bank alone, on port
+//! 4000 or `PORT`, for other programs.
 //!
 //! What is guaranteed: no call is made that was not written down before; a transfer that is known is never made again; and
 //! one that may have been made is only made again when the bank does not know it. Kill the program at any moment.
@@ -48,7 +49,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use tower::ServiceExt;
-use tower_idempotency::{Consumer, Idempotency, IdempotencyLayer, Intent, Reconciler, Tx, TxError};
+use tower_idempotency::{Consumer, Idempotency, IdempotencyLayer, Reconciler, Tx, TxError};
 
 #[derive(Deserialize, Serialize)]
 struct Payout {
@@ -97,19 +98,13 @@ async fn authenticate(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// Asks the bank what became of calls whose outcome is unknown. Twice, if it does not know one.
-fn reconciler(bank: &Bank) -> Reconciler {
-    let bank = bank.clone();
-    let look_up = move |intent: Intent| {
-        let bank = bank.clone();
-        async move { bank.find(&intent).await }
-    };
-    let soon = Duration::from_millis(500);
-    Reconciler::new(look_up).with_interval(soon).with_confirmation_after(soon)
-}
-
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    if std::env::args().any(|argument| argument == "--bank") {
+        let port = std::env::var("PORT").map_or(Ok(4000), |port| port.parse())?;
+        println!("a bank at {}", Bank::open(port).await?.url());
+        return Ok(tokio::signal::ctrl_c().await?);
+    }
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("payouts.sqlite");
     let file = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
@@ -118,11 +113,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .execute(&pool)
         .await?;
 
-    let bank = Bank::open().await?;
+    let bank = Bank::open(0).await?;
     let idempotency = IdempotencyLayer::new(pool.clone()).required();
     let handle = idempotency.handle();
     handle.prepare().await?;
-    handle.start_reconciler(reconciler(&bank))?;
+    // It asks the bank what became of calls whose outcome is unknown.
+    let soon = Duration::from_millis(500);
+    handle
+        .start_reconciler(Reconciler::new(bank.clone()).with_interval(soon).with_confirmation_after(soon))?;
     let app = Router::new()
         .route("/payouts", post(pay_out))
         .layer(idempotency)

@@ -22,7 +22,7 @@ use crate::{Consumer, backoff::Backoff};
 /// here. Nothing that comes from a network can set an extension. The [`Consumer`] need not be put back: the idempotency
 /// layer takes it from the record.
 ///
-/// A closure cannot do it: its future would borrow the request that it changes, and no bound says of such a future that it
+/// The attribute of its implementations is that of the crate `async-trait`. A closure cannot do it: its future would borrow the request that it changes, and no bound says of such a future that it
 /// is [`Send`].
 #[async_trait]
 pub trait Restore: Send + Sync + 'static {
@@ -140,6 +140,10 @@ impl Completer {
     }
 
     /// Sets the pause between two looks for abandoned requests, with a jitter of a quarter. Default: 30 s.
+    ///
+    /// A request is sent at the first look after its lease is over and
+    /// [`with_abandoned_after`](crate::KeptRequests::with_abandoned_after) has passed; and again at the first look after the
+    /// [backoff](Self::with_backoff), also where it was not sent because an attempt was running.
     ///
     /// # Panics
     ///

@@ -229,8 +229,10 @@ pub struct Intent {
     pub age: Duration,
     /// Whether it is open past its grace period.
     pub dangling: bool,
-    /// How often it was looked up since it was opened last.
+    /// How often it was looked up since it was opened last, or since an operator wanted it to be looked up again.
     pub looks: u32,
+    /// How often it was taken for a look-up since it was opened last, whatever operators wanted: the fence of look-ups.
+    pub takes: u32,
     /// How often in a row the upstream did not know it.
     pub absences: u32,
     /// What an operator must know.
@@ -382,12 +384,12 @@ pub enum IntentFence {
     Call(CallId),
     /// The intent is dead as [absent](IntentUpdate::Absent) and this is its last call: it turned up after all.
     AbsentCall(CallId),
-    /// Nothing has changed since it was taken for a look-up: the call, the number of look-ups, and the state.
+    /// Nothing has changed since it was taken for a look-up: the call, how often it was taken, and the state.
     Lookup {
         /// Its last call.
         call: CallId,
-        /// The number of look-ups.
-        looks: u32,
+        /// How often it was [taken](Intent::takes).
+        takes: u32,
         /// Whether it was open, and not dead.
         open: bool,
     },
@@ -424,6 +426,7 @@ impl Intent {
             age: Duration::ZERO,
             dangling: false,
             looks: 0,
+            takes: 0,
             absences: 0,
             attention: None,
         }
@@ -433,7 +436,7 @@ impl Intent {
     #[must_use]
     pub fn lookup_fence(&self) -> IntentFence {
         let open = matches!(self.state, IntentState::Open { .. });
-        IntentFence::Lookup { call: self.call, looks: self.looks, open }
+        IntentFence::Lookup { call: self.call, takes: self.takes, open }
     }
 }
 

@@ -121,7 +121,9 @@ impl IntentLog {
         self.set(|settings| settings.timing.max_execution = limit)
     }
 
-    /// Sets for how long a record is kept, counted from its first attempt. After that the key counts as new. Default: 24 h.
+    /// Sets for how long a record is kept, counted from its first attempt. After that the key counts as new. A result
+    /// that is stored later than that, and what intents and phases of an attempt have done that may run past it, is kept for
+    /// as long again. Default: 24 h.
     ///
     /// # Panics
     ///

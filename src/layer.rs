@@ -214,8 +214,9 @@ impl IdempotencyLayer {
         self.set(|settings| settings.renderer = Arc::new(renderer))
     }
 
-    /// Sets for how long a record is kept, counted from its first claim. After that the key counts as new.
-    /// Default: 24 h.
+    /// Sets for how long a record is kept, counted from its first claim. After that the key counts as new. A response
+    /// that is stored later than that, and what intents and phases of an attempt have done that may run past it, is kept for
+    /// as long again. Default: 24 h.
     ///
     /// # Panics
     ///

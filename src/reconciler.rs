@@ -39,7 +39,8 @@ use crate::{Intent, Resource, backoff::Backoff};
 /// }
 /// ```
 ///
-/// A closure that returns a future does it too: `|intent: Intent| async move { Ok(Lookup::Unknown) }`.
+/// The attribute is that of the crate `async-trait`. A closure that returns a future does it too:
+/// `|intent: Intent| async move { Ok(Lookup::Unknown) }`.
 #[async_trait]
 pub trait Reconcile: Send + Sync + 'static {
     /// Looks one call up, by its [upstream key](Intent::upstream_key) or by what the upstream offers instead. It must not

@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    error::Error,
     net::Ipv4Addr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -18,7 +19,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo},
 };
 use tokio::net::TcpListener;
-use tower_idempotency::{CallFailure, Intent, Lookup, Resource, UpstreamKey};
+use tower_idempotency::{CallFailure, Intent, Lookup, Reconcile, Resource, UpstreamKey};
 
 /// A client of the bank.
 #[derive(Clone)]
@@ -34,9 +35,9 @@ impl Bank {
         Self { url: url.into(), http }
     }
 
-    /// A new bank in this process.
-    pub(crate) async fn open() -> std::io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    /// A new bank in this process, on this port; 0 is any.
+    pub(crate) async fn open(port: u16) -> std::io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
         let url = format!("http://{}", listener.local_addr()?);
         tokio::spawn(serve(listener));
         Ok(Self::at(url))
@@ -71,20 +72,6 @@ impl Bank {
         }
     }
 
-    /// Looks up what became of a call.
-    pub(crate) async fn find(
-        &self,
-        intent: &Intent,
-    ) -> Result<Lookup, Box<dyn std::error::Error + Send + Sync>> {
-        let uri = format!("{}/transfers/{}", self.url, intent.upstream_key);
-        let (status, body) = self.send(Request::get(uri).body(Full::default())?).await?;
-        Ok(match status {
-            StatusCode::OK => Lookup::Found(Resource::new(body?)),
-            StatusCode::NOT_FOUND => Lookup::NotFound,
-            _ => Lookup::Unknown,
-        })
-    }
-
     async fn send(
         &self,
         request: Request<Full<Bytes>>,
@@ -92,6 +79,20 @@ impl Bank {
         let (parts, body) = self.http.request(request).await?.into_parts();
         let body = body.collect().await.map(|body| String::from_utf8_lossy(&body.to_bytes()).into_owned());
         Ok((parts.status, body))
+    }
+}
+
+/// Asks the bank what became of a call whose outcome is unknown. Twice, if it does not know it.
+#[async_trait::async_trait]
+impl Reconcile for Bank {
+    async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn Error + Send + Sync>> {
+        let uri = format!("{}/transfers/{}", self.url, intent.upstream_key);
+        let (status, body) = self.send(Request::get(uri).body(Full::default())?).await?;
+        Ok(match status {
+            StatusCode::OK => Lookup::Found(Resource::new(body?)),
+            StatusCode::NOT_FOUND => Lookup::NotFound,
+            _ => Lookup::Unknown,
+        })
     }
 }
 

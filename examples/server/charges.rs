@@ -1,4 +1,4 @@
-//! The table of charges, in either database.
+//! Charges: one is written down through the request's transaction, in either database.
 
 use std::{
     error::Error,
@@ -6,8 +6,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use axum::http::Extensions;
-use serde::Serialize;
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{Extension, Path, Query, State},
+    http::{Extensions, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::{Deserialize, Serialize};
 use sqlx::{
     AssertSqlSafe, PgPool, Postgres, Sqlite, SqlitePool,
     postgres::PgPoolOptions,
@@ -16,9 +23,11 @@ use sqlx::{
 use tower_idempotency::{Consumer, Tx, TxError};
 use uuid::Uuid;
 
+use crate::Problem;
+
 #[derive(Serialize)]
-pub(crate) struct Charge {
-    pub(crate) id: String,
+struct Charge {
+    id: String,
     amount: i64,
     currency: String,
     description: Option<String>,
@@ -28,12 +37,7 @@ pub(crate) struct Charge {
 }
 
 impl Charge {
-    pub(crate) fn new(
-        consumer: &Consumer,
-        amount: i64,
-        currency: String,
-        description: Option<String>,
-    ) -> Self {
+    fn new(consumer: &Consumer, amount: i64, currency: String, description: Option<String>) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         Self {
             // Ids of this version sort by the time they were made.
@@ -45,6 +49,102 @@ impl Charge {
             created_at: i64::try_from(now).unwrap_or(i64::MAX),
         }
     }
+}
+
+#[derive(Deserialize)]
+struct NewCharge {
+    amount: i64,
+    currency: String,
+    description: Option<String>,
+}
+
+impl NewCharge {
+    fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let new: Self = serde_json::from_slice(body)
+            .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no charge: {error}")))?;
+        if new.amount <= 0 {
+            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
+        }
+        if !CURRENCIES.contains(&new.currency.as_str()) {
+            let detail = format!("currency must be one of {}", CURRENCIES.join(", "));
+            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, detail));
+        }
+        Ok(new)
+    }
+}
+
+#[derive(Deserialize)]
+struct Behaviour {
+    #[serde(default)]
+    delay_ms: u64,
+    simulate: Option<Simulate>,
+}
+
+#[derive(Clone, Copy, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Simulate {
+    Panic,
+    #[serde(rename = "402")]
+    Declined,
+    #[serde(rename = "500")]
+    InternalError,
+    #[serde(rename = "503")]
+    Unavailable,
+}
+
+async fn create_charge(
+    State(charges): State<Charges>,
+    Extension(consumer): Extension<Consumer>,
+    Query(behaviour): Query<Behaviour>,
+    extensions: Extensions,
+    body: Bytes,
+) -> axum::response::Result<Response> {
+    let NewCharge { amount, currency, description } = NewCharge::parse(&body)?;
+    if behaviour.simulate == Some(Simulate::Declined) {
+        return Err(Problem(StatusCode::PAYMENT_REQUIRED, "the card was declined".to_owned()).into());
+    }
+
+    let charge = Charge::new(&consumer, amount, currency, description);
+    let mut tx = charges.begin(&extensions).await?;
+    tx.insert(&charge).await?;
+    tokio::time::sleep(Duration::from_millis(behaviour.delay_ms).min(MAX_DELAY)).await;
+
+    match behaviour.simulate {
+        Some(Simulate::Panic) => panic!("simulated"),
+        Some(Simulate::InternalError) => {
+            Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, "simulated".to_owned()).into())
+        }
+        Some(Simulate::Unavailable) => {
+            Err(Problem(StatusCode::SERVICE_UNAVAILABLE, "simulated".to_owned()).into())
+        }
+        Some(Simulate::Declined) | None => {
+            let location = [(header::LOCATION, format!("/charges/{}", charge.id))];
+            Ok((StatusCode::CREATED, location, with_etag(charge)).into_response())
+        }
+    }
+}
+
+async fn list_charges(
+    State(charges): State<Charges>,
+    Extension(consumer): Extension<Consumer>,
+) -> Result<Json<Vec<Charge>>, Problem> {
+    Ok(Json(charges.list(&consumer).await?))
+}
+
+async fn show_charge(
+    State(charges): State<Charges>,
+    Extension(consumer): Extension<Consumer>,
+    Path(id): Path<String>,
+) -> Result<Response, Problem> {
+    match charges.find(&consumer, &id).await? {
+        Some(charge) => Ok(with_etag(charge).into_response()),
+        None => Err(Problem(StatusCode::NOT_FOUND, "no such charge".to_owned())),
+    }
+}
+
+/// A charge never changes, so its id is as good a tag as any.
+fn with_etag(charge: Charge) -> impl IntoResponse {
+    ([(header::ETAG, format!("\"{}\"", charge.id))], Json(charge))
 }
 
 #[derive(Clone)]
@@ -93,6 +193,13 @@ impl Charges {
         Ok(charges)
     }
 
+    pub(crate) fn router<S>(self) -> Router<S> {
+        Router::new()
+            .route("/charges", post(create_charge).get(list_charges))
+            .route("/charges/{id}", get(show_charge))
+            .with_state(self)
+    }
+
     /// Runs this, which creates a table if it is missing.
     pub(crate) async fn create(&self, table: &str) -> sqlx::Result<()> {
         match self {
@@ -114,14 +221,14 @@ impl Charges {
     }
 
     /// A consumer's charges, the newest first.
-    pub(crate) async fn list(&self, consumer: &Consumer) -> sqlx::Result<Vec<Charge>> {
+    async fn list(&self, consumer: &Consumer) -> sqlx::Result<Vec<Charge>> {
         let consumer = consumer.as_str();
         let rows: Vec<Row> = on!(self, pool => sqlx::query_as(LIST).bind(consumer).fetch_all(pool).await)?;
         Ok(rows.into_iter().map(Charge::from).collect())
     }
 
     /// A charge, if it is this consumer's.
-    pub(crate) async fn find(&self, consumer: &Consumer, id: &str) -> sqlx::Result<Option<Charge>> {
+    async fn find(&self, consumer: &Consumer, id: &str) -> sqlx::Result<Option<Charge>> {
         let consumer = consumer.as_str();
         let row: Option<Row> =
             on!(self, pool => sqlx::query_as(FIND).bind(consumer).bind(id).fetch_optional(pool).await)?;
@@ -131,7 +238,7 @@ impl Charges {
 
 impl ChargeTx {
     /// A failure is one of the transaction: the response says so, and that a retry makes sense.
-    pub(crate) async fn insert(&mut self, charge: &Charge) -> Result<(), TxError> {
+    async fn insert(&mut self, charge: &Charge) -> Result<(), TxError> {
         let inserted = on!(self, tx => sqlx::query(INSERT)
             .bind(&charge.id)
             .bind(charge.amount)
@@ -153,6 +260,9 @@ impl From<Row> for Charge {
         Self { id, amount, currency, description, consumer, created_at }
     }
 }
+
+const CURRENCIES: [&str; 5] = ["chf", "eur", "gbp", "jpy", "usd"];
+const MAX_DELAY: Duration = Duration::from_secs(120);
 
 const CREATE_TABLE: &str = "
     CREATE TABLE IF NOT EXISTS charges (

@@ -23,12 +23,13 @@
 //! The charge is written through the transaction in which its response is stored, so both are there or neither is,
 //! whenever the server dies. `POST /charges?delay_ms=5000` holds that transaction open for so long after the charge was
 //! written: press Ctrl-C in curl and send it again to get 409 while it runs and a replay afterwards; `kill -9` the
-//! server meanwhile, and the charge is gone with it and a retry charges once.
+//! server meanwhile, and the charge is gone with it and is made once by a retry, or by the server when none comes.
 //!
 //! `?simulate=500`, `503` and `panic` fail *after* the charge was written: it is rolled back, such results are not kept,
 //! and a retry runs again. `?simulate=402` declines the card before anything is written, and that answer is kept.
 //!
-//! `POST /payouts` calls a bank through an intent: a transfer is made once, and found again, whatever happens in between.
+//! `POST /payouts` writes a payout down in a phase and calls a bank through an intent: each is done once, and found again,
+//! whatever happens in between.
 //!
 //! ```sh
 //! curl -i localhost:3000/payouts -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: payout-1' \
@@ -36,6 +37,28 @@
 //! ```
 //!
 //! `?upstream=5xx`, `reset`, `timeout` and others make the bank misbehave at the first call, see the example `payout`.
+//!
+//! Requests that were abandoned are completed by the server itself. To see it, take a bank that outlives the server:
+//!
+//! ```sh
+//! cargo build --examples
+//! cargo run --example payout -- --bank &
+//! export UPSTREAM_URL=http://127.0.0.1:4000 UPSTREAM_TIMEOUT_MS=3000 LEASE_MS=3000 COMPLETER_INTERVAL_MS=1000
+//! cargo run --example server &
+//! ```
+//!
+//! kill the server while the bank keeps it waiting, whose client has left as well, and start it again:
+//!
+//! ```sh
+//! curl -m 1 'localhost:3000/payouts?upstream=timeout' -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: payout-2' \
+//!   --json '{"recipient": "DE02", "amount": 2000}'; kill -9 $!
+//! cargo run --example server & sleep 1
+//! curl localhost:3000/payouts -H 'X-Api-Key: acme-key'
+//! ```
+//!
+//! The payout is `pending`. Some ten seconds later, when the bank was asked what became of the transfer, it is `paid`, and
+//! `curl localhost:4000/transfers` shows one. The API key was not stored: for whom the request is sent again, and whether
+//! it still may be, is told by `Consumers`. With `REVOKED=acme` it is not, and waits for an operator.
 //!
 //! | variable | default | |
 //! |---|---|---|
@@ -47,31 +70,35 @@
 //! | `MAX_EXECUTION_MS` | 600000 | how long a request may run |
 //! | `TRANSACTION_LIMIT_MS` | a third of the lease | how long a request may keep all others from writing, on SQLite |
 //! | `STORE_TIMEOUT_MS` | 5000 | how long a request waits for the database to claim its key |
+//! | `COMPLETER_INTERVAL_MS` | 30000 | after how long without a retry an abandoned request is completed by the server |
+//! | `REVOKED` | none | consumers whose API keys count no longer, with commas between them |
 //! | `ABANDONED` | `retry` | `hold`: store 5xx, and after a crash or a panic never run again (409) |
 //! | `RUST_LOG` | `info` | |
 
 #[path = "../payout/bank.rs"]
 mod bank;
 mod charges;
+mod consumers;
 mod payouts;
 
 use std::{error::Error, net::Ipv4Addr, process::ExitCode, str::FromStr, time::Duration};
 
 use axum::{
-    Json, Router,
-    body::Bytes,
-    extract::{Extension, Path, Query, Request, State},
-    http::{Extensions, StatusCode, header},
-    middleware::{self, Next},
+    Router,
+    body::Body,
+    http::{StatusCode, header},
+    middleware,
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::get,
 };
 use bank::Bank;
-use charges::{Charge, Charges};
+use charges::Charges;
+use consumers::{Consumers, authenticate};
 use payouts::Payouts;
-use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, ResultPolicy, TransactionOptions};
+use tower_idempotency::{
+    Completer, ConsumerExtractor, IdempotencyLayer, KeptRequests, ResultPolicy, TransactionOptions,
+};
 use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
@@ -100,15 +127,18 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     handle.start_reconciler(payouts.reconciler())?;
     println!("payouts go through the bank at {}", payouts.bank_url());
 
+    let consumers = Consumers::without(&variable::<String>("REVOKED")?.unwrap_or_default());
     let app = Router::new()
-        .route("/charges", post(create_charge).get(list_charges))
-        .route("/charges/{id}", get(show_charge))
+        .merge(charges.router())
         .merge(payouts.router())
         .layer(idempotency)
         // Added last, so it is outside: the idempotency layer has to know whose key it is.
-        .layer(middleware::from_fn(authenticate))
-        .with_state(charges)
+        .layer(middleware::from_fn_with_state(consumers.clone(), authenticate))
         .route("/healthz", get(async || "ok\n"));
+    // It is given the whole application: what it sends passes everything that a request from the network passes.
+    let completer = Completer::new(app.clone().into_service::<Body>(), consumers);
+    let interval = completer_interval()?;
+    handle.start_completer(completer.with_interval(interval).with_backoff(interval, interval * 64))?;
 
     let port = variable("PORT")?.unwrap_or(3000);
     let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port))
@@ -131,6 +161,7 @@ fn idempotency_layer(charges: &Charges) -> Result<IdempotencyLayer, Box<dyn Erro
         Charges::Postgres(pool) => IdempotencyLayer::new(pool.clone()),
     }
     .with_consumer(ConsumerExtractor::extension())
+    .with_kept_requests(KeptRequests::new().with_abandoned_after(completer_interval()?))
     .required();
 
     if let Some(lease) = variable("LEASE_MS")? {
@@ -156,117 +187,16 @@ fn idempotency_layer(charges: &Charges) -> Result<IdempotencyLayer, Box<dyn Erro
 async fn payouts(charges: &Charges) -> Result<Payouts, Box<dyn Error>> {
     let bank = match variable::<String>("UPSTREAM_URL")? {
         Some(url) => Bank::at(url),
-        None => Bank::open().await?,
+        None => Bank::open(0).await?,
     };
     let timeout = Duration::from_millis(variable("UPSTREAM_TIMEOUT_MS")?.unwrap_or(5000).max(1));
     Ok(Payouts::open(charges.clone(), bank, timeout).await?)
 }
 
-/// Knows the consumers by their API keys, and tells the layers inside.
-async fn authenticate(mut request: Request, next: Next) -> Response {
-    let consumer = match request.headers().get("x-api-key").map(|key| key.as_bytes()) {
-        Some(b"acme-key") => Consumer::new("acme"),
-        Some(b"globex-key") => Consumer::new("globex"),
-        _ => return Problem(StatusCode::UNAUTHORIZED, "send a valid X-Api-Key".to_owned()).into_response(),
-    };
-    request.extensions_mut().insert(consumer.expect("the names are valid"));
-    next.run(request).await
-}
-
-#[derive(Deserialize)]
-struct NewCharge {
-    amount: i64,
-    currency: String,
-    description: Option<String>,
-}
-
-impl NewCharge {
-    fn parse(body: &[u8]) -> Result<Self, Problem> {
-        let new: Self = serde_json::from_slice(body)
-            .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no charge: {error}")))?;
-        if new.amount <= 0 {
-            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, "amount must be positive".to_owned()));
-        }
-        if !CURRENCIES.contains(&new.currency.as_str()) {
-            let detail = format!("currency must be one of {}", CURRENCIES.join(", "));
-            return Err(Problem(StatusCode::UNPROCESSABLE_ENTITY, detail));
-        }
-        Ok(new)
-    }
-}
-
-#[derive(Deserialize)]
-struct Behaviour {
-    #[serde(default)]
-    delay_ms: u64,
-    simulate: Option<Simulate>,
-}
-
-#[derive(Clone, Copy, Deserialize, PartialEq)]
-#[serde(rename_all = "lowercase")]
-enum Simulate {
-    Panic,
-    #[serde(rename = "402")]
-    Declined,
-    #[serde(rename = "500")]
-    InternalError,
-    #[serde(rename = "503")]
-    Unavailable,
-}
-
-async fn create_charge(
-    State(charges): State<Charges>,
-    Extension(consumer): Extension<Consumer>,
-    Query(behaviour): Query<Behaviour>,
-    extensions: Extensions,
-    body: Bytes,
-) -> axum::response::Result<Response> {
-    let NewCharge { amount, currency, description } = NewCharge::parse(&body)?;
-    if behaviour.simulate == Some(Simulate::Declined) {
-        return Err(Problem(StatusCode::PAYMENT_REQUIRED, "the card was declined".to_owned()).into());
-    }
-
-    let charge = Charge::new(&consumer, amount, currency, description);
-    let mut tx = charges.begin(&extensions).await?;
-    tx.insert(&charge).await?;
-    tokio::time::sleep(Duration::from_millis(behaviour.delay_ms).min(MAX_DELAY)).await;
-
-    match behaviour.simulate {
-        Some(Simulate::Panic) => panic!("simulated"),
-        Some(Simulate::InternalError) => {
-            Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, "simulated".to_owned()).into())
-        }
-        Some(Simulate::Unavailable) => {
-            Err(Problem(StatusCode::SERVICE_UNAVAILABLE, "simulated".to_owned()).into())
-        }
-        Some(Simulate::Declined) | None => {
-            let location = [(header::LOCATION, format!("/charges/{}", charge.id))];
-            Ok((StatusCode::CREATED, location, with_etag(charge)).into_response())
-        }
-    }
-}
-
-async fn list_charges(
-    State(charges): State<Charges>,
-    Extension(consumer): Extension<Consumer>,
-) -> Result<Json<Vec<Charge>>, Problem> {
-    Ok(Json(charges.list(&consumer).await?))
-}
-
-async fn show_charge(
-    State(charges): State<Charges>,
-    Extension(consumer): Extension<Consumer>,
-    Path(id): Path<String>,
-) -> Result<Response, Problem> {
-    match charges.find(&consumer, &id).await? {
-        Some(charge) => Ok(with_etag(charge).into_response()),
-        None => Err(Problem(StatusCode::NOT_FOUND, "no such charge".to_owned())),
-    }
-}
-
-/// A charge never changes, so its id is as good a tag as any.
-fn with_etag(charge: Charge) -> impl IntoResponse {
-    ([(header::ETAG, format!("\"{}\"", charge.id))], Json(charge))
+/// How often abandoned requests are looked for, for how long after its lease one is left to its client, and the pause after
+/// it was sent in vain, which doubles.
+fn completer_interval() -> Result<Duration, String> {
+    Ok(Duration::from_millis(variable::<u32>("COMPLETER_INTERVAL_MS")?.unwrap_or(30_000).max(1).into()))
 }
 
 /// A refusal as `application/problem+json`, like those of the idempotency layer.
@@ -313,6 +243,3 @@ fn without_password(url: &str) -> String {
         None => url.to_owned(),
     }
 }
-
-const CURRENCIES: [&str; 5] = ["chf", "eur", "gbp", "jpy", "usd"];
-const MAX_DELAY: Duration = Duration::from_secs(120);

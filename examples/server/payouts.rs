@@ -1,4 +1,6 @@
-//! Payouts: a bank is called through an intent, and then the payout is written down through the request's transaction.
+//! Payouts, in three steps that an attempt may die between: a phase writes the payout down as `pending`; an intent has the
+//! bank make the transfer; and the request's transaction sets it to `paid`, together with the response. The next attempt
+//! goes through all of them again: what is finished is not repeated, and gives the result that it gave.
 
 use std::time::Duration;
 
@@ -11,7 +13,9 @@ use axum::{
     routing::post,
 };
 use serde::{Deserialize, Serialize};
-use tower_idempotency::{Consumer, Idempotency, Intent, Reconciler, Resource, TxError};
+use sqlx::{PgConnection, SqliteConnection};
+use tower_idempotency::{Consumer, Idempotency, IntentError, Reconciler, Resource, TxError};
+use uuid::Uuid;
 
 use crate::{
     Problem,
@@ -36,7 +40,10 @@ struct NewPayout {
 
 #[derive(Serialize)]
 struct Payout {
-    transfer: String,
+    id: String,
+    /// `pending`, `paid` or `refused`.
+    state: String,
+    transfer: Option<String>,
     recipient: String,
     amount: i64,
     consumer: String,
@@ -45,6 +52,16 @@ struct Payout {
 #[derive(Deserialize)]
 struct Wish {
     upstream: Option<String>,
+}
+
+/// Runs a phase in whichever database it is: the SQL is the same for both, the types are not.
+macro_rules! phase {
+    ($database:expr, $idempotency:expr, $name:literal, |$tx:ident| $step:expr) => {
+        match $database {
+            Charges::Sqlite(_) => $idempotency.phase($name, async |$tx: &mut SqliteConnection| $step).await,
+            Charges::Postgres(_) => $idempotency.phase($name, async |$tx: &mut PgConnection| $step).await,
+        }
+    };
 }
 
 impl Payouts {
@@ -64,35 +81,53 @@ impl Payouts {
 
     /// Asks the bank what became of transfers whose outcome is unknown.
     pub(crate) fn reconciler(&self) -> Reconciler {
-        let bank = self.bank.clone();
-        let look_up = move |intent: Intent| {
-            let bank = bank.clone();
-            async move { bank.find(&intent).await }
-        };
-        Reconciler::new(look_up).with_interval(self.timeout).with_confirmation_after(self.timeout)
+        Reconciler::new(self.bank.clone()).with_interval(self.timeout).with_confirmation_after(self.timeout)
+    }
+
+    /// Writes the payout down before anybody is asked to pay. Returns its id: every attempt gets that of the first.
+    async fn reserve(&self, idempotency: &Idempotency, new: &NewPayout) -> Result<String, TxError> {
+        phase!(&self.database, idempotency, "reserve", |tx| {
+            let id = Uuid::now_v7().to_string();
+            sqlx::query(RESERVE)
+                .bind(&id)
+                .bind(&new.recipient)
+                .bind(i64::from(new.amount))
+                .bind(idempotency.consumer().as_str())
+                .execute(tx)
+                .await?;
+            Ok(id)
+        })
     }
 
     /// The bank gets the same key from every attempt of the request, and is not called again once it has answered.
     async fn transfer(
         &self,
         idempotency: &Idempotency,
+        id: &str,
         new: &NewPayout,
         wish: &Wish,
-    ) -> axum::response::Result<Resource> {
+    ) -> Result<Resource, IntentError> {
         let order = format!("{} to {}", new.amount, new.recipient);
         let intent = idempotency
             .intent("bank.transfer")
             .with_arguments(new)
-            .with_subject(&new.recipient)
+            .with_subject(id)
             .with_timeout(self.timeout)
             .with_grace(self.timeout * 2);
-        Ok(intent.call(async |key| self.bank.transfer(key, order, wish.upstream.as_deref()).await).await?)
+        intent.call(async |key| self.bank.transfer(key, order, wish.upstream.as_deref()).await).await
+    }
+
+    /// A phase, which stays whatever the response is: what is written through `Tx` is rolled back with a 4xx.
+    async fn refuse(&self, idempotency: &Idempotency, id: &str) -> Result<(), TxError> {
+        phase!(&self.database, idempotency, "refuse", |tx| {
+            sqlx::query(REFUSE).bind(id).execute(tx).await?;
+            Ok(())
+        })
     }
 }
 
 async fn create_payout(
     State(payouts): State<Payouts>,
-    Extension(consumer): Extension<Consumer>,
     Query(wish): Query<Wish>,
     idempotency: Idempotency,
     extensions: Extensions,
@@ -100,15 +135,18 @@ async fn create_payout(
 ) -> axum::response::Result<Response> {
     let new: NewPayout = serde_json::from_slice(&body)
         .map_err(|error| Problem(StatusCode::BAD_REQUEST, format!("the body is no payout: {error}")))?;
-    let transfer = payouts.transfer(&idempotency, &new, &wish).await?;
-    let payout = Payout {
-        transfer: transfer.id,
-        recipient: new.recipient,
-        amount: new.amount.into(),
-        consumer: consumer.to_string(),
+
+    let id = payouts.reserve(&idempotency, &new).await?;
+    let transfer = match payouts.transfer(&idempotency, &id, &new, &wish).await {
+        Err(refused @ IntentError::Refused(_)) => {
+            payouts.refuse(&idempotency, &id).await?;
+            return Err(refused.into());
+        }
+        // After any other error nothing is decided: it stays pending until a later attempt knows more.
+        called => called?,
     };
     // After the call: nobody waits for the bank with a transaction open.
-    payouts.database.begin(&extensions).await?.insert_payout(&payout).await?;
+    let payout = payouts.database.begin(&extensions).await?.pay(&id, &transfer.id).await?;
     Ok((StatusCode::CREATED, Json(payout)).into_response())
 }
 
@@ -120,16 +158,10 @@ async fn list_payouts(
 }
 
 impl ChargeTx {
-    async fn insert_payout(&mut self, payout: &Payout) -> Result<(), TxError> {
-        let inserted = on!(self, tx => sqlx::query(INSERT)
-            .bind(&payout.transfer)
-            .bind(&payout.recipient)
-            .bind(payout.amount)
-            .bind(&payout.consumer)
-            .execute(&mut **tx)
-            .await
-            .map(drop));
-        Ok(inserted?)
+    async fn pay(&mut self, id: &str, transfer: &str) -> Result<Payout, TxError> {
+        let row: Row =
+            on!(self, tx => sqlx::query_as(PAY).bind(id).bind(transfer).fetch_one(&mut **tx).await)?;
+        Ok(row.into())
     }
 }
 
@@ -141,22 +173,33 @@ impl Charges {
     }
 }
 
-type Row = (String, String, i64, String);
+type Row = (String, String, Option<String>, String, i64, String);
 
 impl From<Row> for Payout {
-    fn from((transfer, recipient, amount, consumer): Row) -> Self {
-        Self { transfer, recipient, amount, consumer }
+    fn from((id, state, transfer, recipient, amount, consumer): Row) -> Self {
+        Self { id, state, transfer, recipient, amount, consumer }
     }
 }
 
 const CREATE_TABLE: &str = "
     CREATE TABLE IF NOT EXISTS payouts (
-        transfer TEXT NOT NULL,
+        id TEXT PRIMARY KEY,
+        state TEXT NOT NULL,
+        transfer TEXT,
         recipient TEXT NOT NULL,
         amount BIGINT NOT NULL,
         consumer TEXT NOT NULL
     )";
 
-const INSERT: &str = "INSERT INTO payouts (transfer, recipient, amount, consumer) VALUES ($1, $2, $3, $4)";
-const LIST: &str =
-    "SELECT transfer, recipient, amount, consumer FROM payouts WHERE consumer = $1 ORDER BY transfer";
+const RESERVE: &str = "
+    INSERT INTO payouts (id, state, recipient, amount, consumer) VALUES ($1, 'pending', $2, $3, $4)";
+
+const PAY: &str = "
+    UPDATE payouts SET state = 'paid', transfer = $2 WHERE id = $1
+    RETURNING id, state, transfer, recipient, amount, consumer";
+
+const REFUSE: &str = "UPDATE payouts SET state = 'refused' WHERE id = $1";
+
+const LIST: &str = "
+    SELECT id, state, transfer, recipient, amount, consumer
+    FROM payouts WHERE consumer = $1 ORDER BY id";

@@ -38,7 +38,8 @@ CREATE TABLE idempotency_intents (
     payload          bytea            NULL,                   -- what else was recorded of it
     reason           text             NULL,                   -- why it is dead
     look_at          timestamptz      NULL,                   -- when to look it up; infinity: needs attention; NULL: settled
-    looks            integer          NOT NULL,               -- how often it was looked up since it was opened last
+    looks            integer          NOT NULL,               -- how often it was looked up since it was opened last or an operator wanted that
+    takes            integer          NOT NULL DEFAULT 0,     -- how often it was taken for that since it was opened last: the fence of look-ups
     absences         smallint         NOT NULL,               -- how often in a row the upstream did not know it
     attention        text             NULL                    -- what an operator must know
 )

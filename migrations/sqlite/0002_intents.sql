@@ -35,7 +35,8 @@ CREATE TABLE idempotency_intents (
     payload          BLOB                NULL,                 -- what else was recorded of it
     reason           TEXT                NULL,                 -- why it is dead
     look_at          INTEGER             NULL,                 -- when to look it up; far away: needs attention; NULL: settled
-    looks            INTEGER             NOT NULL,             -- how often it was looked up since it was opened last
+    looks            INTEGER             NOT NULL,             -- how often it was looked up since it was opened last or an operator wanted that
+    takes            INTEGER             NOT NULL DEFAULT 0,   -- how often it was taken for that since it was opened last: the fence of look-ups
     absences         INTEGER             NOT NULL,             -- how often in a row the upstream did not know it
     attention        TEXT                NULL                  -- what an operator must know
 ) STRICT;

@@ -140,7 +140,7 @@ impl Shared {
         };
         let resource = match (update, &found.state) {
             (IntentUpdate::Finalize(resource), IntentState::Finalized(recorded))
-                if recorded.id == resource.id =>
+                if is_recorded_as(resource, recorded) =>
             {
                 return Ok(Fenced::Applied);
             }
@@ -157,20 +157,36 @@ impl Shared {
                 _,
             ) => return Ok(Fenced::Lost),
         };
-        if matches!(found.state, IntentState::Dead { absent: true, .. }) {
-            let fence = IntentFence::AbsentCall(call);
-            let fenced = recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await?;
-            if fenced == Fenced::Applied {
-                report_turned_up(&found, resource);
-            }
-            return Ok(fenced);
+        let fenced = match turned_up(&found) {
+            Some(fence) => recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await?,
+            None => Fenced::Lost,
+        };
+        match fenced {
+            Fenced::Applied => report_turned_up(&found, resource),
+            Fenced::Lost => tracing::error!(
+                target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
+                "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
+            ),
         }
-        tracing::error!(
-            target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
-            "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
-        );
-        Ok(Fenced::Lost)
+        Ok(fenced)
     }
+}
+
+/// The fence of a resource that nobody knew of, whichever call has made it: nobody may be making another one, and the next
+/// attempt would.
+fn turned_up(found: &Intent) -> Option<IntentFence> {
+    match found.state {
+        IntentState::Dead { absent: true, .. } => Some(IntentFence::AbsentCall(found.call)),
+        IntentState::Open { sent: false } => Some(IntentFence::Call(found.call)),
+        IntentState::Open { sent: true }
+        | IntentState::Dead { absent: false, .. }
+        | IntentState::Finalized(_) => None,
+    }
+}
+
+/// Not every database stores NUL.
+fn is_recorded_as(resource: &Resource, recorded: &Resource) -> bool {
+    recorded.id == resource.id || recorded.id == resource.id.replace('\0', "\u{fffd}")
 }
 
 /// What became of an opening, on its way to the handler. If the handler is dropped before it looks, nobody makes the call,

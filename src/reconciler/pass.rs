@@ -198,8 +198,9 @@ impl Settings {
         if intent.state == (IntentState::Open { sent: false }) {
             return Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent));
         }
-        // The last permitted look-up may be the first that did not find it.
-        let permitted = self.max_lookups.saturating_add(1);
+        // The last permitted look-up may be the first that did not find it. What was declared absent is looked up once more.
+        let last = if matches!(intent.state, IntentState::Open { .. }) { 1 } else { 2 };
+        let permitted = self.max_lookups.saturating_add(last);
         (intent.looks > permitted).then(|| self.nothing_learned(intent))
     }
 
@@ -272,7 +273,7 @@ fn is_recorded(found: &Intent, taken: &Intent, update: &IntentUpdate) -> bool {
         (IntentUpdate::Absent(_), IntentState::Dead { absent, .. }) => *absent,
         _ => false,
     };
-    says_so && (found.call, found.looks) == (taken.call, taken.looks)
+    says_so && (found.call, found.takes) == (taken.call, taken.takes)
 }
 
 fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {

@@ -163,16 +163,17 @@ impl Store for MemoryStore {
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
-        let Some(entry) = shard.entries.get_mut(&identity) else {
+        let Some(entry) = shard.entries.get(&identity) else {
             return Ok(CompleteOutcome::Absent);
         };
+        let now = Instant::now();
         if entry.attempt != Some(attempt.id) {
-            let record = self.shared.show(&identity, entry, Instant::now());
+            let record = self.shared.show(&identity, entry, now);
             return Ok(CompleteOutcome::Lost(Box::new(record)));
         }
         if !entry.is_completed() {
-            self.shared.stored.bytes.fetch_add(response.len(), Ordering::Relaxed);
-            entry.state = State::Completed { response };
+            let completed = entry.completed(response, now);
+            shard.put(identity, completed, &self.shared.stored);
         }
         Ok(CompleteOutcome::Completed)
     }
@@ -284,13 +285,14 @@ impl MemoryStore {
     fn renew_one(&self, renewal: &Renewal) -> RenewOutcome {
         let identity = identity_of(&renewal.attempt);
         let mut shard = self.shared.shard(&identity);
-        let Some(entry) = shard.entries.get_mut(&identity) else { return RenewOutcome::Lost };
+        let Some(entry) = shard.entries.get(&identity) else { return RenewOutcome::Lost };
         if entry.attempt != Some(renewal.attempt.id) {
             return RenewOutcome::Lost;
         }
         match entry.state {
             State::InProgress { .. } => {
-                entry.state = State::in_progress(Instant::now(), renewal.lease);
+                let renewed = entry.clone().with_lease(renewal.lease, Instant::now());
+                shard.put(identity, renewed, &self.shared.stored);
                 RenewOutcome::Renewed
             }
             State::Held => RenewOutcome::Skipped,
@@ -441,6 +443,20 @@ mod tests {
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(is_won(&store, &claim("b")).await);
         assert_eq!(store.shared.stored.items.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_completed_after_its_expiry_is_kept_for_its_whole_retention() {
+        let store = MemoryStore::new().with_max_records(1);
+        let minute = Duration::from_secs(60);
+        let long = Claim { retention: minute, lease: minute * 2, ..claim("a") };
+        assert!(is_won(&store, &long).await);
+        tokio::time::advance(minute).await;
+        store.complete(&long.attempt, Bytes::new()).await.unwrap();
+        tokio::time::advance(minute / 2).await;
+        assert!(!is_won(&store, &claim("a")).await && store.claim(&claim("b")).await.is_err());
+        tokio::time::advance(minute / 2).await;
+        assert!(is_won(&store, &claim("b")).await);
     }
 
     #[tokio::test(start_paused = true)]

@@ -21,7 +21,7 @@ use crate::{
 ///   held** until that intent is settled. One that may be called again is taken over as usual.
 /// * **A record on which an intent or a finished phase hangs stays when it is released**: its id, fingerprint and attempt
 ///   number go on. It is not purged while an intent is open. What was open or held past the record's expiry and then ends
-///   gives it its whole retention anew, so that a retry finds what was recorded.
+///   gives it its whole retention anew, and so does a lease that outlives the expiry, so that a retry finds what was recorded.
 /// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and repeatable: an opening
 ///   with the id of the last call is won again.
 /// * **An intent may be called** if it is new; if it is open and was certainly not sent; if it is open and the upstream

@@ -368,8 +368,13 @@ const RULES: &[(&str, &str)] = &[
         "{kept_on}",
         "CASE WHEN {r}.expires_at <= {now} AND {r}.state <> 'completed'
                   AND ({r}.unresolved > 0 OR {held} OR {r}.lease_until > {now})
-              THEN {now} + ({r}.expires_at - {r}.created_at) ELSE {r}.expires_at END",
+              THEN {kept_anew} ELSE {r}.expires_at END",
     ),
+    // Neither must its response.
+    ("{answered_on}", "CASE WHEN {r}.expires_at <= {now} THEN {kept_anew} ELSE {r}.expires_at END"),
+    // For its whole retention from now on. So is what a lease outlives, if something hangs on it: what was done under the
+    // lease is not forgotten when it runs out.
+    ("{kept_anew}", "{now} + ({r}.expires_at - {r}.created_at)"),
     ("{releasable}", "({resolvable} AND NOT {unrepeatable})"),
     ("{resolvable}", "({r}.state = 'held' OR {lapsed})"),
     ("{held}", "({r}.state = 'held' OR {due} OR {blocked})"),

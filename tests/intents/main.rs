@@ -18,6 +18,7 @@ mod memory;
 mod network;
 mod payouts;
 mod phases;
+mod races;
 mod reconciler;
 mod resumed;
 mod shop;

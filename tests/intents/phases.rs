@@ -67,6 +67,17 @@ impl<DB: Db> Site<DB> {
         self.node_with(handler, |layer| layer)
     }
 
+    /// A node of another process.
+    pub(crate) fn another_node_with<T: 'static>(
+        &self,
+        handler: impl Handler<T, ()>,
+        set: impl FnOnce(IdempotencyLayer) -> IdempotencyLayer,
+    ) -> Node {
+        let layer = set(IdempotencyLayer::new(DB::store(&DB::pool(&self.home, 4))));
+        let handle = layer.handle();
+        Node { router: Router::new().route("/charges", post(handler)).layer(layer), handle }
+    }
+
     pub(crate) fn node_with<T: 'static>(
         &self,
         handler: impl Handler<T, ()>,

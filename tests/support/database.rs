@@ -53,6 +53,11 @@ impl Database {
         self.number("SELECT count(*) FROM {s}.charges").await
     }
 
+    /// How many payouts are committed in this state.
+    pub async fn payouts(&self, state: &str) -> i64 {
+        self.number(&format!("SELECT count(*) FROM {{s}}.payouts WHERE state = '{state}'")).await
+    }
+
     /// Waits until that attempt of the only request has written its charge in a transaction that is still open. On
     /// SQLite the sign is that nobody else can write; the records are read without a store, whose set-up would wait.
     pub async fn until_charging(&self, attempt_number: u32) {

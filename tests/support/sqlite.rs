@@ -9,6 +9,8 @@ use sqlx::{
 use tempfile::TempDir;
 use tower_idempotency::{SqliteStore, Store, store::conformance::Fixture};
 
+use super::wait_for;
+
 /// A database file that goes away with the test.
 #[derive(Debug)]
 pub struct SqliteFile(TempDir);
@@ -25,6 +27,17 @@ impl SqliteFile {
     /// The URL for a server.
     pub fn url(&self) -> String {
         format!("sqlite:{}", self.0.path().join("test.db").display())
+    }
+
+    /// Everything that is in the file, and in those beside it.
+    pub fn bytes(&self) -> Vec<u8> {
+        let read_all = || {
+            let files = std::fs::read_dir(self.0.path())?;
+            let contents: Result<Vec<_>, _> = files.map(|file| std::fs::read(file?.path())).collect();
+            std::io::Result::Ok(contents?.concat())
+        };
+        // Those beside it go away with the last connection.
+        wait_for("files that can all be read", || read_all().ok())
     }
 
     pub fn pool(&self) -> SqlitePool {

@@ -46,6 +46,22 @@ pub async fn a_lapsed_owner_still_completes(fixture: &dyn Fixture) {
     }
 }
 
+/// A response that is stored after the expiry is kept for a whole retention from then on, so that its retry is answered.
+pub async fn a_completion_after_the_expiry_is_kept(fixture: &dyn Fixture) {
+    let store = handle(fixture).await;
+    let owner = Claim { retention: SHORT * 4, ..claim_of("k") };
+    store.win(&owner, "first claim").await;
+    for _ in 0..4 {
+        run_out().await;
+    }
+    store
+        .complete_as_owner(&owner.attempt, response("late"), "nobody takes a record with a live lease")
+        .await;
+    assert_eq!(store.purge(100).await, 0, "records purged that were completed just now");
+    let shown = store.be_refused(&retry_of(&owner), "the record was completed just now").await;
+    assert_eq!(response_of(&shown), "late", "response after a completion past the expiry");
+}
+
 /// A completion by an attempt that does not own the record changes nothing and shows the record.
 pub async fn a_completion_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Claim, ClaimOutcome, Fenced, Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome,
-    Opening, RecordState, Resolution, ResolveOutcome,
+    Opening, RecordState, RenewOutcome, Resolution, ResolveOutcome,
 };
 
 impl Recovery {
@@ -42,7 +42,7 @@ pub async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn 
     let (claim, opening) = recovery.abandoned("k", LONG).await;
     let key = opening.upstream_key;
     let taken_again =
-        |seen: &Intent| IntentFence::Lookup { call: seen.call, looks: seen.looks - 1, open: true };
+        |seen: &Intent| IntentFence::Lookup { call: seen.call, takes: seen.takes - 1, open: true };
     let seen = recovery.take_one("it dangles").await;
     assert_eq!(recovery.update(key, taken_again(&seen), finalize()).await, Fenced::Lost, "fewer look-ups");
     let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 1 };
@@ -60,10 +60,47 @@ pub async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn 
     let absent = IntentUpdate::Absent(None);
     assert_eq!(recovery.update(key, next.lookup_fence(), absent).await, Fenced::Lost, "called again");
     recovery.must_update(key, IntentFence::Call(call.call), IntentUpdate::Absent(None)).await;
-    let found = IntentFence::Lookup { call: call.call, looks: 0, open: true };
+    let found = IntentFence::Lookup { call: call.call, takes: 0, open: true };
     assert_eq!(recovery.update(key, found, finalize()).await, Fenced::Lost, "it is not open any more");
-    let found = IntentFence::Lookup { call: call.call, looks: 0, open: false };
+    let found = IntentFence::Lookup { call: call.call, takes: 0, open: false };
     recovery.must_update(key, found, finalize()).await;
+}
+
+/// Whatever an operator wants to have looked up again, what was found out before that does not count for it.
+pub async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let (_, opening) = recovery.abandoned("k", Duration::ZERO).await;
+    let key = opening.upstream_key;
+    let late = recovery.take_one("it dangles").await;
+    let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
+    recovery.must_update(key, IntentFence::Operator, again).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let next = recovery.take_one("an operator wants it looked up").await;
+    assert_eq!(next.looks, 1, "look-ups since an operator wanted them");
+    let absent = || IntentUpdate::Absent(None);
+    assert_eq!(recovery.update(key, late.lookup_fence(), absent()).await, Fenced::Lost, "an earlier look-up");
+    recovery.must_update(key, next.lookup_fence(), absent()).await;
+}
+
+/// What was done under a lease that outlives the expiry is not forgotten when the lease runs out.
+pub async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = Claim { retention: SHORT * 10, ..claim_of("k") };
+    recovery.store.win(&claim, "first claim").await;
+    let opening = opening_of(&claim, "a");
+    recovery.must_open(&opening, "a new intent").await;
+    recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), finalize()).await;
+    for lease in [Some(SHORT * 5), None] {
+        for _ in 0..4 {
+            run_out().await;
+        }
+        if let Some(lease) = lease {
+            let renewed = recovery.store.renew_one(&claim.attempt, lease).await;
+            assert_eq!(renewed, RenewOutcome::Renewed, "renewal by the owner");
+        }
+    }
+    let won = recovery.store.win(&retry_of(&claim), "the lease is over").await;
+    assert_eq!(won, (claim.record_id, 2), "id and number of the takeover");
 }
 
 /// An operator settles what no attempt with a live lease may be calling, and never again what is finalized.

@@ -257,6 +257,7 @@ macro_rules! __for_each_conformance_rule {
             the_owner_stores_its_response
             a_repeated_completion_is_completed
             a_lapsed_owner_still_completes
+            a_completion_after_the_expiry_is_kept
             a_completion_by_another_attempt_changes_nothing
             a_completion_after_a_takeover_is_lost
             a_completion_without_a_record_is_absent
@@ -321,6 +322,8 @@ macro_rules! __for_each_conformance_rule {
             an_absent_intent_is_called_again
             an_update_is_fenced_by_its_call
             an_update_of_a_lookup_is_fenced_by_all_that_was_seen
+            an_operator_makes_no_earlier_lookup_count_again
+            a_lease_that_outlives_the_expiry_keeps_a_record_with_intents
             an_operator_spares_calls_under_way_and_finalized_intents
             a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled
             a_lapsed_record_whose_intents_may_be_called_again_is_taken_over

@@ -127,6 +127,24 @@ impl Entry {
         if self.expires_at <= now && !self.is_absent(now) { now + self.retention } else { self.expires_at }
     }
 
+    /// With its lease from now on. If that outlives the expiry, what hangs on the record is not forgotten when it runs out.
+    pub(super) fn with_lease(self, lease: Duration, now: Instant) -> Self {
+        Self { state: State::in_progress(now, lease), ..self }.outlived(now)
+    }
+
+    /// A lease that outlives the expiry gives its whole retention anew to a record on which something hangs.
+    pub(super) fn outlived(self, now: Instant) -> Self {
+        let outlives = matches!(self.state, State::InProgress { lease_until }
+            if lease_until > now && lease_until >= self.expires_at);
+        if self.kept && outlives { Self { expires_at: now + self.retention, ..self } } else { self }
+    }
+
+    /// With its response, which is kept for its whole retention if it comes after the expiry.
+    pub(super) fn completed(&self, response: Bytes, now: Instant) -> Self {
+        let expires_at = if self.expires_at <= now { now + self.retention } else { self.expires_at };
+        Self { state: State::Completed { response }, expires_at, ..self.clone() }
+    }
+
     /// Given back, with all that hangs on it.
     pub(super) fn released(&self, now: Instant) -> Self {
         let state = State::InProgress { lease_until: now };
@@ -172,8 +190,7 @@ pub(super) fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) 
         return Decision::Create;
     };
     if entry.is_in_progress_by(&claim.attempt) {
-        let state = State::in_progress(now, claim.lease);
-        return win(Entry { state, ..entry.clone() });
+        return win(entry.clone().with_lease(claim.lease, now));
     }
     if entry.fingerprint != claim.fingerprint || !entry.has_lapsed(now) || entry.is_blocked(now) {
         return Decision::Show(entry);
@@ -181,13 +198,12 @@ pub(super) fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) 
     if entry.is_to_be_held(now) {
         return Decision::Hold(Box::new(Entry { state: State::Held, ..entry.without_owner() }));
     }
-    win(Entry {
-        state: State::in_progress(now, claim.lease),
+    let next = Entry {
         attempt: Some(claim.attempt.id),
         attempt_number: entry.attempt_number.saturating_add(1),
-        expires_at: entry.kept_on(now),
         ..entry.without_owner()
-    })
+    };
+    win(next.with_lease(claim.lease, now))
 }
 
 fn win<'a>(entry: Entry) -> Decision<'a> {

@@ -82,14 +82,14 @@ impl KeptIntent {
 
     /// Whether the fence of an update holds. An intent is in flight while its attempt owns the record.
     pub(super) fn permits(&self, fence: IntentFence, update: &IntentUpdate, is_in_flight: bool) -> bool {
-        let Intent { state, call: last, looks, .. } = &self.intent;
+        let Intent { state, call: last, takes, .. } = &self.intent;
         let open = self.is_open();
         let absent = matches!(state, IntentState::Dead { absent: true, .. });
         match fence {
             IntentFence::Call(call) => open && *last == call,
             IntentFence::AbsentCall(call) => absent && *last == call,
-            IntentFence::Lookup { call, looks: seen, open: was_open } => {
-                *last == call && *looks == seen && if was_open { open } else { absent }
+            IntentFence::Lookup { call, takes: seen, open: was_open } => {
+                *last == call && *takes == seen && if was_open { open } else { absent }
             }
             IntentFence::Operator => {
                 let again = matches!(update, IntentUpdate::LookAgain { .. });
@@ -153,6 +153,7 @@ impl KeptIntent {
     pub(super) fn take(&mut self, pause: Duration, now: Now) -> Intent {
         self.look = Look::At(now.instant + pause.min(LONGEST));
         self.intent.looks = self.intent.looks.saturating_add(1);
+        self.intent.takes = self.intent.takes.saturating_add(1);
         self.show(now)
     }
 

@@ -75,7 +75,7 @@ impl Shard {
             expires_at: entry.kept_on(now),
             ..entry.clone()
         };
-        self.put(identity, entry, stored);
+        self.put(identity, entry.outlived(now), stored);
     }
 
     /// The record, unless it has gone, whoever has its key now.

@@ -61,7 +61,12 @@ impl Connections {
         operation: &str,
         calls: &[Call<'_>],
     ) -> Result<Vec<Vec<PgRow>>, StoreError> {
-        let text = calls.iter().map(Call::text).collect::<Vec<_>>().join(";");
+        let isolation = match settings.mode {
+            ConnectionMode::Direct => None,
+            ConnectionMode::TransactionPooler => Some(ISOLATION.to_owned()),
+        };
+        let preludes = usize::from(isolation.is_some());
+        let text = isolation.into_iter().chain(calls.iter().map(Call::text)).collect::<Vec<_>>().join(";");
         let mut connection = self.lend(base, settings).await?;
         let sent = async {
             let mut replies = vec![Vec::new()];
@@ -73,7 +78,7 @@ impl Connections {
                 }
             }
             replies.pop();
-            Ok(replies)
+            Ok(replies.split_off(preludes.min(replies.len())))
         };
         let reply = timeout(settings.statement_timeout, sent).await;
         self.received(connection, settings, operation, reply)
@@ -239,6 +244,8 @@ const START_UP: [(&str, &str); 5] = [
     ("jit", "off"),
     ("default_transaction_isolation", "read committed"),
 ];
+/// Through a pooler no start-up option says so.
+const ISOLATION: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
 const READ_ONLY: &str = "25006";
 const MAX_CONNECTIONS: u32 = 16;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(2);

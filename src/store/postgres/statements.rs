@@ -121,7 +121,9 @@ UPDATE {table} AS r SET
     max_abandoned  = CASE l.action WHEN 'anew' THEN $6::smallint ELSE r.max_abandoned END,
     lease_until    = CASE l.action WHEN 'hold' THEN r.lease_until ELSE {lease_until} END,
     created_at     = CASE l.action WHEN 'anew' THEN {now} ELSE r.created_at END,
-    expires_at     = CASE l.action WHEN 'anew' THEN {expires_at} WHEN 'takeover' THEN {kept_on} ELSE r.expires_at END,
+    expires_at     = CASE l.action WHEN 'anew' THEN {expires_at} WHEN 'takeover' THEN
+                         CASE WHEN r.kept AND r.expires_at <= {lease_until} THEN {kept_anew} ELSE r.expires_at END
+                     ELSE r.expires_at END,
     kept           = l.action <> 'anew' AND r.kept,
     unresolved     = CASE l.action WHEN 'anew' THEN 0 ELSE r.unresolved END,
     repeatable_until = CASE l.action WHEN 'anew' THEN NULL ELSE r.repeatable_until END,
@@ -147,7 +149,9 @@ WITH i AS (
         WHERE r.consumer = i.consumer AND r.key = i.key AND r.attempt = i.attempt AND r.state = 'in_progress'
         LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS r
 ), renewed AS (
-    UPDATE {table} AS r SET lease_until = {now} + l.lease * interval '1 microsecond'
+    UPDATE {table} AS r SET lease_until = {now} + l.lease * interval '1 microsecond',
+        expires_at = CASE WHEN r.kept AND r.expires_at <= {now} + l.lease * interval '1 microsecond' THEN {kept_anew}
+                     ELSE r.expires_at END
     FROM locked AS l WHERE r.ctid = l.place
     RETURNING l.position
 )
@@ -156,7 +160,7 @@ UNION ALL
 SELECT position, TRUE AS renewed FROM renewed";
 
 const COMPLETE: &str = "
-UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}
+UPDATE {table} AS r SET state = 'completed', response = $4, completed_at = {now}, expires_at = {answered_on}
 WHERE r.consumer = $1 AND r.key = $2 AND {mine}
 RETURNING 1";
 
@@ -224,7 +228,8 @@ const COMPLETE_LOCKED: &str = "
 INSERT INTO {table} AS r (consumer, key, id, fingerprint, state, attempt_number, abandoned, max_abandoned, lease_until,
     created_at, expires_at, response)
 VALUES ($1, $2, $3, '', 'held', 0, 0, 0, {now}, {now}, {now}, $4)
-ON CONFLICT (consumer, key) DO UPDATE SET state = 'completed', response = excluded.response, completed_at = {now}
+ON CONFLICT (consumer, key) DO UPDATE SET state = 'completed', response = excluded.response, completed_at = {now},
+    expires_at = {answered_on}
 WHERE {mine} AND current_setting('tower_idempotency.attempt', true) = $3::text
 RETURNING r.state = 'completed' AS completed";
 

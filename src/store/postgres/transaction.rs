@@ -9,7 +9,7 @@
 //! still the one that was begun. It is set after the row was locked: a rollback to it keeps the lock until the lease is
 //! renewed.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
@@ -241,17 +241,19 @@ impl Driver<Postgres> for AttemptTransaction {
     }
 
     async fn roll_back(&self, transaction: Transaction<'static, Postgres>) -> Result<(), TransactionError> {
-        match timeout(PATIENCE, self.undo(transaction)).await {
-            Ok(undone) => undone,
-            // Behind a statement that still runs. Where no backend has the row locked, the transaction was over before.
-            Err(elapsed) => match self.terminate(ANY).await {
-                Some(false) => {
-                    let message = "the transaction is not the one that was begun";
-                    Err(TransactionError::new(TransactionErrorKind::Ended, message).with_source(elapsed))
-                }
-                Some(true) | None => Ok(()),
-            },
+        let mut undo = pin!(self.undo(transaction));
+        if let Ok(undone) = timeout(PATIENCE, &mut undo).await {
+            return undone;
         }
+        // Behind a statement that still runs.
+        if self.terminate(ANY).await != Some(false) {
+            return Ok(());
+        }
+        // Where no backend has the row locked, the statement has ended just now, or the transaction was over before.
+        timeout(PATIENCE, undo).await.unwrap_or_else(|elapsed| {
+            let message = "the transaction is not the one that was begun";
+            Err(TransactionError::new(TransactionErrorKind::Ended, message).with_source(elapsed))
+        })
     }
 
     async fn revoke(&self) {

@@ -116,6 +116,9 @@ impl<E: Engine> RecoveryStore for SqlRecovery<E> {
             opened,
         ];
         let mut replies = self.0.write("open an intent", calls).await?;
+        if replies.get(1).is_some_and(|rows| !rows.is_empty()) {
+            return Ok(OpenOutcome::Opened);
+        }
         let rows = replies.pop().unwrap_or_default();
         let Some(found) = Self::intents("open an intent", &rows)?.pop() else {
             return Ok(OpenOutcome::Lost);
@@ -330,12 +333,12 @@ fn changed<'a>(
     update: &'a IntentUpdate,
     attention: Option<&'a str>,
 ) -> Call<'a> {
-    let (state, last_call, looks) = match fence {
+    let (state, last_call, takes) = match fence {
         IntentFence::Call(call) => (Value::Text("open"), Value::Uuid(call.as_uuid()), -1),
         IntentFence::AbsentCall(call) => (Value::Text("dead"), Value::Uuid(call.as_uuid()), -1),
-        IntentFence::Lookup { call, looks, open } => {
+        IntentFence::Lookup { call, takes, open } => {
             let state = if open { "open" } else { "dead" };
-            (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(looks))
+            (Value::Text(state), Value::Uuid(call.as_uuid()), i64::from(takes))
         }
         IntentFence::Operator => (Value::Text("operator"), Value::Null, -1),
         IntentFence::Attention => (Value::Text("attention"), Value::Null, -1),
@@ -369,7 +372,7 @@ fn changed<'a>(
         .with(Value::text(attention))
         .with(state)
         .with(last_call)
-        .with(Value::Int(looks))
+        .with(Value::Int(takes))
 }
 
 fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
@@ -409,6 +412,7 @@ fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
         age: span(row.int("age")?.unwrap_or_default()),
         dangling: row.flag("dangling")?,
         looks: number(row.int("looks")?.unwrap_or_default())?,
+        takes: number(row.int("takes")?.unwrap_or_default())?,
         absences: number(row.int("absences")?.unwrap_or_default())?,
         attention: row.text("attention")?,
     })

@@ -113,7 +113,9 @@ ON CONFLICT (consumer, key) DO UPDATE SET
     max_abandoned  = CASE {action} WHEN 'anew' THEN excluded.max_abandoned ELSE {r}.max_abandoned END,
     lease_until    = CASE {action} WHEN 'hold' THEN {r}.lease_until ELSE excluded.lease_until END,
     created_at     = CASE {action} WHEN 'anew' THEN excluded.created_at ELSE {r}.created_at END,
-    expires_at     = CASE {action} WHEN 'anew' THEN excluded.expires_at WHEN 'takeover' THEN {kept_on} ELSE {r}.expires_at END,
+    expires_at     = CASE {action} WHEN 'anew' THEN excluded.expires_at WHEN 'takeover' THEN
+                         CASE WHEN {r}.kept AND {r}.expires_at <= {now} + ?7 THEN {kept_anew} ELSE {r}.expires_at END
+                     ELSE {r}.expires_at END,
     kept           = {action} <> 'anew' AND {r}.kept,
     unresolved     = CASE {action} WHEN 'anew' THEN 0 ELSE {r}.unresolved END,
     repeatable_until = CASE {action} WHEN 'anew' THEN NULL ELSE {r}.repeatable_until END,
@@ -123,7 +125,8 @@ WHERE {action} <> 'none'
 RETURNING {columns}";
 
 const RENEW: &str = "
-UPDATE {table} SET lease_until = {now} + i.lease
+UPDATE {table} SET lease_until = {now} + i.lease,
+    expires_at = CASE WHEN {r}.kept AND {r}.expires_at <= {now} + i.lease THEN {kept_anew} ELSE {r}.expires_at END
 FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt, value ->> 3 AS lease
       FROM json_each(?1)) AS i
 WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt AND {r}.state = 'in_progress'
@@ -137,7 +140,7 @@ WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.att
     AND {r}.state IN ('in_progress', 'held')";
 
 const COMPLETE: &str = "
-UPDATE {table} SET state = 'completed', response = ?4, completed_at = {now}
+UPDATE {table} SET state = 'completed', response = ?4, completed_at = {now}, expires_at = {answered_on}
 WHERE {r}.consumer = ?1 AND {r}.key = ?2 AND {mine}
 RETURNING 1";
 

@@ -19,6 +19,7 @@ on_both_stores! {
     what_is_not_found_twice_is_called_again,
     what_is_found_the_second_time_is_finalized,
     what_turns_up_after_it_was_declared_absent_is_reported,
+    what_was_declared_absent_at_the_last_lookup_is_looked_up_a_last_time,
     what_stays_absent_is_looked_up_a_last_time,
     what_was_not_sent_is_absent_without_a_lookup,
     what_fails_hangs_and_panics_is_looked_up_again_and_then_needs_attention,
@@ -168,6 +169,16 @@ async fn what_turns_up_after_it_was_declared_absent_is_reported<DB: Db>(world: W
     assert_eq!(node.pay("k").await.body, made("k"));
     assert_eq!(bank.calls("k"), [key]);
     passes(&world, &node, &bank.reconciler(), &[]).await;
+}
+
+async fn what_was_declared_absent_at_the_last_lookup_is_looked_up_a_last_time<DB: Db>(world: World<DB>) {
+    let bank = Bank::default();
+    let node = world.node(&bank);
+    dangle(&world, &node, &bank, "k").await;
+    bank.says("k", &[Say::NotFound, Say::NotFound, Say::Found]);
+    let reconciler = bank.reconciler().with_max_lookups(1);
+    passes(&world, &node, &reconciler, &[("again", 1), ("absent", 1), ("attention", 1)]).await;
+    assert_eq!(node.need_attention().await.len(), 1);
 }
 
 async fn what_stays_absent_is_looked_up_a_last_time<DB: Db>(world: World<DB>) {

@@ -27,6 +27,8 @@ pub enum RecoveryFault {
     AbsentIsRefused,
     CallIsNoFence,
     LookupIsFencedByItsCallAlone,
+    OperatorResetsTheFence,
+    RenewalKeepsTheExpiry,
     OperatorIsNotFenced,
     OpenIntentsDoNotHold,
     OpenIntentsHoldForGood,

@@ -88,6 +88,8 @@ impl RecoveryStore for Faulty {
         let fenced = self.sound().update_intent(intent, fence, &update, attention).await?;
         let held = "UPDATE idempotency_records SET state = 'held'";
         self.spoil(RecoveryFault::OpenIntentsHoldForGood, held).await;
+        let reset = "UPDATE idempotency_intents SET takes = looks";
+        self.spoil(RecoveryFault::OperatorResetsTheFence, reset).await;
         Ok(fenced)
     }
 

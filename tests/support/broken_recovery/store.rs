@@ -25,7 +25,10 @@ impl Store for Faulty {
     }
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
-        self.inner.renew(renewals).await
+        let renewed = self.inner.renew(renewals).await;
+        let expired = "UPDATE idempotency_records SET expires_at = created_at + 4000";
+        self.spoil(RecoveryFault::RenewalKeepsTheExpiry, expired).await;
+        renewed
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {

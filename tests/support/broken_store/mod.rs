@@ -70,6 +70,7 @@ pub enum Fault {
     RepeatedCompletionReplaces,
     LostCompletionShowsTheOwnAttempt,
     CompletionMakesARecord,
+    CompletionKeepsTheExpiry,
     CompletionRestartsTheRetention,
     RenewalsAreSorted,
     RenewalAddsToTheLease,

@@ -249,7 +249,8 @@ impl BrokenStore {
                 _ => response.clone(),
             };
             row.record.state = RecordState::completed(stored);
-            if self.has(Fault::CompletionRestartsTheRetention) {
+            let late = row.record.expires_at <= self.now() && !self.has(Fault::CompletionKeepsTheExpiry);
+            if late || self.has(Fault::CompletionRestartsTheRetention) {
                 row.record.expires_at = self.start() + row.retention;
             }
         }

@@ -93,7 +93,7 @@ const INTENT_RULES: &[(&str, &str)] = &[
         "i.id, i.record_id, i.consumer, i.key, i.name, i.discriminator, CAST(i.ordinal AS bigint) AS ordinal, i.arguments,
          i.subject, i.state, i.sent, i.resource_id, i.payload, i.reason, i.absent, i.attempt, i.call,
          CAST(i.calls AS bigint) AS calls, {created_at}, {opened_at}, {settled_at}, {age},
-         (i.state = 'open' AND i.dangling_at <= {now}) AS dangling, CAST(i.looks AS bigint) AS looks,
+         (i.state = 'open' AND i.dangling_at <= {now}) AS dangling, CAST(i.looks AS bigint) AS looks, CAST(i.takes AS bigint) AS takes,
          CAST(i.absences AS bigint) AS absences, i.attention",
     ),
     // Nothing that may have arrived came before.
@@ -149,9 +149,11 @@ ON CONFLICT (id) DO UPDATE SET
     reason           = NULL,
     look_at          = excluded.look_at,
     looks            = 0,
+    takes            = 0,
     absences         = 0,
     attention        = NULL
-WHERE i.call <> excluded.call AND i.arguments = excluded.arguments AND {callable}";
+WHERE i.call <> excluded.call AND i.arguments = excluded.arguments AND {callable}
+RETURNING 1";
 
 /// What is there now, if the record is the attempt's.
 const OPENED: &str = "
@@ -174,7 +176,7 @@ UPDATE {intents} AS i SET
 WHERE i.id = $1 AND ($12 = 'operator' AND i.state <> 'finalized' AND NOT {in_flight}
         AND ($8 <> 'after' OR i.state = 'open' OR i.absent)
     OR $12 = 'attention' AND i.state <> 'open' AND i.attention IS NOT NULL
-    OR i.call = $13 AND i.state = $12 AND (i.state = 'open' OR i.absent) AND ($14 < 0 OR i.looks = $14))
+    OR i.call = $13 AND i.state = $12 AND (i.state = 'open' OR i.absent) AND ($14 < 0 OR i.takes = $14))
 RETURNING 1";
 
 const RECOUNT: &str = "
@@ -191,7 +193,7 @@ WITH due AS (
     SELECT i.{place} AS place FROM {intents} AS i WHERE i.look_at <= {now} AND NOT {in_flight}
     ORDER BY i.look_at LIMIT $1 {skip_locked_i}
 )
-UPDATE {intents} AS i SET look_at = {now} + $2, looks = i.looks + 1
+UPDATE {intents} AS i SET look_at = {now} + $2, looks = i.looks + 1, takes = i.takes + 1
 FROM due WHERE i.{place} = due.place
 RETURNING {returned}";
 
