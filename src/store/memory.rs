@@ -460,6 +460,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn an_intent_under_a_lease_that_outlives_the_expiry_is_not_forgotten() {
+        let store = MemoryStore::new();
+        let minute = Duration::from_secs(60);
+        let first = Claim { retention: minute * 2, lease: minute, ..claim("a") };
+        assert!(is_won(&store, &first).await);
+        tokio::time::advance(minute * 3 / 2).await;
+        store.renew(&[Renewal::new(first.attempt.clone(), minute)]).await.unwrap();
+        let opening = Opening::first(first.attempt.clone(), first.record_id, "transfer");
+        store.open_intent(&opening).await.unwrap();
+        let (fence, update) =
+            (IntentFence::Call(opening.call), IntentUpdate::Finalize(Resource::new("tr_1")));
+        store.update_intent(opening.upstream_key, fence, &update, None).await.unwrap();
+        tokio::time::advance(minute).await;
+        let outcome = store.claim(&claim("a")).await.unwrap();
+        assert!(matches!(outcome, ClaimOutcome::Won { attempt_number: 2, .. }), "{outcome:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_paused_clock_lets_a_lease_run_out() {
         let store = MemoryStore::new();
         let first = claim("a");

@@ -234,8 +234,8 @@ pub async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture)
     assert!(opened > 0 && taken > 0, "{opened} openings and {taken} takeovers, of 200 at once, succeed");
 }
 
-/// A record is not purged before its intents are settled, and then kept for its retention anew. So is one that its attempt
-/// gives back past its expiry.
+/// A record, even a completed one, is not purged before its intents are settled. One that is not completed is then kept for
+/// its retention anew, and so is one that its attempt gives back past its expiry.
 pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut keys = Vec::new();
@@ -246,6 +246,11 @@ pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
         recovery.must_open(&opening, "a new intent").await;
         keys.push(opening.upstream_key);
     }
+    let completed = Claim { retention: SHORT, ..claim_of("completed") };
+    recovery.store.win(&completed, "first claim").await;
+    let open = opening_of(&completed, "a");
+    recovery.must_open(&open, "a new intent").await;
+    recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
     let late = Claim { retention: SHORT, ..claim_of("late") };
     recovery.store.win(&late, "first claim").await;
     let settled = opening_of(&late, "a");
@@ -258,8 +263,9 @@ pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     }
     assert_eq!(recovery.store.release(&late.attempt).await, Fenced::Applied, "release by the owner");
     assert_eq!(recovery.store.purge(100).await, 0, "purged records in the moment in which they are freed");
+    recovery.must_update(open.upstream_key, IntentFence::Operator, finalize()).await;
     run_out().await;
-    assert_eq!(recovery.store.purge(100).await, 3, "purged records whose intents are settled");
+    assert_eq!(recovery.store.purge(100).await, 4, "purged records whose intents are settled");
 }
 
 /// What hung on a record that was evicted is settled alone, and does not touch the record that has the key now.
