@@ -20,6 +20,7 @@ mod payouts;
 mod phases;
 mod races;
 mod reconciler;
+mod records_alone;
 mod resumed;
 mod shop;
 mod site;
