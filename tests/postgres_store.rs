@@ -298,15 +298,15 @@ async fn postgres_plans_survive_the_growth_of_intents_and_phases() {
         .run(
             "INSERT INTO {s}.idempotency_intents
              SELECT (jsonb_populate_record(i, jsonb_build_object('id', gen_random_uuid(), 'record_id', gen_random_uuid(),
-                 'created_at', now() - n * interval '1 minute'))).*
-             FROM {s}.idempotency_intents AS i, generate_series(1, 300000) AS n WHERE i.state = 'finalized'",
+                 'created_at', now() - n * interval '10 minutes'))).*
+             FROM {s}.idempotency_intents AS i, generate_series(1, 60000) AS n WHERE i.state = 'finalized'",
         )
         .await;
     schema
         .run(
             "INSERT INTO {s}.idempotency_phases
-             SELECT gen_random_uuid(), 'acme', n::text, 'p', gen_random_uuid(), '', now() - n * interval '1 minute'
-             FROM generate_series(1, 100000) AS n",
+             SELECT gen_random_uuid(), 'acme', n::text, 'p', gen_random_uuid(), '', now() - n * interval '10 minutes'
+             FROM generate_series(1, 30000) AS n",
         )
         .await;
     for (store, name) in [(store, "large"), (schema.store().with_max_connections(1), "planned")] {

@@ -55,8 +55,9 @@ use crate::{
 /// * **A claim is atomic.** Of any number of claims of an absent key, over any number of processes, exactly one is
 ///   won. Reading first is fine, deciding by what was read is not.
 /// * **Absent** is also a record past its expiry, purged or not, unless its lease is alive, it is held, or it is in progress
-///   with an open intent. A claim of such a record makes a new one: new id, attempt number 1, any fingerprint. What kept it
-///   past its expiry and then ends gives it its whole retention anew: see [`RecoveryStore`].
+///   with an open intent. A claim of such a record makes a new one: new id, attempt number 1, any fingerprint. A
+///   response that is stored past the expiry gives the record its whole retention anew; what else does, see
+///   [`RecoveryStore`].
 /// * **A lease that ran out** is taken over by a claim with the *same* fingerprint: same record id, next attempt
 ///   number, one more abandoned attempt. When that would be abandoned attempt number `max_abandoned`, as the record
 ///   was claimed with, the record becomes held instead, and stays so past its expiry.
