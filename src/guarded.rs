@@ -201,7 +201,7 @@ impl Guarded {
         }
         tracing::error!(
             target: TRACING_TARGET,
-            "requests are to be kept and this store cannot: use SqliteStore or PostgresStore, or no with_kept_requests"
+            "requests are to be kept and this store cannot: use a store of this crate, or no with_kept_requests"
         );
         Err(Rejection::new(
             RejectionCode::StoreMisconfigured,

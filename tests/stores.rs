@@ -25,6 +25,12 @@ impl Fixture for Memory {
     }
 }
 
+/// Without this the rules of the suite for intents and kept requests would check nothing.
+#[test]
+fn memory_keeps_intents() {
+    assert!(MemoryStore::new().recovery().is_some());
+}
+
 conformance_tests!(memory, Memory::default());
 conformance_tests!(sqlite, SqliteFile::new());
 conformance_tests!(postgres, Schema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);

@@ -18,8 +18,7 @@ use crate::{
 impl Shared {
     pub(crate) fn recovery(&self) -> Result<Arc<dyn RecoveryStore>, StoreError> {
         self.store.recovery().ok_or_else(|| {
-            let message =
-                "this store keeps no intents, phases and requests: use SqliteStore or PostgresStore";
+            let message = "this store keeps no intents, phases and requests: use a store of this crate";
             StoreError::new(StoreErrorKind::Misconfigured, message)
         })
     }

@@ -1,16 +1,16 @@
 //! The in-process store, and the executable specification of the contract.
 
 mod entry;
+mod intents;
+mod recovery;
+mod requests;
+mod shard;
+mod shared;
 
 use std::{
-    collections::{BTreeSet, HashMap},
     fmt,
-    hash::{BuildHasher, RandomState},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::SystemTime,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -18,20 +18,28 @@ use bytes::Bytes;
 use http::Extensions;
 use tokio::time::Instant;
 
-use self::entry::{Decision, Entry, State, decide};
+use self::{
+    entry::{Decision, Entry, State, decide},
+    shard::identity_of,
+    shared::{Shared, lock},
+};
 use crate::{
     Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
     RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError,
     StoreErrorKind, StoreTransaction, TransactionLimits,
 };
 
-/// Keeps records in this process: for tests and for tools that run as a single process.
+/// Keeps records, intents and requests in this process: for tests and for tools that run as a single process.
 ///
-/// The records are lost with the process, and no other process sees them. A clone is another handle to the same
-/// records.
+/// They are lost with the process, and no other process sees them. A clone is another handle to the same records.
 ///
-/// The store never drops a record that it may not forget. When it is full, a claim of a new key is
-/// [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503; what is stored is still replayed.
+/// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as with a database:
+/// [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog), [`Reconciler`](crate::Reconciler) and
+/// [`Completer`](crate::Completer).
+///
+/// The store never drops what it may not forget. When it is full, settled intents whose record has gone are forgotten early;
+/// if that does not help, a claim of a new key is [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503;
+/// what is stored is still replayed.
 ///
 /// Time is tokio's, so that a test with a paused clock can let leases run out and records expire.
 ///
@@ -54,14 +62,17 @@ impl MemoryStore {
         Self { shared: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
     }
 
-    /// How many records this handle lets the store grow to. Default: 100,000.
+    /// How many records, intents and kept requests, counted together, this handle lets the store grow to. Default: 100,000.
+    ///
+    /// It is checked when a key is claimed; the intents and the request of a record that was claimed are always kept.
     #[must_use]
     pub fn with_max_records(mut self, max_records: usize) -> Self {
         self.max_records = max_records;
         self
     }
 
-    /// How many bytes of stored responses this handle lets the store grow to. Default: 256 MiB.
+    /// How many bytes of stored responses, kept requests and payloads of intents this handle lets the store grow to. Default:
+    /// 256 MiB.
     ///
     /// It is checked when a key is claimed, because a response that was earned must be stored; what is in flight at
     /// that moment may overshoot it.
@@ -72,12 +83,25 @@ impl MemoryStore {
     }
 
     fn full(&self) -> Option<StoreError> {
-        let records = self.shared.records.load(Ordering::Relaxed);
-        let bytes = self.shared.bytes.load(Ordering::Relaxed);
-        (records >= self.max_records || bytes >= self.max_bytes).then(|| {
-            let message = format!("the memory store is full: {records} records, {bytes} bytes of responses");
+        let items = self.shared.stored.items.load(Ordering::Relaxed);
+        let bytes = self.shared.stored.bytes.load(Ordering::Relaxed);
+        (items >= self.max_records || bytes >= self.max_bytes).then(|| {
+            let message =
+                format!("the memory store is full: {items} records, intents and requests, {bytes} bytes");
             StoreError::new(StoreErrorKind::Unavailable, message)
         })
+    }
+
+    /// Forgets what may be forgotten, if the store is full.
+    fn make_room(&self) {
+        if self.full().is_some() {
+            let (now, stored) = (self.shared.now(), &self.shared.stored);
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge(left, stored));
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| {
+                shard.purge_intents(left, Duration::ZERO, now, stored)
+            });
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge_requests(left, stored));
+        }
     }
 }
 
@@ -91,8 +115,8 @@ impl Default for MemoryStore {
 impl fmt::Debug for MemoryStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryStore")
-            .field("records", &self.shared.records)
-            .field("bytes", &self.shared.bytes)
+            .field("items", &self.shared.stored.items)
+            .field("bytes", &self.shared.stored.bytes)
             .finish_non_exhaustive()
     }
 }
@@ -104,28 +128,26 @@ impl Store for MemoryStore {
     }
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
-        if self.full().is_some() {
-            self.shared.purge(PURGED_WHEN_FULL);
-        }
+        self.make_room();
         let identity = identity_of(&claim.attempt);
         let mut shard = self.shared.shard(&identity);
-        let now = Instant::now();
+        let (now, stored) = (Instant::now(), &self.shared.stored);
         match decide(shard.entries.get(&identity), claim, now) {
             Decision::Create => {
-                shard.remove(&identity, &self.shared);
+                shard.remove(&identity, stored);
                 if let Some(error) = self.full() {
                     return Err(error);
                 }
-                shard.insert(identity, Entry::new(claim, now), &self.shared);
+                shard.put(identity, Entry::new(claim, now), stored);
                 Ok(ClaimOutcome::won(claim.record_id, 1))
             }
             Decision::Change(entry, outcome) => {
-                shard.entries.insert(identity, *entry);
+                shard.put(identity, *entry, stored);
                 Ok(outcome)
             }
             Decision::Hold(entry) => {
                 let record = self.shared.show(&identity, &entry, now);
-                shard.entries.insert(identity, *entry);
+                shard.put(identity, *entry, stored);
                 Ok(ClaimOutcome::Exists(Box::new(record)))
             }
             Decision::Show(entry) => {
@@ -135,29 +157,23 @@ impl Store for MemoryStore {
     }
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
-        Ok(renewals.iter().map(|renewal| self.shared.renew(renewal)).collect())
+        Ok(renewals.iter().map(|renewal| self.renew_one(renewal)).collect())
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
-        let Shard { entries, by_expiry } = &mut *shard;
-        let Some(entry) = entries.get_mut(&identity) else {
+        let Some(entry) = shard.entries.get(&identity) else {
             return Ok(CompleteOutcome::Absent);
         };
+        let now = Instant::now();
         if entry.attempt != Some(attempt.id) {
-            let record = self.shared.show(&identity, entry, Instant::now());
+            let record = self.shared.show(&identity, entry, now);
             return Ok(CompleteOutcome::Lost(Box::new(record)));
         }
         if !entry.is_completed() {
-            self.shared.bytes.fetch_add(response.len(), Ordering::Relaxed);
-            entry.state = State::Completed { response };
-            let now = Instant::now();
-            if entry.expires_at <= now {
-                by_expiry.remove(&(entry.expires_at, identity.clone()));
-                entry.expires_at = now + entry.retention();
-                by_expiry.insert((entry.expires_at, identity));
-            }
+            let completed = entry.completed(response, now);
+            shard.put(identity, completed, &self.shared.stored);
         }
         Ok(CompleteOutcome::Completed)
     }
@@ -167,7 +183,8 @@ impl Store for MemoryStore {
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get(&identity) {
             Some(entry) if entry.is_open_to(attempt) => {
-                shard.remove(&identity, &self.shared);
+                let released = entry.released(Instant::now());
+                shard.give_back(identity, released, &self.shared.stored);
                 Ok(Fenced::Applied)
             }
             _ => Ok(Fenced::Lost),
@@ -207,7 +224,7 @@ impl Store for MemoryStore {
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let identity = (consumer.clone(), key.clone());
-        Ok(self.shared.shard(&identity).remove(&identity, &self.shared))
+        Ok(self.shared.shard(&identity).remove(&identity, &self.shared.stored))
     }
 
     async fn resolve(
@@ -222,17 +239,26 @@ impl Store for MemoryStore {
         let Some(entry) = shard.entries.get(&identity) else {
             return Ok(ResolveOutcome::Absent);
         };
-        match &entry.state {
-            State::Completed { .. } => return Ok(ResolveOutcome::AlreadyCompleted),
-            State::InProgress { lease_until } if *lease_until > now => return Ok(ResolveOutcome::InProgress),
-            State::InProgress { .. } | State::Held => {}
+        if entry.is_completed() {
+            return Ok(ResolveOutcome::AlreadyCompleted);
         }
-        let resolved = entry.clone();
-        shard.remove(&identity, &self.shared);
-        if let Resolution::Complete(response) = resolution {
-            let expires_at = now + resolved.retention();
-            let state = State::Completed { response };
-            shard.insert(identity, Entry { state, attempt: None, expires_at, ..resolved }, &self.shared);
+        if !entry.is_resolvable(now) {
+            return Ok(ResolveOutcome::InProgress);
+        }
+        let stored = &self.shared.stored;
+        match resolution {
+            Resolution::Release if entry.is_unrepeatable(now) => {
+                return Ok(ResolveOutcome::UnresolvedIntents);
+            }
+            Resolution::Release => {
+                let released = Entry { abandoned: 0, ..entry.released(now) };
+                shard.give_back(identity, released, stored);
+            }
+            Resolution::Complete(response) => {
+                let (state, expires_at) = (State::Completed { response }, now + entry.retention);
+                let completed = Entry { state, attempt: None, expires_at, ..entry.clone() };
+                shard.put(identity, completed, stored);
+            }
         }
         Ok(ResolveOutcome::Resolved)
     }
@@ -247,131 +273,31 @@ impl Store for MemoryStore {
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
-        None
+        Some(Arc::new(self.clone()))
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        Ok(self.shared.purge(limit))
+        Ok(self.shared.purge(limit, |shard, left| shard.purge(left, &self.shared.stored)))
     }
 }
 
-type Identity = (Consumer, IdempotencyKey);
-
-struct Shared {
-    shards: [Mutex<Shard>; SHARDS],
-    hasher: RandomState,
-    records: AtomicUsize,
-    bytes: AtomicUsize,
-    /// One moment on both clocks: leases are judged by the first, the second is shown to people.
-    epoch: (Instant, SystemTime),
-}
-
-impl Default for Shared {
-    fn default() -> Self {
-        Self {
-            shards: Default::default(),
-            hasher: RandomState::new(),
-            records: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            epoch: (Instant::now(), SystemTime::now()),
-        }
-    }
-}
-
-impl Shared {
-    fn shard(&self, identity: &Identity) -> MutexGuard<'_, Shard> {
-        let hash = self.hasher.hash_one(identity).to_le_bytes()[0];
-        lock(&self.shards[usize::from(hash) % SHARDS])
-    }
-
-    fn renew(&self, renewal: &Renewal) -> RenewOutcome {
+impl MemoryStore {
+    fn renew_one(&self, renewal: &Renewal) -> RenewOutcome {
         let identity = identity_of(&renewal.attempt);
-        let mut shard = self.shard(&identity);
-        let Some(entry) = shard.entries.get_mut(&identity) else { return RenewOutcome::Lost };
+        let mut shard = self.shared.shard(&identity);
+        let Some(entry) = shard.entries.get(&identity) else { return RenewOutcome::Lost };
         if entry.attempt != Some(renewal.attempt.id) {
             return RenewOutcome::Lost;
         }
         match entry.state {
             State::InProgress { .. } => {
-                entry.state = State::in_progress(Instant::now(), renewal.lease);
+                let renewed = entry.clone().with_lease(renewal.lease, Instant::now());
+                shard.put(identity, renewed, &self.shared.stored);
                 RenewOutcome::Renewed
             }
             State::Held => RenewOutcome::Skipped,
             State::Completed { .. } => RenewOutcome::Lost,
         }
-    }
-
-    fn purge(&self, limit: u32) -> u64 {
-        let mut left = limit;
-        for shard in &self.shards {
-            let mut shard = lock(shard);
-            for identity in shard.absent(Instant::now(), left) {
-                shard.remove(&identity, self);
-                left -= 1;
-            }
-        }
-        u64::from(limit - left)
-    }
-
-    fn show(&self, (consumer, key): &Identity, entry: &Entry, now: Instant) -> Record {
-        let state = match &entry.state {
-            State::InProgress { .. } if entry.is_to_be_held(now) => RecordState::Held,
-            State::InProgress { lease_until } => {
-                RecordState::in_progress(lease_until.saturating_duration_since(now))
-            }
-            State::Held => RecordState::Held,
-            State::Completed { response } => RecordState::completed(response.clone()),
-        };
-        Record {
-            id: entry.record_id,
-            consumer: consumer.clone(),
-            key: key.clone(),
-            fingerprint: entry.fingerprint.clone(),
-            state,
-            attempt: entry.attempt,
-            attempt_number: entry.attempt_number,
-            abandoned: entry.abandoned,
-            unresolved: 0,
-            created_at: self.wall_clock(entry.created_at),
-            expires_at: self.wall_clock(entry.expires_at),
-        }
-    }
-
-    fn wall_clock(&self, at: Instant) -> SystemTime {
-        self.epoch.1 + at.saturating_duration_since(self.epoch.0)
-    }
-}
-
-#[derive(Default)]
-struct Shard {
-    entries: HashMap<Identity, Entry>,
-    by_expiry: BTreeSet<(Instant, Identity)>,
-}
-
-impl Shard {
-    fn insert(&mut self, identity: Identity, entry: Entry, shared: &Shared) {
-        shared.records.fetch_add(1, Ordering::Relaxed);
-        shared.bytes.fetch_add(entry.size(), Ordering::Relaxed);
-        self.by_expiry.insert((entry.expires_at, identity.clone()));
-        self.entries.insert(identity, entry);
-    }
-
-    fn remove(&mut self, identity: &Identity, shared: &Shared) -> bool {
-        let Some(entry) = self.entries.remove(identity) else { return false };
-        self.by_expiry.remove(&(entry.expires_at, identity.clone()));
-        shared.bytes.fetch_sub(entry.size(), Ordering::Relaxed);
-        shared.records.fetch_sub(1, Ordering::Relaxed);
-        true
-    }
-
-    fn absent(&self, now: Instant, limit: u32) -> Vec<Identity> {
-        let expired = self.by_expiry.iter().take_while(|(expires_at, _)| *expires_at <= now);
-        expired
-            .map(|(_, identity)| identity)
-            .filter(|identity| self.entries.get(*identity).is_some_and(|entry| entry.is_absent(now)))
-            .take(usize::try_from(limit).unwrap_or(usize::MAX))
-            .cloned()
-            .collect()
     }
 }
 
@@ -384,16 +310,6 @@ fn matches(filter: RecordFilter, state: &RecordState) -> bool {
     }
 }
 
-fn identity_of(attempt: &Attempt) -> Identity {
-    (attempt.consumer.clone(), attempt.key.clone())
-}
-
-/// A poisoned lock is taken all the same: no change to a shard is left half done by a panic.
-fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
-    shard.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-const SHARDS: usize = 16;
 const DEFAULT_MAX_RECORDS: usize = 100_000;
 const DEFAULT_MAX_BYTES: usize = 256 * 1024 * 1024;
 const PURGED_WHEN_FULL: u32 = 64;
@@ -403,7 +319,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::Fingerprint;
+    use crate::{Fingerprint, IntentFence, IntentUpdate, OpenOutcome, Opening, Resource};
 
     fn claim(key: &str) -> Claim {
         let consumer = Consumer::new("acme").unwrap();
@@ -440,7 +356,80 @@ mod tests {
 
         store.evict(&first.attempt.consumer, &first.attempt.key).await.unwrap();
         assert!(is_won(&store, &claim("b")).await);
-        assert_eq!(format!("{store:?}"), "MemoryStore { records: 1, bytes: 0, .. }");
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 1, bytes: 0, .. }");
+    }
+
+    /// A record whose intent, of an upstream that recognizes its key for a minute, is finalized or open.
+    async fn with_intent(store: &MemoryStore, key: &str, finalized: bool) -> (Claim, Opening) {
+        let claim = claim(key);
+        assert!(is_won(store, &claim).await);
+        let mut opening = Opening::first(claim.attempt.clone(), claim.record_id, "transfer");
+        opening.repeatable_for = Duration::from_secs(60);
+        opening.dangling_after = Duration::from_secs(60);
+        assert!(matches!(store.open_intent(&opening).await.unwrap(), OpenOutcome::Opened));
+        if finalized {
+            let (fence, resource) =
+                (IntentFence::Call(opening.call), Resource::new("tr_1").with_payload([0; 10].as_slice()));
+            let update = IntentUpdate::Finalize(resource);
+            store.update_intent(opening.upstream_key, fence, &update, None).await.unwrap();
+        }
+        (claim, opening)
+    }
+
+    async fn evict(store: &MemoryStore, claim: &Claim) {
+        assert!(store.evict(&claim.attempt.consumer, &claim.attempt.key).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn intents_and_requests_are_counted_until_they_are_gone() {
+        let store = MemoryStore::new();
+        let (claim, _) = with_intent(&store, "a", true).await;
+        let request = Bytes::from_static(&[0; 7]);
+        for _ in 0..2 {
+            store.keep_request(&claim.attempt, claim.record_id, &request, Duration::ZERO).await.unwrap();
+        }
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 3, bytes: 17, .. }");
+        evict(&store, &claim).await;
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 2, bytes: 17, .. }");
+        assert_eq!(store.purge_settled(Duration::ZERO, 10).await.unwrap(), 2);
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 0, bytes: 0, .. }");
+    }
+
+    #[tokio::test]
+    async fn a_full_store_forgets_settled_intents_whose_record_has_gone_and_no_others() {
+        let store = MemoryStore::new().with_max_records(4);
+        let (gone, settled) = with_intent(&store, "a", true).await;
+        let (_, open) = with_intent(&store, "b", false).await;
+        assert_eq!(store.claim(&claim("c")).await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+        evict(&store, &gone).await;
+        assert!(is_won(&store, &claim("c")).await);
+        assert!(store.get_intent(settled.upstream_key).await.unwrap().is_some(), "there was room");
+        assert!(is_won(&store, &claim("d")).await);
+        assert!(store.get_intent(settled.upstream_key).await.unwrap().is_none());
+        assert!(store.claim(&claim("e")).await.is_err());
+        assert!(store.get_intent(open.upstream_key).await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_paused_clock_lets_an_upstream_forget_a_key() {
+        let store = MemoryStore::new();
+        let (first, open) = with_intent(&store, "a", false).await;
+        tokio::time::advance(Duration::from_secs(59)).await;
+        let shown = store.get_intent(open.upstream_key).await.unwrap().unwrap();
+        assert_eq!((shown.age, shown.dangling), (Duration::from_secs(59), false));
+        assert_eq!(store.take_dangling(10, Duration::ZERO).await.unwrap(), []);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(!is_won(&store, &claim("a")).await, "it may not be called again");
+        let [taken] = &store.take_dangling(10, Duration::ZERO).await.unwrap()[..] else {
+            panic!("it dangles")
+        };
+        let (key, fence) = (taken.upstream_key, taken.lookup_fence());
+        let settled = store.update_intent(key, fence, &IntentUpdate::Absent(None), None).await.unwrap();
+        assert_eq!(settled, Fenced::Applied);
+        let ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim("a")).await.unwrap() else {
+            panic!("it is settled");
+        };
+        assert_eq!((record_id, attempt_number), (first.record_id, 2));
     }
 
     #[tokio::test(start_paused = true)]
@@ -453,7 +442,7 @@ mod tests {
 
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(is_won(&store, &claim("b")).await);
-        assert_eq!(store.shared.records.load(Ordering::Relaxed), 1);
+        assert_eq!(store.shared.stored.items.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -468,6 +457,24 @@ mod tests {
         assert!(!is_won(&store, &claim("a")).await && store.claim(&claim("b")).await.is_err());
         tokio::time::advance(minute / 2).await;
         assert!(is_won(&store, &claim("b")).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_intent_under_a_lease_that_outlives_the_expiry_is_not_forgotten() {
+        let store = MemoryStore::new();
+        let minute = Duration::from_secs(60);
+        let first = Claim { retention: minute * 2, lease: minute, ..claim("a") };
+        assert!(is_won(&store, &first).await);
+        tokio::time::advance(minute * 3 / 2).await;
+        store.renew(&[Renewal::new(first.attempt.clone(), minute)]).await.unwrap();
+        let opening = Opening::first(first.attempt.clone(), first.record_id, "transfer");
+        store.open_intent(&opening).await.unwrap();
+        let (fence, update) =
+            (IntentFence::Call(opening.call), IntentUpdate::Finalize(Resource::new("tr_1")));
+        store.update_intent(opening.upstream_key, fence, &update, None).await.unwrap();
+        tokio::time::advance(minute).await;
+        let outcome = store.claim(&claim("a")).await.unwrap();
+        assert!(matches!(outcome, ClaimOutcome::Won { attempt_number: 2, .. }), "{outcome:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -487,20 +494,5 @@ mod tests {
         let renewal = Renewal::new(endless.attempt.clone(), Duration::MAX);
         assert_eq!(store.renew(&[renewal]).await.unwrap(), [RenewOutcome::Renewed]);
         assert!(store.get(&endless.attempt.consumer, &endless.attempt.key).await.unwrap().is_some());
-    }
-
-    #[test]
-    fn a_poisoned_shard_is_still_used() {
-        let shard = Mutex::new(Shard::default());
-        let panicked = std::thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    let _guard = shard.lock();
-                    panic!("while holding the lock");
-                })
-                .join()
-        });
-        assert!(panicked.is_err() && shard.is_poisoned());
-        assert!(lock(&shard).entries.is_empty());
     }
 }

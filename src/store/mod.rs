@@ -76,8 +76,8 @@ use crate::{
 /// # Implementing it
 ///
 /// The methods are those of an `#[async_trait]`: an implementation carries the same attribute, of the crate
-/// `async-trait`. The source of the `MemoryStore`, in `src/store/memory.rs`, is the contract as a program and a model to
-/// begin with.
+/// `async-trait`. The source of the `MemoryStore`, in `src/store/memory.rs` and beside it, is the contract as a program and
+/// a model to begin with: what may be done with a record is in `entry.rs`, with an intent in `intents.rs`.
 ///
 /// Calls may be cancelled by dropping their future only if the store is not harmed by it; the layer awaits them in
 /// tasks that are not cancelled. A store is shared: clones and handles to the same tables see the same records.

@@ -64,7 +64,8 @@ impl TxError {
     pub(super) fn no_store() -> Self {
         tracing::error!(
             target: TRACING_TARGET,
-            "a handler asks for a transaction of a database that is not the one of its idempotency layer"
+            "a handler asks for a transaction of a database that is not the one of its idempotency layer, or whose store \
+             has no transactions, like MemoryStore"
         );
         Self::new(Rejection::new(
             RejectionCode::StoreMisconfigured,

@@ -56,7 +56,8 @@ impl Idempotency {
     /// # Errors
     ///
     /// The step's error, or a [`TxError`]: the transaction could not begin or commit; a name was used twice in this
-    /// attempt, another phase or the handler's `Tx` is open, or the result cannot be stored (`intent-misused`).
+    /// attempt, another phase or the handler's `Tx` is open, or the result cannot be stored (`intent-misused`); the store has
+    /// no transactions of this database, as the `MemoryStore` has none (`store-misconfigured`).
     pub async fn phase<C, T, E>(
         &self,
         name: impl Into<String>,

@@ -16,10 +16,11 @@ use axum::{
     response::IntoResponse,
 };
 use tower_idempotency::{
-    Consumer, IdempotencyKey, IdempotencyLayer, MemoryStore, RecordState, Refused, RejectionCode,
-    ResultPolicy, StoreErrorKind,
+    Consumer, IdempotencyKey, IdempotencyLayer, RecordState, Refused, RejectionCode, ResultPolicy,
+    StoreErrorKind,
 };
 
+use crate::records_alone::RecordsAlone;
 use crate::shop::{
     Act, Dialect, Node, Shop, charge, completer, guarded, is_completed, on_both_stores, restore_user, until,
 };
@@ -380,7 +381,7 @@ async fn nobody_from_outside_can_take_a_record_over<DB: Dialect>(shop: Shop<DB>)
 
 #[tokio::test]
 async fn a_store_without_kept_requests_has_nothing_to_complete() {
-    let handle = IdempotencyLayer::new(MemoryStore::new()).handle();
+    let handle = IdempotencyLayer::new(RecordsAlone::default()).handle();
     let completer = completer(axum::Router::new(), restore_user);
     let refused = [
         handle.start_completer(completer.clone()).unwrap_err(),

@@ -13,6 +13,7 @@ use tower_idempotency::{
 };
 
 use crate::{
+    records_alone::RecordsAlone,
     shop::{Act, Dialect, Node, Shop, TENANT, TOKEN, charge, is_completed, on_both_stores, until},
     support::direct,
 };
@@ -128,7 +129,7 @@ async fn a_request_that_is_not_kept_in_time_is_not_run_postgres() {
 
 #[tokio::test]
 async fn a_store_that_cannot_keep_requests_refuses_them() {
-    let layer = IdempotencyLayer::new(MemoryStore::new()).with_kept_requests(KeptRequests::new());
+    let layer = IdempotencyLayer::new(RecordsAlone::default()).with_kept_requests(KeptRequests::new());
     let handle = layer.handle();
     let (app, runs) = direct::counting(layer);
     let refused = direct::send(&app, direct::charge("k")).await;

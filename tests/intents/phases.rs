@@ -13,10 +13,11 @@ use sqlx::{Connection, Pool, Sqlite};
 use tokio::time::{sleep, timeout};
 use tower_http::timeout::TimeoutLayer;
 use tower_idempotency::{
-    Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, MemoryStore, RejectionCode, Resource,
-    Store, TransactionOptions, Tx, TxError,
+    Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RejectionCode, Resource, Store,
+    TransactionOptions, Tx, TxError,
 };
 
+use crate::records_alone::RecordsAlone;
 use crate::support::{
     app::consumer,
     db::Db,
@@ -458,6 +459,6 @@ async fn a_store_without_recovery_says_so() {
         made.map(|_| StatusCode::CREATED)
     };
     let app: Router =
-        Router::new().route("/charges", post(handler)).layer(IdempotencyLayer::new(MemoryStore::new()));
+        Router::new().route("/charges", post(handler)).layer(IdempotencyLayer::new(RecordsAlone::default()));
     direct::send(&app, direct::charge("key")).await.assert_refused(RejectionCode::StoreMisconfigured);
 }

@@ -59,11 +59,7 @@ impl<DB: Db> Site<DB> {
     }
 
     pub(crate) fn payer(&self) -> Payer {
-        Payer {
-            client: self.upstream.client(),
-            deduplicates: self.upstream.deduplicates(),
-            timeout: Arc::clone(&self.timeout),
-        }
+        Payer { timeout: Arc::clone(&self.timeout), ..Payer::of(&self.upstream) }
     }
 
     /// From now on handlers wait for the upstream for so long.
@@ -202,6 +198,11 @@ impl<DB: Db> Site<DB> {
 }
 
 impl Payer {
+    pub(crate) fn of(upstream: &Upstream) -> Self {
+        let timeout = Arc::new(Mutex::new(LONG));
+        Self { client: upstream.client(), deduplicates: upstream.deduplicates(), timeout }
+    }
+
     pub(crate) async fn pay(&self, idempotency: &Idempotency) -> Result<Resource, IntentError> {
         self.call(self.intent(idempotency).with_arguments(&("DE02", 1000))).await
     }

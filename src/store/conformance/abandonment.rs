@@ -29,6 +29,7 @@ pub async fn one_permitted_attempt_holds_at_once(fixture: &dyn Fixture) {
     store.win(&only, "first claim").await;
     store.be_refused(&retry_of(&only), "the lease is alive").await;
     run_out().await;
+    must_be_held_by(&store.get(&only, "before anybody finds it so").await, &only, 1);
     must_be_held_by(&store.be_refused(&retry_of(&only), "abandoned once").await, &only, 1);
 }
 

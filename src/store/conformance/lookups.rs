@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Claim, ClaimOutcome, Fenced, Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome,
-    Opening, RecordState, RenewOutcome,
+    Opening, RecordState, RenewOutcome, Resolution, ResolveOutcome,
 };
 
 impl Recovery {
@@ -151,6 +151,8 @@ pub async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled(f
         assert_eq!((found.state, found.unresolved), (RecordState::Held, 1), "what a claim is shown");
         let shown = recovery.store.get(&claim, "it is held").await;
         assert_eq!((shown.state, shown.attempt_number), (RecordState::Held, 1), "what get shows");
+        let released = recovery.store.resolve(&claim, Resolution::Release).await;
+        assert_eq!(released, ResolveOutcome::UnresolvedIntents, "release by an operator");
         recovery.must_update(opening.upstream_key, IntentFence::Operator, update).await;
         let won = recovery.store.win(&retry, "its intent is settled").await;
         assert_eq!(won, (claim.record_id, 2), "the same record, the next attempt");
@@ -178,10 +180,10 @@ pub async fn a_lapsed_record_whose_intents_may_be_called_again_is_taken_over(fix
     assert_eq!(found.state, RecordState::Held, "what a claim is shown");
 }
 
-/// A record with an intent stays when it is given back, with all that hangs on it.
+/// A record with an intent stays when it is given back, with all that hangs on it. Its attempt was not abandoned.
 pub async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claim = claim_of("k");
+    let claim = Claim { max_abandoned: 1, ..claim_of("k") };
     recovery.store.win(&claim, "first claim").await;
     let opening = opening_of(&claim, "a");
     recovery.must_open(&opening, "a new intent").await;
@@ -190,6 +192,7 @@ pub async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
     recovery.store.be_refused(&other_request(&claim), "the record keeps its fingerprint").await;
     let retry = retry_of(&claim);
     assert_eq!(recovery.store.win(&retry, "it was released").await, (claim.record_id, 2), "id and number");
+    assert_eq!(recovery.store.get(&retry, "it was released").await.abandoned, 0, "abandoned attempts");
     let mut shown = opening_of(&retry, "a");
     (shown.record_id, shown.upstream_key) = (claim.record_id, opening.upstream_key);
     assert!(
@@ -244,7 +247,8 @@ pub async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture)
     assert!(opened > 0 && taken > 0, "{opened} openings and {taken} takeovers, of 200 at once, succeed");
 }
 
-/// A record is not purged before its intents are settled, and then kept for its retention anew.
+/// A record, even a completed one, is not purged before its intents are settled. One that is not completed is then kept for
+/// its retention anew, and so is one that its attempt gives back past its expiry.
 pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut keys = Vec::new();
@@ -255,18 +259,26 @@ pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
         recovery.must_open(&opening, "a new intent").await;
         keys.push(opening.upstream_key);
     }
+    let completed = Claim { retention: SHORT, ..claim_of("completed") };
+    recovery.store.win(&completed, "first claim").await;
+    let open = opening_of(&completed, "a");
+    recovery.must_open(&open, "a new intent").await;
+    recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
+    let late = Claim { retention: SHORT, ..claim_of("late") };
+    recovery.store.win(&late, "first claim").await;
+    let settled = opening_of(&late, "a");
+    recovery.must_open(&settled, "a new intent").await;
+    recovery.must_update(settled.upstream_key, IntentFence::Call(settled.call), finalize()).await;
     run_out().await;
     assert_eq!(recovery.store.purge(100).await, 0, "purged records with open intents");
     for key in keys {
         recovery.must_update(key, IntentFence::Operator, finalize()).await;
     }
-    assert_eq!(
-        recovery.store.purge(100).await,
-        0,
-        "purged records in the moment in which their intents are settled"
-    );
+    assert_eq!(recovery.store.release(&late.attempt).await, Fenced::Applied, "release by the owner");
+    assert_eq!(recovery.store.purge(100).await, 0, "purged records in the moment in which they are freed");
+    recovery.must_update(open.upstream_key, IntentFence::Operator, finalize()).await;
     run_out().await;
-    assert_eq!(recovery.store.purge(100).await, 2, "purged records whose intents are settled");
+    assert_eq!(recovery.store.purge(100).await, 4, "purged records whose intents are settled");
 }
 
 /// What hung on a record that was evicted is settled alone, and does not touch the record that has the key now.

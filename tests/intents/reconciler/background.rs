@@ -6,13 +6,12 @@ use std::{
 };
 
 use axum::http::StatusCode;
-use tower_idempotency::{
-    IdempotencyLayer, IntentState, MemoryStore, Reconciler, ReconcilerPass, StoreErrorKind,
-};
+use tower_idempotency::{IdempotencyLayer, IntentState, Reconciler, ReconcilerPass, StoreErrorKind};
 
 use super::lookups::{dangle, intent};
 use crate::{
     payouts::{Bank, Node, Say, Transfer, World, made, on_both_stores, until},
+    records_alone::RecordsAlone,
     support::db::Db,
 };
 
@@ -170,7 +169,7 @@ async fn draining_waits_for_the_lookups_under_way_and_begins_no_more<DB: Db>(wor
 
 #[tokio::test]
 async fn a_store_without_intents_has_nothing_to_reconcile() {
-    let handle = IdempotencyLayer::new(MemoryStore::new()).handle();
+    let handle = IdempotencyLayer::new(RecordsAlone::default()).handle();
     let reconciler = Bank::default().reconciler();
     let refused = [
         handle.start_reconciler(reconciler.clone()).unwrap_err(),

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use tower_idempotency::{IdempotencyLayer, IntentResolution, MemoryStore, Reaper, RejectionCode};
+use tower_idempotency::{IdempotencyLayer, IntentResolution, Reaper, RejectionCode};
 
 use super::lookups::dangle;
 use crate::{
     payouts::{Bank, Node, Say, Transfer, World, on_both_stores, until},
+    records_alone::RecordsAlone,
     support::{
         db::Db,
         direct::{self, charge},
@@ -111,7 +112,7 @@ async fn the_reaper_purges_records_and_their_settled_intents<DB: Db>(world: Worl
 #[tokio::test]
 async fn the_reaper_purges_a_store_without_intents() {
     let reaper = Reaper::every(Duration::from_millis(10), 10).with_intent_retention(Duration::ZERO);
-    let layer = IdempotencyLayer::new(MemoryStore::new()).with_reaper(reaper);
+    let layer = IdempotencyLayer::new(RecordsAlone::default()).with_reaper(reaper);
     let layer = layer.with_max_execution(Duration::from_millis(50)).with_lease(Duration::from_millis(100));
     let layer = layer.with_retention(Duration::from_millis(200));
     let handle = layer.handle();

@@ -96,6 +96,7 @@ impl BrokenStore {
         };
         let mut record = row.record.clone();
         record.state = state;
+        record.abandoned += u16::from(self.to_be_held(row));
         if self.lapsed(row) && self.has(Fault::GetHidesTheLapsedAttempt) {
             record.attempt = None;
         }

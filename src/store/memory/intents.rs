@@ -1,0 +1,236 @@
+//! One intent, when it may be called, and who may change it.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::Instant;
+
+use super::{entry::LONGEST, shard::Identity};
+use crate::{CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey};
+
+/// A moment, on the clock that judges and on the one that is shown to people.
+#[derive(Clone, Copy)]
+pub(super) struct Now {
+    pub(super) instant: Instant,
+    pub(super) shown: SystemTime,
+}
+
+#[derive(Clone)]
+pub(super) struct KeptIntent {
+    /// As it is shown, but for what depends on the time.
+    pub(super) intent: Intent,
+    /// Until when the upstream recognizes its call by the key.
+    repeatable_until: Instant,
+    dangling_at: Instant,
+    look: Look,
+    /// A call before the last one may have arrived.
+    sent_before: bool,
+}
+
+/// When it is to be looked up.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Look {
+    At(Instant),
+    /// It needs the attention of an operator instead.
+    ByOperator,
+    Never,
+}
+
+impl KeptIntent {
+    pub(super) fn opened(opening: &Opening, now: Now) -> Self {
+        let after = |duration: Duration| now.instant + duration.min(LONGEST);
+        Self {
+            intent: Intent::opened(opening, now.shown),
+            repeatable_until: after(opening.repeatable_for),
+            dangling_at: after(opening.dangling_after),
+            look: Look::At(after(opening.dangling_after)),
+            sent_before: false,
+        }
+    }
+
+    /// It may be called again if the upstream recognizes the call, if no call has arrived, or if the upstream does not know
+    /// it; with the same arguments only.
+    pub(super) fn is_callable(&self, opening: &Opening, now: Now) -> bool {
+        let allowed = match self.intent.state {
+            IntentState::Open { sent: true } => {
+                self.repeatable_until > now.instant && !opening.repeatable_for.is_zero()
+            }
+            IntentState::Open { sent: false } => true,
+            IntentState::Dead { absent, .. } => absent,
+            IntentState::Finalized(_) => false,
+        };
+        allowed && self.intent.arguments == opening.arguments && self.intent.call != opening.call
+    }
+
+    /// Called again: the upstream remembers the first of the calls that may have arrived.
+    pub(super) fn called_again(&self, opening: &Opening, now: Now) -> Self {
+        let again = Self::opened(opening, now);
+        let intent = Intent {
+            subject: self.intent.subject.clone(),
+            created_at: self.intent.created_at,
+            calls: self.intent.calls.saturating_add(1),
+            ..again.intent
+        };
+        if !self.may_have_arrived() {
+            return Self { intent, ..again };
+        }
+        let repeatable_until = self.repeatable_until.min(again.repeatable_until);
+        Self { intent, repeatable_until, sent_before: true, ..again }
+    }
+
+    /// Whether the fence of an update holds. An intent is in flight while its attempt owns the record.
+    pub(super) fn permits(&self, fence: IntentFence, update: &IntentUpdate, is_in_flight: bool) -> bool {
+        let Intent { state, call: last, takes, .. } = &self.intent;
+        let open = self.is_open();
+        let absent = matches!(state, IntentState::Dead { absent: true, .. });
+        match fence {
+            IntentFence::Call(call) => open && *last == call,
+            IntentFence::AbsentCall(call) => absent && *last == call,
+            IntentFence::Lookup { call, takes: seen, open: was_open } => {
+                *last == call && *takes == seen && if was_open { open } else { absent }
+            }
+            IntentFence::Operator => {
+                let again = matches!(update, IntentUpdate::LookAgain { .. });
+                let finalized = matches!(state, IntentState::Finalized(_));
+                !finalized && !is_in_flight && (!again || open || absent)
+            }
+            IntentFence::Attention => !open && self.intent.attention.is_some(),
+        }
+    }
+
+    pub(super) fn update(
+        &mut self,
+        fence: IntentFence,
+        update: &IntentUpdate,
+        attention: Option<&str>,
+        now: Now,
+    ) {
+        let outcome = match update {
+            IntentUpdate::Finalize(resource) => Some(IntentState::Finalized(resource.clone())),
+            IntentUpdate::Refuse(reason) => Some(IntentState::Dead { reason: reason.clone(), absent: false }),
+            IntentUpdate::Absent(_) => Some(IntentState::Dead { reason: ABSENT.to_owned(), absent: true }),
+            IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => None,
+        };
+        let intent = &mut self.intent;
+        if let Some(state) = outcome {
+            (intent.state, intent.settled_at) = (state, Some(now.shown));
+        }
+        if let (IntentUpdate::NotSent, IntentState::Open { sent }) = (update, &mut intent.state) {
+            *sent = self.sent_before;
+        }
+        intent.attention = attention.map(str::to_owned);
+        self.look = match update {
+            _ if attention.is_some() => Look::ByOperator,
+            IntentUpdate::NotSent => self.look,
+            IntentUpdate::Absent(Some(after)) => self.look_again(fence, *after, 0, now),
+            IntentUpdate::LookAgain { after, absences } => self.look_again(fence, *after, *absences, now),
+            IntentUpdate::Finalize(_)
+            | IntentUpdate::Refuse(_)
+            | IntentUpdate::Absent(None)
+            | IntentUpdate::Close => Look::Never,
+        };
+    }
+
+    fn look_again(&mut self, fence: IntentFence, after: Duration, absences: u32, now: Now) -> Look {
+        self.intent.absences = absences;
+        if matches!(fence, IntentFence::Operator) {
+            self.intent.looks = 0;
+        }
+        Look::At(now.instant + after.min(LONGEST))
+    }
+
+    /// Since when it is to be looked up.
+    pub(super) fn due_since(&self, now: Now) -> Option<Instant> {
+        match self.look {
+            Look::At(at) if at <= now.instant => Some(at),
+            Look::At(_) | Look::ByOperator | Look::Never => None,
+        }
+    }
+
+    /// Takes it for a look-up.
+    pub(super) fn take(&mut self, pause: Duration, now: Now) -> Intent {
+        self.look = Look::At(now.instant + pause.min(LONGEST));
+        self.intent.looks = self.intent.looks.saturating_add(1);
+        self.intent.takes = self.intent.takes.saturating_add(1);
+        self.show(now)
+    }
+
+    pub(super) fn show(&self, now: Now) -> Intent {
+        let dangling = self.is_open() && self.dangling_at <= now.instant;
+        Intent { age: self.age(now), dangling, ..self.intent.clone() }
+    }
+
+    pub(super) fn age(&self, now: Now) -> Duration {
+        now.shown.duration_since(self.intent.created_at).unwrap_or_default()
+    }
+
+    /// Whose record it hangs on.
+    pub(super) fn identity(&self) -> Identity {
+        (self.intent.consumer.clone(), self.intent.key.clone())
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.intent.state, IntentState::Open { .. })
+    }
+
+    pub(super) fn is_open_by(&self, call: CallId) -> bool {
+        self.is_open() && self.intent.call == call
+    }
+
+    /// The last call may have arrived, and nobody knows what became of it.
+    fn may_have_arrived(&self) -> bool {
+        matches!(self.intent.state, IntentState::Open { sent: true })
+    }
+
+    /// Until when its record may be taken over. `None`: always.
+    pub(super) fn repeatable_until(&self) -> Option<Instant> {
+        self.may_have_arrived().then_some(self.repeatable_until)
+    }
+
+    /// Somebody has to look at it.
+    fn is_waiting(&self) -> bool {
+        self.is_open() || self.look != Look::Never
+    }
+
+    pub(super) fn size(&self) -> usize {
+        let payload = match &self.intent.state {
+            IntentState::Finalized(resource) => resource.payload.as_ref().map_or(0, bytes::Bytes::len),
+            IntentState::Open { .. } | IntentState::Dead { .. } => 0,
+        };
+        self.intent.arguments.len() + payload
+    }
+}
+
+/// Intents, apart by whether somebody has to look at them: those are a handful.
+#[derive(Default)]
+pub(super) struct Intents {
+    pub(super) waiting: HashMap<UpstreamKey, KeptIntent>,
+    pub(super) settled: HashMap<UpstreamKey, KeptIntent>,
+}
+
+impl Intents {
+    pub(super) fn get(&self, key: UpstreamKey) -> Option<&KeptIntent> {
+        self.waiting.get(&key).or_else(|| self.settled.get(&key))
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &KeptIntent> {
+        self.waiting.values().chain(self.settled.values())
+    }
+
+    /// Stores an intent and returns what was there.
+    pub(super) fn put(&mut self, kept: KeptIntent) -> Option<KeptIntent> {
+        let key = kept.intent.upstream_key;
+        let old = self.remove(key);
+        let intents = if kept.is_waiting() { &mut self.waiting } else { &mut self.settled };
+        intents.insert(key, kept);
+        old
+    }
+
+    pub(super) fn remove(&mut self, key: UpstreamKey) -> Option<KeptIntent> {
+        self.waiting.remove(&key).or_else(|| self.settled.remove(&key))
+    }
+}
+
+const ABSENT: &str = "the upstream does not know it";
