@@ -10,7 +10,11 @@ use sqlx::{
     AssertSqlSafe, ColumnIndex, Decode, PgPool, Row, SqlitePool, Type, postgres::PgPoolOptions,
     sqlite::SqlitePoolOptions,
 };
-use tokio::{sync::oneshot, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::oneshot,
+    task::JoinHandle,
+    time::{Instant, sleep},
+};
 use tower_idempotency::{IdempotencyLayer, PostgresStore, SqliteStore, Store, StoredBody, StoredResponse};
 
 use crate::{client::Reply, report::Check};
@@ -81,11 +85,20 @@ impl Books {
             let set = format!("UPDATE idempotency_intents SET dangling_at = {past}, look_at = {past}");
             AssertSqlSafe(format!("{set} WHERE key = $1 AND look_at IS NOT NULL"))
         };
-        let updated = match self {
-            Self::Postgres(pool) => sqlx::query(update("'epoch'")).bind(key).execute(pool).await.map(drop),
-            Self::Sqlite(pool) => sqlx::query(update("0")).bind(key).execute(pool).await.map(drop),
-        };
-        updated.expect("the database answers");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let updated = match self {
+                Self::Postgres(pool) => {
+                    sqlx::query(update("'epoch'")).bind(key).execute(pool).await.map(drop)
+                }
+                Self::Sqlite(pool) => sqlx::query(update("0")).bind(key).execute(pool).await.map(drop),
+            };
+            match updated {
+                Ok(()) => return,
+                // Others write too.
+                Err(error) => assert!(Instant::now() < deadline, "the database does not answer: {error}"),
+            }
+        }
     }
 
     pub async fn entry(&self, key: &str) -> Option<Entry> {
@@ -254,3 +267,5 @@ SELECT COALESCE(c.key, r.key), COALESCE(c.ids, ''), r.response, CAST(COALESCE(r.
 FROM (SELECT consumer, key, count(*) AS number, string_agg(id, ' ') AS ids FROM charges GROUP BY consumer, key) AS c
 FULL JOIN (SELECT consumer, key, response, attempt_number FROM idempotency_records WHERE state = 'completed') AS r
 ON r.consumer = c.consumer AND r.key = c.key";
+
+const PATIENCE: Duration = Duration::from_secs(30);
