@@ -372,7 +372,7 @@ pub enum IntentUpdate {
         /// How often in a row the upstream did not know it.
         absences: u32,
     },
-    /// It stays as it is and is not looked up any more.
+    /// It stays as it is, which is not open, and is not looked up any more.
     Close,
 }
 
