@@ -128,16 +128,18 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     println!("payouts go through the bank at {}", payouts.bank_url());
 
     let consumers = Consumers::without(&variable::<String>("REVOKED")?.unwrap_or_default());
+    let interval = completer_interval()?;
+    // Of a charge whose server has died nothing is left. A payout may be half done, so its request is kept, at the cost of a
+    // write.
+    let kept = KeptRequests::new().with_abandoned_after(interval);
     let app = Router::new()
-        .merge(charges.router())
-        .merge(payouts.router())
-        .layer(idempotency)
-        // Added last, so it is outside: the idempotency layer has to know whose key it is.
+        .merge(charges.router().layer(idempotency.clone()))
+        .merge(payouts.router().layer(idempotency.with_kept_requests(kept)))
+        // Added last, so it is outside: the idempotency layers have to know whose key it is.
         .layer(middleware::from_fn_with_state(consumers.clone(), authenticate))
         .route("/healthz", get(async || "ok\n"));
     // It is given the whole application: what it sends passes everything that a request from the network passes.
     let completer = Completer::new(app.clone().into_service::<Body>(), consumers);
-    let interval = completer_interval()?;
     handle.start_completer(completer.with_interval(interval).with_backoff(interval, interval * 64))?;
 
     let port = variable("PORT")?.unwrap_or(3000);
@@ -161,7 +163,6 @@ fn idempotency_layer(charges: &Charges) -> Result<IdempotencyLayer, Box<dyn Erro
         Charges::Postgres(pool) => IdempotencyLayer::new(pool.clone()),
     }
     .with_consumer(ConsumerExtractor::extension())
-    .with_kept_requests(KeptRequests::new().with_abandoned_after(completer_interval()?))
     .required();
 
     if let Some(lease) = variable("LEASE_MS")? {

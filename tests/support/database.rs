@@ -66,7 +66,11 @@ impl Database {
             WHERE state = 'in_progress' AND attempt_number = {attempt_number}"
         );
         let reached = async {
-            while self.number(&attempts).await == 0 || !self.has_open_transaction().await {
+            // Others write too, but not for long.
+            let mut seen = 0;
+            while seen < 10 {
+                let charging = self.number(&attempts).await > 0 && self.has_open_transaction().await;
+                seen = if charging { seen + 1 } else { 0 };
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
