@@ -216,7 +216,7 @@ INSERT INTO open_intents SELECT id, look_at FROM intents WHERE look_at IS NOT NU
 CREATE INDEX ON open_intents (look_at)";
 
 const MOVED: &str = "
-CREATE TABLE open_intents (LIKE intents, PRIMARY KEY (id)) WITH (autovacuum_enabled = off);
+CREATE TABLE open_intents (LIKE intents INCLUDING DEFAULTS, PRIMARY KEY (id)) WITH (autovacuum_enabled = off);
 INSERT INTO open_intents SELECT * FROM intents WHERE look_at IS NOT NULL;
 DELETE FROM intents WHERE look_at IS NOT NULL;
 CREATE INDEX ON open_intents (look_at)";
