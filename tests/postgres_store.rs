@@ -273,14 +273,7 @@ async fn postgres_plans_survive_the_growth_of_the_table() {
              FROM generate_series(1, 500000) AS n",
         )
         .await;
-    // One has its plans already, the other makes them for the large table.
-    for (store, name) in [(store, "large"), (schema.store().with_max_connections(1), "planned")] {
-        flush_statistics(&store).await;
-        let before = Reads::of(&schema).await;
-        every_statement(&store, name).await;
-        flush_statistics(&store).await;
-        Reads::of(&schema).await.assert_few_since(&before, name);
-    }
+    reads_few(&schema, store, every_statement).await;
 }
 
 /// Nothing is known of the tables to the planner, before and after.
@@ -309,12 +302,17 @@ async fn postgres_plans_survive_the_growth_of_intents_and_phases() {
              FROM generate_series(1, 30000) AS n",
         )
         .await;
-    for (store, name) in [(store, "large"), (schema.store().with_max_connections(1), "planned")] {
+    reads_few(&schema, store, every_statement_of_recovery).await;
+}
+
+/// Checks it with a store that has its plans already, and with one that makes them for the large tables.
+async fn reads_few(schema: &Schema, planned: PostgresStore, every: impl AsyncFn(&PostgresStore, &str)) {
+    for (store, name) in [(planned, "large"), (schema.store().with_max_connections(1), "planned")] {
         flush_statistics(&store).await;
-        let before = Reads::of(&schema).await;
-        every_statement_of_recovery(&store, name).await;
+        let before = Reads::of(schema).await;
+        every(&store, name).await;
         flush_statistics(&store).await;
-        Reads::of(&schema).await.assert_few_since(&before, name);
+        Reads::of(schema).await.assert_few_since(&before, name);
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use self::{
     entry::{Decision, Entry, State, decide},
-    shard::identity_of,
+    shard::{identity_of, size},
     shared::{Shared, lock},
 };
 use crate::{
@@ -218,7 +218,7 @@ impl Store for MemoryStore {
             records.extend(shown.filter(|record| matches(filter, &record.state)));
         }
         records.sort_by_key(|record| record.created_at);
-        records.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        records.truncate(size(limit));
         Ok(records)
     }
 

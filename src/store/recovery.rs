@@ -165,3 +165,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Any; some may be deleted.
     async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError>;
 }
+
+/// Why an intent is dead that is recorded as absent.
+#[cfg(any(feature = "memory", feature = "sqlite", feature = "postgres"))]
+pub(super) const ABSENT: &str = "the upstream does not know it";

@@ -8,7 +8,9 @@ use std::{
 use tokio::time::Instant;
 
 use super::{entry::LONGEST, shard::Identity};
-use crate::{CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey};
+use crate::{
+    CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey, store::recovery::ABSENT,
+};
 
 /// A moment, on the clock that judges and on the one that is shown to people.
 #[derive(Clone, Copy)]
@@ -232,5 +234,3 @@ impl Intents {
         self.waiting.remove(&key).or_else(|| self.settled.remove(&key))
     }
 }
-
-const ABSENT: &str = "the upstream does not know it";

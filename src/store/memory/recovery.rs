@@ -13,7 +13,7 @@ use super::{
     entry::{Entry, LONGEST},
     intents::KeptIntent,
     requests::Request,
-    shard::identity_of,
+    shard::{identity_of, size},
 };
 use crate::{
     Attempt, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter, IntentState,
@@ -213,8 +213,4 @@ impl MemoryStore {
 
 fn is_open(intent: &Intent) -> bool {
     matches!(intent.state, IntentState::Open { .. })
-}
-
-fn size(limit: u32) -> usize {
-    usize::try_from(limit).unwrap_or(usize::MAX)
 }

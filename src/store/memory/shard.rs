@@ -169,7 +169,11 @@ fn is_in_flight(entries: &HashMap<Identity, Entry>, intent: &Intent, now: Instan
 }
 
 fn at_most<T>(limit: u32, items: impl Iterator<Item = T>) -> Vec<T> {
-    items.take(usize::try_from(limit).unwrap_or(usize::MAX)).collect()
+    items.take(size(limit)).collect()
+}
+
+pub(super) fn size(limit: u32) -> usize {
+    usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
 fn count<T>(items: &[T]) -> u32 {

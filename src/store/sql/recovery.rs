@@ -16,7 +16,8 @@ use super::{
 use crate::{
     Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence,
     IntentFilter, IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate,
-    Resource, StoreError, UpstreamKey, store::RecoveryStore,
+    Resource, StoreError, UpstreamKey,
+    store::recovery::{ABSENT, RecoveryStore},
 };
 
 /// What a database does for recovery.
@@ -439,5 +440,3 @@ fn kept_request(row: &impl Fields) -> Result<KeptRequest, sqlx::Error> {
         attention: row.text("attention")?,
     })
 }
-
-const ABSENT: &str = "the upstream does not know it";
