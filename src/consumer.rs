@@ -9,7 +9,7 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use sha2::{Digest, Sha256};
 
-use crate::TRACING_TARGET;
+use crate::redact::TRACING_TARGET;
 
 /// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8 without NUL, compared byte by byte.
 ///
@@ -19,7 +19,7 @@ use crate::TRACING_TARGET;
 /// # use tower_idempotency::Consumer;
 /// # let mut request = http::Request::new(());
 /// request.extensions_mut().insert(Consumer::new("acme")?);
-/// # Ok::<(), tower_idempotency::InvalidConsumer>(())
+/// # Ok::<(), tower_idempotency::consumer::InvalidConsumer>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Consumer(Arc<str>);

@@ -65,7 +65,7 @@ impl fmt::Debug for Fingerprint {
 ///     .add_header(http::HeaderName::from_static("x-tenant"))
 ///     .canonical_json(["/metadata/sent_at"])?
 ///     .add_previous(Fingerprinter::default());
-/// # Ok::<(), tower_idempotency::InvalidPointer>(())
+/// # Ok::<(), tower_idempotency::fingerprint::InvalidPointer>(())
 /// ```
 #[derive(Clone)]
 pub struct Fingerprinter {

@@ -1,12 +1,14 @@
 //! The idempotency key: what the header may hold and how it is read.
 
+mod structured_field;
+
 use std::fmt;
 
 use http::{HeaderMap, HeaderName};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::{consumer::hex, structured_field};
+use crate::consumer::hex;
 
 /// An idempotency key: made by the client, opaque, 1 to 255 bytes of printable ASCII, compared byte by byte.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -2,6 +2,8 @@
 //!
 //! The names and labels are listed in the chapter on metrics of the crate's docs; they are part of the public API.
 
+use std::time::Duration;
+
 #[cfg(feature = "metrics")]
 mod names {
     pub(super) const LOOKUPS: &str = "idempotency_intent_lookups_total";
@@ -47,16 +49,16 @@ pub(crate) fn turned_up() {
 }
 
 /// How many intents there are now.
-pub(crate) fn intents(counts: &crate::IntentCounts) {
+pub(crate) fn intents(open: u64, dangling: u64, need_attention: u64, oldest: Duration) {
     #[cfg(feature = "metrics")]
     {
-        metrics::gauge!(names::OPEN).set(float(counts.open));
-        metrics::gauge!(names::DANGLING).set(float(counts.dangling));
-        metrics::gauge!(names::NEED_ATTENTION).set(float(counts.need_attention));
-        metrics::gauge!(names::OLDEST).set(counts.oldest.unwrap_or_default().as_secs_f64());
+        metrics::gauge!(names::OPEN).set(float(open));
+        metrics::gauge!(names::DANGLING).set(float(dangling));
+        metrics::gauge!(names::NEED_ATTENTION).set(float(need_attention));
+        metrics::gauge!(names::OLDEST).set(oldest.as_secs_f64());
     }
     #[cfg(not(feature = "metrics"))]
-    let _ = counts;
+    let _ = (open, dangling, need_attention, oldest);
 }
 
 /// So many rows were purged.

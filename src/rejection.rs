@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::json;
 
-use crate::StoreErrorKind;
+use crate::error::StoreErrorKind;
 
 /// Why the layer did not hand a request to the handler, or did not hand on what the handler did.
 ///
@@ -286,6 +286,13 @@ pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> R
     }
     response.extensions_mut().insert(rejection);
     response
+}
+
+#[cfg(feature = "axum")]
+impl axum_core::response::IntoResponse for Rejection {
+    fn into_response(self) -> axum_core::response::Response {
+        respond(self, &ProblemJson).map(axum_core::body::Body::from)
+    }
 }
 
 /// About as long as it takes until a call is looked up.

@@ -34,7 +34,7 @@ use tower_http::{
     timeout::TimeoutLayer,
     trace::TraceLayer,
 };
-use tower_idempotency::{Rejection, RejectionCode, RequestBody};
+use tower_idempotency::{Rejection, RejectionCode, layer::RequestBody};
 
 fn router(runs: &Count) -> Router {
     let counter = runs.clone();

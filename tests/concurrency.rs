@@ -12,8 +12,8 @@ use support::{
     watched::Watched,
 };
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, IdempotencyKey, IntoStore, Reaper, RecordState, SqliteStore, Store,
-    store::ConnectionMode,
+    IdempotencyKey, Reaper, SqliteStore,
+    store::{Attempt, Claim, ClaimOutcome, ConnectionMode, IntoStore, RecordState, Store},
 };
 
 const MANY: usize = 100;

@@ -11,7 +11,8 @@ use support::{
     server::Server,
 };
 use tower_idempotency::{
-    Consumer, IdempotencyKey, RecordState, Resolution, ResolveOutcome, StoredBody, StoredResponse,
+    Consumer, IdempotencyKey,
+    store::{RecordState, Resolution, ResolveOutcome, StoredBody, StoredResponse},
 };
 
 /// Writes its charge at once. Long enough for its server to be killed in it, and shorter than the lease, after which

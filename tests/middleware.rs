@@ -12,8 +12,8 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::channel::Channel;
 use tower_idempotency::{
-    ConsumerExtractor, Directive, IdempotencyLayer, MemoryStore, RecordFilter, RejectionCode, Resolution,
-    ResolveOutcome, StoreOutage, StoredResponse,
+    ConsumerExtractor, Directive, IdempotencyLayer, MemoryStore, RejectionCode, StoreOutage,
+    store::{RecordFilter, Resolution, ResolveOutcome, StoredResponse},
 };
 
 use support::{

@@ -12,7 +12,8 @@ use support::{
     watched::Watched,
 };
 use tower_idempotency::{
-    AttemptId, IdempotencyLayer, MemoryStore, PostgresStore, Reaper, Record, RecordState, ResultPolicy,
+    IdempotencyLayer, MemoryStore, PostgresStore, Reaper, ResultPolicy,
+    store::{AttemptId, Record, RecordState},
 };
 
 /// A node, the server that keeps its records, and the network between them.

@@ -8,9 +8,12 @@ use bytes::Bytes;
 use sqlx::{Executor, PgPool, postgres::PgPoolOptions};
 use tokio::task::JoinSet;
 use tower_idempotency::{
-    Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentFilter, IntentUpdate, OpenOutcome,
-    Opening, PostgresStore, RenewOutcome, Renewal, Resource, Store, StoreErrorKind,
-    store::{ConnectionMode, TableCreation},
+    PostgresStore, Resource,
+    intent::IntentFilter,
+    store::{
+        Claim, ClaimOutcome, CompleteOutcome, ConnectionMode, Fenced, IntentFence, IntentUpdate, OpenOutcome,
+        Opening, RenewOutcome, Renewal, Store, StoreErrorKind, TableCreation,
+    },
 };
 
 use support::{

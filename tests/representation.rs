@@ -18,8 +18,8 @@ use axum::{
 };
 use tower::BoxError;
 use tower_idempotency::{
-    Directive, IdempotencyLayer, Record, RejectionCode, Representation, Resolution, StoredBody,
-    StoredRepresentation, StoredResponse, Tx,
+    Directive, IdempotencyLayer, RejectionCode, Representation, StoredRepresentation, Tx,
+    store::{Record, Resolution, StoredBody, StoredResponse},
 };
 
 use support::{

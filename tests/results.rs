@@ -19,8 +19,9 @@ use axum::{
 };
 use tower::ServiceExt;
 use tower_idempotency::{
-    Directive, Fingerprint, Idempotency, RecordFilter, RecordState, Rejection, RejectionCode, ResultPolicy,
-    Store, StoredResponse,
+    Directive, Idempotency, Rejection, RejectionCode, ResultPolicy,
+    fingerprint::Fingerprint,
+    store::{RecordFilter, RecordState, Store, StoredResponse},
 };
 
 use support::{

@@ -15,7 +15,8 @@ use axum::{
 use bytes::Bytes;
 use tower_idempotency::{
     Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyLayer, KeySyntax, MemoryStore,
-    RecordFilter, RecordState, Rejection, RejectionCode, Store,
+    Rejection, RejectionCode,
+    store::{RecordFilter, RecordState, Store},
 };
 
 use support::{

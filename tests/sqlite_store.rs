@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 
 use sqlx::{Executor, SqlitePool};
 use tokio::task::JoinSet;
-use tower_idempotency::{ClaimOutcome, SqliteStore, Store, StoreErrorKind, store::TableCreation};
+use tower_idempotency::{
+    SqliteStore,
+    store::{ClaimOutcome, Store, StoreErrorKind, TableCreation},
+};
 
 use support::{claim, must_name, names_to_quote, sqlite::SqliteFile, win};
 

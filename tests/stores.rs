@@ -4,7 +4,10 @@ mod support;
 
 use std::{sync::Arc, time::Duration};
 
-use tower_idempotency::{MemoryStore, Store, conformance_tests, store::conformance::Fixture};
+use tower_idempotency::{
+    MemoryStore, conformance_tests,
+    store::{Store, conformance::Fixture},
+};
 
 use support::{
     schema::{PooledSchema, Schema},

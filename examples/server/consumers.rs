@@ -8,7 +8,7 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use tower_idempotency::{Consumer, Refused, Restore};
+use tower_idempotency::{Consumer, Restore, recovery::Refused};
 
 use crate::Problem;
 

@@ -3,14 +3,15 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 #[cfg(feature = "memory")]
-mod memory;
+pub(crate) mod memory;
 #[cfg(feature = "postgres")]
-mod postgres;
-mod recovery;
+pub(crate) mod postgres;
+pub(crate) mod recovery;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod sql;
 #[cfg(feature = "sqlite")]
-mod sqlite;
+pub(crate) mod sqlite;
+pub(crate) mod transaction;
 
 use std::{fmt::Debug, sync::Arc};
 
@@ -27,10 +28,23 @@ pub use recovery::RecoveryStore;
 pub use sql::{InvalidIdentifier, TableCreation};
 #[cfg(feature = "sqlite")]
 pub use sqlite::SqliteStore;
+pub use transaction::{
+    IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
+    TransactionOptions, TransactionUsage,
+};
 
-use crate::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RenewOutcome, Renewal, Resolution, ResolveOutcome, StoreError, StoreTransaction, TransactionLimits,
+use crate::{consumer::Consumer, key::IdempotencyKey};
+pub use crate::{
+    error::{StoreError, StoreErrorKind},
+    stored::{
+        intent::{CallId, IntentFence, IntentUpdate, OpenOutcome, Opening},
+        record::{
+            Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId,
+            RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome,
+        },
+        request::{KeptRequest, RequestUpdate, UnreadableRequest},
+        response::{StoredBody, StoredResponse, UnreadableResponse},
+    },
 };
 
 /// Keeps records. This is the contract that every store fulfils and that the conformance suite
@@ -71,7 +85,7 @@ use crate::{
 ///   waits for a lock on one of its rows: such a row is skipped.
 /// * **Durability.** When a call has answered, its effect survives a crash of the process and, for a store that
 ///   promises it, of the machine.
-/// * **Errors** say by their [kind](crate::StoreErrorKind) what is known about the effect.
+/// * **Errors** say by their [kind](crate::store::StoreErrorKind) what is known about the effect.
 ///
 /// # Implementing it
 ///
@@ -90,7 +104,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`Misconfigured`](crate::StoreErrorKind::Misconfigured) if the store cannot keep the contract: a read-only
+    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store cannot keep the contract: a read-only
     /// replica, missing tables or rights.
     async fn prepare(&self) -> Result<Vec<String>, StoreError>;
 
@@ -98,7 +112,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the key may have been won: claim again with the same
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the key may have been won: claim again with the same
     /// attempt, or release.
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError>;
 
@@ -113,7 +127,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
 
     /// Gives the key back: the record of the attempt, in progress or held, is claimable at once. It is gone, and any
@@ -121,14 +135,14 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be released; calling again is harmless.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be released; calling again is harmless.
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError>;
 
     /// Makes the record of the attempt held.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be held; calling again is harmless.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be held; calling again is harmless.
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError>;
 
     /// Looks one record up, expired or not. Purged ones are gone.
@@ -149,7 +163,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be deleted; calling again is harmless.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be deleted; calling again is harmless.
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError>;
 
     /// Ends a record that is held or whose lease ran out. A completion by this call gives the record its whole
@@ -157,7 +171,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be resolved; [`get`](Self::get) tells.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be resolved; [`get`](Self::get) tells.
     async fn resolve(
         &self,
         consumer: &Consumer,

@@ -6,11 +6,19 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
-    Attempt, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate,
-    KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate, StoreError, UpstreamKey,
+    consumer::Consumer,
+    error::StoreError,
+    key::IdempotencyKey,
+    stored::{
+        intent::{
+            Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate, OpenOutcome, Opening, UpstreamKey,
+        },
+        record::{Attempt, Fenced, RecordId},
+        request::{KeptRequest, RequestUpdate},
+    },
 };
 
-/// Keeps intents, finished phases and kept requests beside the records of a [`Store`](crate::Store).
+/// Keeps intents, finished phases and kept requests beside the records of a [`Store`](crate::store::Store).
 ///
 /// # Rules
 ///
@@ -35,7 +43,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be open: open it again with the same call, or record
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be open: open it again with the same call, or record
     /// that it was not sent.
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError>;
 
@@ -44,7 +52,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be recorded.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be recorded.
     async fn update_intent(
         &self,
         intent: UpstreamKey,
@@ -101,7 +109,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::StoreErrorKind::Ambiguous) it may be kept.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be kept.
     async fn keep_request(
         &self,
         attempt: &Attempt,
@@ -126,7 +134,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Takes requests that are to be sent again, at most `limit`: those whose time has come, that do not need attention, and
     /// whose record waits for the next attempt. That is: the record is in progress, not expired, and its lease is over or it
     /// was released and has stayed; the next claim would not find it held; and it was not claimed under a policy that holds
-    /// abandoned attempts ([`max_abandoned`](crate::Claim::max_abandoned) 1), however its attempt has ended. Nobody else takes
+    /// abandoned attempts ([`max_abandoned`](crate::store::Claim::max_abandoned) 1), however its attempt has ended. Nobody else takes
     /// them for `pause`, and each counts a try more.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::{Database, Postgres, Sqlite};
-use tower_idempotency::{Idempotency, IntentState, RejectionCode, Resource, Store};
+use tower_idempotency::{Idempotency, RejectionCode, Resource, intent::IntentState, store::Store};
 
 use crate::{
     bank::{End, Node},

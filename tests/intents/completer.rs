@@ -16,8 +16,9 @@ use axum::{
     response::IntoResponse,
 };
 use tower_idempotency::{
-    Consumer, IdempotencyKey, IdempotencyLayer, RecordState, Refused, RejectionCode, ResultPolicy,
-    StoreErrorKind,
+    Consumer, IdempotencyKey, IdempotencyLayer, RejectionCode, ResultPolicy,
+    recovery::Refused,
+    store::{RecordState, StoreErrorKind},
 };
 
 use crate::records_alone::RecordsAlone;

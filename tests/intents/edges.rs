@@ -17,9 +17,10 @@ use axum::{
 use sqlx::{Connection, PgConnection, Sqlite, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
-    CallFailure, Idempotency, IdempotencyKey, IdempotencyLayer, Intent, IntentError, IntentFence,
-    IntentFilter, IntentUpdate, Opened, PostgresStore, Reaper, RejectionCode, Resolution, ResolveOutcome,
-    Resource, ResultPolicy, Tx, TxError, store::ConnectionMode,
+    CallFailure, Idempotency, IdempotencyKey, IdempotencyLayer, Intent, IntentError, PostgresStore, Reaper,
+    RejectionCode, Resource, ResultPolicy, Tx, TxError,
+    intent::{IntentFilter, Opened},
+    store::{ConnectionMode, IntentFence, IntentUpdate, Resolution, ResolveOutcome},
 };
 
 use crate::{

@@ -9,9 +9,12 @@ use bytes::Bytes;
 use http::Extensions;
 use tokio::sync::Notify;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome, Opening,
-    RecoveryStore, RenewOutcome, Renewal, Store, StoreError, StoreErrorKind, StoreTransaction,
-    TransactionLimits, UpstreamKey,
+    StoreError, UpstreamKey,
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome,
+        Opening, RecoveryStore, RenewOutcome, Renewal, Store, StoreErrorKind, StoreTransaction,
+        TransactionLimits,
+    },
 };
 
 use crate::{

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use axum::http::StatusCode;
 use tokio::runtime::Runtime;
 use tower_idempotency::{
-    AbandonedAttempts, CallFailure, Consumer, IdempotencyKey, IntentError, IntentLog, IntentLogError,
-    LogAttempt, LogOutcome, Reaper, Resolution, ResolveOutcome, Resource, StoredResponse, TransactionOptions,
-    TxError,
+    AbandonedAttempts, CallFailure, Consumer, IdempotencyKey, IntentError, IntentLog, LogOutcome, Reaper,
+    Resource, TransactionOptions, TxError,
+    jobs::{IntentLogError, LogAttempt},
+    store::{Resolution, ResolveOutcome, StoredResponse},
 };
 
 use crate::{

@@ -8,8 +8,9 @@ use std::{
 use axum::http::{HeaderName, StatusCode, header};
 use sqlx::Postgres;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, Consumer, ConsumerExtractor, Fingerprinter, IdempotencyKey,
-    IdempotencyLayer, KeptRequests, MemoryStore, RejectionCode,
+    Consumer, ConsumerExtractor, Fingerprinter, IdempotencyKey, IdempotencyLayer, KeptRequests, MemoryStore,
+    RejectionCode,
+    store::{Attempt, Claim, ClaimOutcome},
 };
 
 use crate::{

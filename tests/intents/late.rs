@@ -13,8 +13,11 @@ use std::{
 use axum::{Router, body::Body, extract::Request, http::StatusCode, response::IntoResponse, routing::post};
 use sqlx::Database as _;
 use tower_idempotency::{
-    AbandonedAttempts, CallFailure, Completer, Consumer, Idempotency, IdempotencyKey, IntentFilter,
-    IntentLog, IntentResolution, LogOutcome, Reaper, RecordState, Refused, Restore, ResultPolicy,
+    AbandonedAttempts, CallFailure, Completer, Consumer, Idempotency, IdempotencyKey, IntentLog, LogOutcome,
+    Reaper, Restore, ResultPolicy,
+    intent::{IntentFilter, IntentResolution},
+    recovery::Refused,
+    store::RecordState,
 };
 
 use crate::shop::{Act, Dialect, LEASE, Node, Shop, charge, completer, on_both_stores, restore_user, until};

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use sqlx::SqliteConnection;
 use tower_idempotency::{
-    Consumer, Idempotency, IdempotencyKey, IntentFilter, IntentLog, IntentResolution, IntentState,
-    KeptRequests, LogOutcome, MemoryStore, RejectionCode, Resource, Store, TxError,
+    Consumer, Idempotency, IdempotencyKey, IntentLog, KeptRequests, LogOutcome, MemoryStore, RejectionCode,
+    Resource, TxError,
+    intent::{IntentFilter, IntentResolution, IntentState},
+    store::Store,
 };
 
 use crate::{

@@ -6,8 +6,8 @@ use axum::{Router, http::StatusCode, routing::post};
 use sqlx::{PgConnection, PgPool, postgres::PgPoolOptions};
 use tokio::{task::JoinHandle, time::sleep};
 use tower_idempotency::{
-    Idempotency, IdempotencyHandle, IdempotencyLayer, IntentFilter, PostgresStore, RejectionCode, Resource,
-    Store, TxError,
+    Idempotency, IdempotencyHandle, IdempotencyLayer, PostgresStore, RejectionCode, Resource, TxError,
+    intent::IntentFilter, store::Store,
 };
 
 use crate::support::{

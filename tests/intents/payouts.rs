@@ -15,8 +15,10 @@ use axum::{
 use sqlx::{Database, Pool, Sqlite};
 use tokio::{sync::watch, task::JoinHandle, time::sleep};
 use tower_idempotency::{
-    CallFailure, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, Intent, IntentFilter,
-    Lookup, Reaper, Reconcile, Reconciler, Record, RejectionCode, Resource, Store, UpstreamKey,
+    CallFailure, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, Intent, Lookup, Reaper,
+    Reconcile, Reconciler, RejectionCode, Resource, UpstreamKey,
+    intent::IntentFilter,
+    store::{Record, Store},
 };
 
 use crate::support::{

@@ -13,8 +13,8 @@ use sqlx::{Connection, Pool, Sqlite};
 use tokio::time::{sleep, timeout};
 use tower_http::timeout::TimeoutLayer;
 use tower_idempotency::{
-    Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RejectionCode, Resource, Store,
-    TransactionOptions, Tx, TxError,
+    Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RejectionCode, Resource,
+    TransactionOptions, Tx, TxError, store::Store,
 };
 
 use crate::records_alone::RecordsAlone;

@@ -15,9 +15,10 @@ use sqlx::{
 };
 use tokio::{sync::mpsc, time::sleep};
 use tower_idempotency::{
-    CallFailure, Fenced, Idempotency, IdempotencyLayer, IntentError, IntentFence, IntentFilter, IntentState,
-    IntentUpdate, OpenIntent, Opened, PostgresStore, Reaper, RejectionCode, Resource, Tx, TxError,
-    store::ConnectionMode,
+    CallFailure, Idempotency, IdempotencyLayer, IntentError, PostgresStore, Reaper, RejectionCode, Resource,
+    Tx, TxError,
+    intent::{IntentFilter, IntentState, OpenIntent, Opened},
+    store::{ConnectionMode, Fenced, IntentFence, IntentUpdate},
 };
 
 use crate::{
@@ -263,7 +264,7 @@ async fn a_phase_whose_statement_ends_while_it_is_given_up_is_rolled_back() {
             assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{answer:?}");
         }
         sleep(Duration::from_millis(1300)).await;
-        held.extend(node.handle.list(tower_idempotency::RecordFilter::Held, 100).await.unwrap());
+        held.extend(node.handle.list(tower_idempotency::store::RecordFilter::Held, 100).await.unwrap());
     }
     assert!(held.is_empty(), "{:?}", held.iter().map(|record| &record.key).collect::<Vec<_>>());
 }

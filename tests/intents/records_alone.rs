@@ -5,8 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::Extensions;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, MemoryStore, RecoveryStore, RenewOutcome, Renewal, Store,
-    StoreError, StoreTransaction, TransactionLimits,
+    MemoryStore, StoreError,
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, RecoveryStore, RenewOutcome, Renewal, Store,
+        StoreTransaction, TransactionLimits,
+    },
 };
 
 use crate::support::forward::forward_store;

@@ -23,9 +23,10 @@ use sqlx::{Pool, Postgres, Sqlite};
 use tokio::runtime::Runtime;
 use tokio_stream::Stream;
 use tower_idempotency::{
-    Completer, CompleterPass, Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyHandle,
-    IdempotencyKey, IdempotencyLayer, KeptRequests, Reaper, Record, RecordState, Refused, RejectionCode,
-    Restore, Store,
+    Completer, Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyHandle, IdempotencyKey,
+    IdempotencyLayer, KeptRequests, Reaper, RejectionCode, Restore,
+    recovery::{CompleterPass, Refused},
+    store::{Record, RecordState, Store},
 };
 use uuid::Uuid;
 
@@ -247,7 +248,9 @@ impl Node {
         assert_eq!(headers.remove("idempotent-replayed").unwrap(), "true", "{retry:?}");
         assert_eq!(headers.remove("content-length").unwrap(), retry.body.len().to_string().as_str());
         assert_eq!((retry.status, headers), (stored.status, stored.headers));
-        let tower_idempotency::StoredBody::Kept { data, .. } = stored.body else { panic!("{record:?}") };
+        let tower_idempotency::store::StoredBody::Kept { data, .. } = stored.body else {
+            panic!("{record:?}")
+        };
         assert_eq!(retry.body, data);
         String::from_utf8(data.to_vec()).unwrap()
     }

@@ -16,8 +16,9 @@ use axum::{
 use sqlx::Database;
 use tokio::time::sleep;
 use tower_idempotency::{
-    Idempotency, IdempotencyLayer, Intent, IntentBuilder, IntentError, IntentFilter, IntentState, Lookup,
-    Reconciler, RecoveryStore, RejectionCode, Resource, Store,
+    Idempotency, IdempotencyLayer, Intent, IntentError, Lookup, Reconciler, RejectionCode, Resource,
+    intent::{IntentBuilder, IntentFilter, IntentState},
+    store::{RecoveryStore, Store},
 };
 
 use crate::{

@@ -9,7 +9,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use tokio::sync::Notify;
-use tower_idempotency::{Idempotency, IntentError, IntentFilter, IntentState, RejectionCode, Store, Tx};
+use tower_idempotency::{
+    Idempotency, IntentError, RejectionCode, Tx,
+    intent::{IntentFilter, IntentState},
+    store::Store,
+};
 
 use crate::{
     bank::{End, Gate, Node},

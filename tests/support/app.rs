@@ -19,7 +19,8 @@ use tokio::{
     time::sleep,
 };
 use tower_idempotency::{
-    Consumer, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, IntoStore, Record,
+    Consumer, Idempotency, IdempotencyHandle, IdempotencyKey, IdempotencyLayer,
+    store::{IntoStore, Record},
 };
 use uuid::Uuid;
 

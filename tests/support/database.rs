@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::{AssertSqlSafe, ConnectOptions};
-use tower_idempotency::{IdempotencyHandle, IdempotencyLayer, Store};
+use tower_idempotency::{IdempotencyHandle, IdempotencyLayer, store::Store};
 
 use super::{schema::Schema, server::Server, sqlite::SqliteFile};
 

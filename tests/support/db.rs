@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Database, PgPool, Pool, Postgres, Sqlite, SqlitePool, postgres::PgPoolOptions};
-use tower_idempotency::{PostgresStore, SqliteStore, Store};
+use tower_idempotency::{PostgresStore, SqliteStore, store::Store};
 
 use super::{
     schema::{Schema, server},

@@ -15,8 +15,9 @@ use http_body_util::BodyExt;
 use tokio::task::JoinHandle;
 use tower::ServiceExt;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, IdempotencyLayer, MemoryStore,
-    Reaper, Rejection, RejectionCode, Store,
+    Consumer, IdempotencyKey, IdempotencyLayer, MemoryStore, Reaper, Rejection, RejectionCode,
+    fingerprint::Fingerprint,
+    store::{Attempt, Claim, ClaimOutcome, Store},
 };
 
 use super::{

@@ -12,18 +12,18 @@ macro_rules! forward_store {
     ($field:ident) => {
         $crate::support::forward::forward_store! { $field:
             prepare<>() -> Vec<String>;
-            release<'a>(attempt: &'a tower_idempotency::Attempt) -> tower_idempotency::Fenced;
-            hold<'a>(attempt: &'a tower_idempotency::Attempt) -> tower_idempotency::Fenced;
+            release<'a>(attempt: &'a tower_idempotency::store::Attempt) -> tower_idempotency::store::Fenced;
+            hold<'a>(attempt: &'a tower_idempotency::store::Attempt) -> tower_idempotency::store::Fenced;
             get<'a, 'b>(consumer: &'a tower_idempotency::Consumer, key: &'b tower_idempotency::IdempotencyKey)
-                -> Option<tower_idempotency::Record>;
-            list<>(filter: tower_idempotency::RecordFilter, limit: u32) -> Vec<tower_idempotency::Record>;
+                -> Option<tower_idempotency::store::Record>;
+            list<>(filter: tower_idempotency::store::RecordFilter, limit: u32) -> Vec<tower_idempotency::store::Record>;
             evict<'a, 'b>(consumer: &'a tower_idempotency::Consumer, key: &'b tower_idempotency::IdempotencyKey)
                 -> bool;
             resolve<'a, 'b>(
                 consumer: &'a tower_idempotency::Consumer,
                 key: &'b tower_idempotency::IdempotencyKey,
-                resolution: tower_idempotency::Resolution
-            ) -> tower_idempotency::ResolveOutcome;
+                resolution: tower_idempotency::store::Resolution
+            ) -> tower_idempotency::store::ResolveOutcome;
         }
     };
     ($field:ident: $($call:ident<$($life:lifetime),*>($($name:ident: $type:ty),*) -> $output:ty;)*) => {$(
@@ -45,31 +45,31 @@ macro_rules! forward_recovery {
         $crate::support::forward::forward_store! { $field:
             take_dangling<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::Intent>;
             get_intent<>(intent: tower_idempotency::UpstreamKey) -> Option<tower_idempotency::Intent>;
-            list_intents<>(filter: tower_idempotency::IntentFilter, limit: u32) -> Vec<tower_idempotency::Intent>;
-            count_intents<>() -> tower_idempotency::IntentCounts;
+            list_intents<>(filter: tower_idempotency::intent::IntentFilter, limit: u32) -> Vec<tower_idempotency::Intent>;
+            count_intents<>() -> tower_idempotency::intent::IntentCounts;
             find_phase<'a, 'b>(
-                attempt: &'a tower_idempotency::Attempt,
-                record: tower_idempotency::RecordId,
+                attempt: &'a tower_idempotency::store::Attempt,
+                record: tower_idempotency::store::RecordId,
                 name: &'b str
             ) -> Option<bytes::Bytes>;
             keep_request<'a, 'b>(
-                attempt: &'a tower_idempotency::Attempt,
-                record: tower_idempotency::RecordId,
+                attempt: &'a tower_idempotency::store::Attempt,
+                record: tower_idempotency::store::RecordId,
                 request: &'b bytes::Bytes,
                 after: std::time::Duration
-            ) -> tower_idempotency::Fenced;
+            ) -> tower_idempotency::store::Fenced;
             keep_record<'a, 'b>(
                 consumer: &'a tower_idempotency::Consumer,
                 key: &'b tower_idempotency::IdempotencyKey,
-                record: tower_idempotency::RecordId
-            ) -> tower_idempotency::Fenced;
-            take_abandoned<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::KeptRequest>;
+                record: tower_idempotency::store::RecordId
+            ) -> tower_idempotency::store::Fenced;
+            take_abandoned<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::store::KeptRequest>;
             update_request<'a>(
-                record: tower_idempotency::RecordId,
+                record: tower_idempotency::store::RecordId,
                 tries: Option<u32>,
-                update: &'a tower_idempotency::RequestUpdate
-            ) -> tower_idempotency::Fenced;
-            list_requests<>(limit: u32) -> Vec<tower_idempotency::KeptRequest>;
+                update: &'a tower_idempotency::store::RequestUpdate
+            ) -> tower_idempotency::store::Fenced;
+            list_requests<>(limit: u32) -> Vec<tower_idempotency::store::KeptRequest>;
             purge_settled<>(retention: std::time::Duration, limit: u32) -> u64;
         }
     };

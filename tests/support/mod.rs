@@ -25,8 +25,9 @@ use std::{
 };
 
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, Consumer, Fingerprint, IdempotencyKey, RecordId, Store, StoreError,
-    StoreErrorKind,
+    Consumer, IdempotencyKey, StoreError,
+    fingerprint::Fingerprint,
+    store::{Attempt, Claim, ClaimOutcome, RecordId, Store, StoreErrorKind},
 };
 
 /// An environment variable that `scripts/test` sets.

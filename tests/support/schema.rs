@@ -7,8 +7,8 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use tower_idempotency::{
-    PostgresStore, Store,
-    store::{ConnectionMode, conformance::Fixture},
+    PostgresStore,
+    store::{ConnectionMode, Store, conformance::Fixture},
 };
 
 use super::{proxy::Proxy, required_env};

@@ -11,7 +11,10 @@ use std::{
 use axum::{Router, response::Response, routing::any};
 use bytes::Bytes;
 use tokio::net::TcpListener;
-use tower_idempotency::{IdempotencyHandle, IdempotencyLayer, MemoryStore, Record, RecordFilter};
+use tower_idempotency::{
+    IdempotencyHandle, IdempotencyLayer, MemoryStore,
+    store::{Record, RecordFilter},
+};
 
 use super::http::{RawResponse, exchange, post};
 

@@ -7,7 +7,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqlitePoolOptions},
 };
 use tempfile::TempDir;
-use tower_idempotency::{SqliteStore, Store, store::conformance::Fixture};
+use tower_idempotency::{
+    SqliteStore,
+    store::{Store, conformance::Fixture},
+};
 
 use super::wait_for;
 

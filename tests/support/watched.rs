@@ -12,8 +12,11 @@ use bytes::Bytes;
 use http::Extensions;
 use tokio::sync::watch;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, RecoveryStore, RenewOutcome, Renewal, Store, StoreError,
-    StoreErrorKind, StoreTransaction, TransactionLimits,
+    StoreError,
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, RecoveryStore, RenewOutcome, Renewal, Store,
+        StoreErrorKind, StoreTransaction, TransactionLimits,
+    },
 };
 
 use super::forward::forward_store;

@@ -15,7 +15,10 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep},
 };
-use tower_idempotency::{IdempotencyLayer, PostgresStore, SqliteStore, Store, StoredBody, StoredResponse};
+use tower_idempotency::{
+    IdempotencyLayer, PostgresStore, SqliteStore,
+    store::{Store, StoredBody, StoredResponse},
+};
 
 use crate::{client::Reply, report::Check};
 

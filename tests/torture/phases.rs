@@ -9,7 +9,7 @@ use std::{
 
 use rustix::process::Signal;
 use tokio::{task::block_in_place, time::sleep};
-use tower_idempotency::{Consumer, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RecordState};
+use tower_idempotency::{Consumer, IdempotencyHandle, IdempotencyKey, IdempotencyLayer, store::RecordState};
 
 use crate::{
     Run,

@@ -19,8 +19,8 @@ use sqlx::{
 };
 use tokio::{net::TcpListener, time::sleep};
 use tower_idempotency::{
-    Completer, Consumer, Idempotency, IdempotencyLayer, IntoStore, IsolationLevel, KeptRequests,
-    PostgresStore, Reaper, Refused, Restore, SqliteStore, TransactionOptions, Tx,
+    Completer, Consumer, Idempotency, IdempotencyLayer, IsolationLevel, KeptRequests, PostgresStore, Reaper,
+    Restore, SqliteStore, TransactionOptions, Tx, recovery::Refused, store::IntoStore,
 };
 use uuid::Uuid;
 

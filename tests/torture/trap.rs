@@ -12,9 +12,12 @@ use bytes::Bytes;
 use http::Extensions;
 use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IdempotencyKey, IntentFence, IntentUpdate,
-    OpenOutcome, Opening, RecoveryStore, RenewOutcome, Renewal, Store, StoreError, StoreTransaction,
-    TransactionError, TransactionLimits, TransactionUsage, UpstreamKey,
+    IdempotencyKey, StoreError, UpstreamKey,
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome,
+        Opening, RecoveryStore, RenewOutcome, Renewal, Store, StoreTransaction, TransactionError,
+        TransactionLimits, TransactionUsage,
+    },
 };
 
 use crate::support::forward::{forward_recovery, forward_store};

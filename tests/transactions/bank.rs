@@ -20,7 +20,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tower_idempotency::{
-    IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RecordState, RejectionCode, Store, Tx,
+    IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RejectionCode, Tx,
+    store::{RecordState, Store},
 };
 use uuid::Uuid;
 

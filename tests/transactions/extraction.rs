@@ -8,7 +8,7 @@ use axum::{
 };
 use sqlx::Sqlite;
 use tower::{ServiceBuilder, ServiceExt};
-use tower_idempotency::{IdempotencyLayer, MemoryStore, RejectionCode, RequestBody, Tx};
+use tower_idempotency::{IdempotencyLayer, MemoryStore, RejectionCode, Tx, layer::RequestBody};
 
 use crate::{
     bank::{Bank, Db, End, Node, charge, charge_once, on_both_stores, unique},

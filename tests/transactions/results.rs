@@ -9,7 +9,7 @@ use axum::{
     response::Response,
 };
 use tower::{ServiceBuilder, ServiceExt};
-use tower_idempotency::{Directive, RejectionCode, RequestBody, ResultPolicy, TransactionOptions, Tx};
+use tower_idempotency::{Directive, RejectionCode, ResultPolicy, TransactionOptions, Tx, layer::RequestBody};
 
 use crate::{
     bank::{Bank, Db, End, Node, charge, on_both_stores, unique},

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use sqlx::Sqlite;
 use tokio::time::sleep;
-use tower_idempotency::{IdempotencyKey, RecordState, RejectionCode, TransactionOptions, Tx};
+use tower_idempotency::{IdempotencyKey, RejectionCode, TransactionOptions, Tx, store::RecordState};
 
 use crate::{
     bank::{Bank, Db, End, Gate, charge, charge_once, unique},

@@ -8,7 +8,10 @@ use super::{
     requests::request,
     support::*,
 };
-use crate::{Claim, Fenced, IntentFence, Opening};
+use crate::stored::{
+    intent::{IntentFence, Opening},
+    record::{Claim, Fenced},
+};
 
 /// A request is not taken before its time, which counts from when it was kept.
 pub async fn a_request_is_not_taken_before_its_time(fixture: &dyn Fixture) {

@@ -1,7 +1,7 @@
 //! Records that were abandoned too often, and held ones.
 
 use super::{Fixture, support::*};
-use crate::{Claim, Fenced, Record, RecordFilter, RecordState};
+use crate::stored::record::{Claim, Fenced, Record, RecordFilter, RecordState};
 
 /// When the last permitted attempt was abandoned, the record becomes held and keeps its attempt.
 pub async fn too_many_abandoned_attempts_hold_the_record(fixture: &dyn Fixture) {

@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::Barrier;
 
 use super::{Fixture, support::*};
-use crate::{AttemptId, Claim, ClaimOutcome, Fenced, RecordFilter, RecordId, RecordState, RenewOutcome};
+use crate::stored::record::{
+    AttemptId, Claim, ClaimOutcome, Fenced, RecordFilter, RecordId, RecordState, RenewOutcome,
+};
 
 /// Making a store ready twice, and by two processes at once, does no harm.
 pub async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fixture) {

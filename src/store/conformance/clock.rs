@@ -1,7 +1,7 @@
 //! Time is the clock of the store alone.
 
 use super::{Fixture, support::*};
-use crate::{Claim, RenewOutcome, Resolution, ResolveOutcome};
+use crate::stored::record::{Claim, RenewOutcome, Resolution, ResolveOutcome};
 
 /// A machine whose clock is ahead cannot take over a lease that is alive.
 pub async fn a_clock_that_is_ahead_steals_no_lease(fixture: &dyn Fixture) {

@@ -1,7 +1,7 @@
 //! Responses that are stored, once.
 
 use super::{Fixture, support::*};
-use crate::{Claim, CompleteOutcome, RecordState};
+use crate::stored::record::{Claim, CompleteOutcome, RecordState};
 
 /// The owner stores its response, and every handle finds it.
 pub async fn the_owner_stores_its_response(fixture: &dyn Fixture) {
@@ -12,7 +12,7 @@ pub async fn the_owner_stores_its_response(fixture: &dyn Fixture) {
     store.complete_as_owner(&owner.attempt, response("r"), "by the owner").await;
 
     let after = other.get(&owner, "after the completion").await;
-    let expected = crate::Record { state: RecordState::completed(response("r")), ..before };
+    let expected = crate::stored::record::Record { state: RecordState::completed(response("r")), ..before };
     assert_eq!(after, expected, "the record after its completion");
 }
 

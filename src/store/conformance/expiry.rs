@@ -1,7 +1,7 @@
 //! Records past their expiry.
 
 use super::{Fixture, claims::race, support::*, takeover::race_until_won};
-use crate::{Claim, Fenced};
+use crate::stored::record::{Claim, Fenced};
 
 /// An expired record counts as absent though nobody has purged it: a new record, attempt number 1, any request.
 pub async fn an_expired_record_counts_as_absent(fixture: &dyn Fixture) {

@@ -1,7 +1,7 @@
 //! Writes of attempts that do not own the record.
 
 use super::{Fixture, support::*};
-use crate::{Claim, Fenced, RecordState, RenewOutcome};
+use crate::stored::record::{Claim, Fenced, RecordState, RenewOutcome};
 
 /// A release by an attempt that does not own the record changes nothing.
 pub async fn a_release_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {

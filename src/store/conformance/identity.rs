@@ -3,7 +3,11 @@
 use bytes::Bytes;
 
 use super::{Fixture, support::*};
-use crate::{Attempt, Claim, Consumer, Fingerprint, RecordFilter};
+use crate::{
+    consumer::Consumer,
+    fingerprint::Fingerprint,
+    stored::record::{Attempt, Claim, RecordFilter},
+};
 
 /// Keys that differ in case, in spaces or in any one byte are different keys.
 pub async fn keys_are_compared_byte_by_byte(fixture: &dyn Fixture) {

@@ -5,10 +5,12 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{Fixture, support::*};
-use crate::{
-    Claim, Fenced, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, RecordId, Resource,
-    UpstreamKey,
-    intent::{CallId, Place},
+use crate::stored::{
+    intent::{
+        CallId, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Place, Resource,
+        UpstreamKey,
+    },
+    record::{Claim, Fenced, RecordId},
 };
 
 impl Recovery {

@@ -7,9 +7,9 @@ use super::{
     intents::{finalize, next_call, opening_of},
     support::*,
 };
-use crate::{
-    Claim, ClaimOutcome, Fenced, Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome,
-    Opening, RecordState, RenewOutcome, Resolution, ResolveOutcome,
+use crate::stored::{
+    intent::{Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome, Opening},
+    record::{Claim, ClaimOutcome, Fenced, RecordState, RenewOutcome, Resolution, ResolveOutcome},
 };
 
 impl Recovery {

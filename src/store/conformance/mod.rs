@@ -7,7 +7,7 @@
 //! ```
 //! use std::{sync::Arc, time::Duration};
 //!
-//! use tower_idempotency::{MemoryStore, Store, conformance_tests, store::conformance::Fixture};
+//! use tower_idempotency::{MemoryStore, conformance_tests, store::{Store, conformance::Fixture}};
 //!
 //! #[derive(Debug, Default)]
 //! struct InMemory(MemoryStore);
@@ -31,7 +31,7 @@
 //! The tests run on a runtime of this crate's own: the crate that holds them needs `async-trait` for its fixture, but
 //! neither tokio nor its macros.
 //!
-//! The rules of [`RecoveryStore`](crate::RecoveryStore) pass for a store that has none.
+//! The rules of [`RecoveryStore`](crate::store::RecoveryStore) pass for a store that has none.
 //!
 //! [`rules`] is the same list as values, for another test harness.
 //!
@@ -82,7 +82,7 @@ pub use requests::*;
 pub use takeover::*;
 pub use tries::*;
 
-use crate::Store;
+use crate::store::Store;
 
 /// Gives one rule its storage. Each rule gets a fixture of its own, whose storage is empty.
 #[async_trait]
@@ -156,7 +156,7 @@ pub fn run<F: Fixture + 'static>(name: &str, fixture: impl Future<Output = F>) {
 ///
 /// ```
 /// # use std::{sync::Arc, time::Duration};
-/// # use tower_idempotency::{MemoryStore, Store, store::conformance::Fixture};
+/// # use tower_idempotency::{MemoryStore, store::{Store, conformance::Fixture}};
 /// # #[derive(Debug)]
 /// # struct Server(MemoryStore);
 /// # impl Server { async fn connect() -> Self { Self(MemoryStore::new()) } }

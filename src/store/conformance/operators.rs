@@ -1,7 +1,9 @@
 //! What operators call.
 
 use super::{Fixture, support::*};
-use crate::{Claim, CompleteOutcome, Fenced, RecordFilter, RecordState, Resolution, ResolveOutcome};
+use crate::stored::record::{
+    Claim, CompleteOutcome, Fenced, RecordFilter, RecordState, Resolution, ResolveOutcome,
+};
 
 /// A key without a record has none to show.
 pub async fn an_absent_key_is_not_found(fixture: &dyn Fixture) {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Fixture, support::*};
-use crate::{Claim, ClaimOutcome, RecordFilter, RenewOutcome};
+use crate::stored::record::{Claim, ClaimOutcome, RecordFilter, RenewOutcome};
 
 /// A purge deletes what is past its expiry and spares everything else.
 pub async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixture: &dyn Fixture) {
@@ -147,7 +147,7 @@ pub async fn a_purge_spares_what_is_renewed_meanwhile(fixture: &dyn Fixture) {
 async fn expired(store: &Handle, round: usize, like: Claim) -> Vec<Claim> {
     let claims = (0..40).map(|n| {
         let attempt = claim_of(&format!("round {round}, key {n}")).attempt;
-        Claim { attempt, record_id: crate::RecordId::random(), ..like.clone() }
+        Claim { attempt, record_id: crate::stored::record::RecordId::random(), ..like.clone() }
     });
     let claims: Vec<Claim> = claims.collect();
     for claim in &claims {

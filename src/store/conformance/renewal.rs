@@ -1,7 +1,7 @@
 //! Leases that are renewed.
 
 use super::{Fixture, support::*};
-use crate::{Claim, Fenced, RenewOutcome, Renewal, Resolution};
+use crate::stored::record::{Claim, Fenced, RenewOutcome, Renewal, Resolution};
 
 /// A renewal counts from the moment at which it is carried out, and can also shorten a lease.
 pub async fn a_renewal_sets_the_lease_anew(fixture: &dyn Fixture) {

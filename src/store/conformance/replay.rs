@@ -1,7 +1,7 @@
 //! Completed records do not change.
 
 use super::{Fixture, support::*};
-use crate::{Claim, RenewOutcome, Resolution, ResolveOutcome};
+use crate::stored::record::{Claim, RenewOutcome, Resolution, ResolveOutcome};
 
 /// A claim that finds a completed record shows its response, by whichever attempt.
 pub async fn a_completed_record_is_shown_to_every_retry(fixture: &dyn Fixture) {
@@ -66,15 +66,19 @@ pub async fn retries_during_a_completion_see_all_of_it_or_nothing(fixture: &dyn 
             async move {
                 loop {
                     match other.claim(&retry_of(&owner)).await {
-                        crate::ClaimOutcome::Exists(record) => match record.state {
-                            crate::RecordState::InProgress { .. } => tokio::task::yield_now().await,
-                            crate::RecordState::Completed { response } => {
+                        crate::stored::record::ClaimOutcome::Exists(record) => match record.state {
+                            crate::stored::record::RecordState::InProgress { .. } => {
+                                tokio::task::yield_now().await
+                            }
+                            crate::stored::record::RecordState::Completed { response } => {
                                 break assert!(response == body, "half a response");
                             }
-                            crate::RecordState::Held => panic!("a record that nobody held is held"),
+                            crate::stored::record::RecordState::Held => {
+                                panic!("a record that nobody held is held")
+                            }
                         },
-                        crate::ClaimOutcome::Contended => tokio::task::yield_now().await,
-                        won @ crate::ClaimOutcome::Won { .. } => {
+                        crate::stored::record::ClaimOutcome::Contended => tokio::task::yield_now().await,
+                        won @ crate::stored::record::ClaimOutcome::Won { .. } => {
                             panic!("the owner's lease is alive: {won:?}")
                         }
                     }

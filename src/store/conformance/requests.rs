@@ -5,7 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{Fixture, support::*};
-use crate::{Attempt, Claim, Fenced, KeptRequest, RecordId, RecordState, RenewOutcome, RequestUpdate};
+use crate::stored::{
+    record::{Attempt, Claim, Fenced, RecordId, RecordState, RenewOutcome},
+    request::{KeptRequest, RequestUpdate},
+};
 
 impl Recovery {
     pub(super) async fn keep(&self, claim: &Claim, request: &Bytes, after: Duration) -> Fenced {

@@ -9,9 +9,15 @@ use tokio::{
 };
 
 use crate::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
-    RecordFilter, RecordId, RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome,
-    Store, StoreError,
+    consumer::Consumer,
+    error::StoreError,
+    fingerprint::Fingerprint,
+    key::IdempotencyKey,
+    store::{Store, recovery::RecoveryStore},
+    stored::record::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId, RecordState,
+        RenewOutcome, Renewal, Resolution, ResolveOutcome,
+    },
 };
 
 /// A lease or a retention that runs out while the rule waits.

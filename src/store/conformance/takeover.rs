@@ -1,7 +1,7 @@
 //! Leases that ran out, and who takes the record over.
 
 use super::{Fixture, claims::race, support::*};
-use crate::{Claim, Fenced, RecordState};
+use crate::stored::record::{Claim, Fenced, RecordState};
 
 /// A lease that ran out is taken over: same record, next attempt number, one more abandoned attempt.
 pub async fn a_lapsed_lease_is_taken_over_by_the_same_request(fixture: &dyn Fixture) {
@@ -125,13 +125,15 @@ pub async fn a_lapsed_lease_shows_nothing_remaining(fixture: &dyn Fixture) {
 pub(super) async fn race_until_won(
     handles: &[Handle; 2],
     claims: Vec<Claim>,
-) -> Vec<(crate::AttemptId, crate::RecordId, u32)> {
+) -> Vec<(crate::stored::record::AttemptId, crate::stored::record::RecordId, u32)> {
     let until = tokio::time::Instant::now() + SHORT * 2;
     let tasks = claims.into_iter().enumerate().map(|(n, claim)| {
         let store = handles[n % 2].clone();
         async move {
             while tokio::time::Instant::now() < until {
-                if let crate::ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim).await {
+                if let crate::stored::record::ClaimOutcome::Won { record_id, attempt_number } =
+                    store.claim(&claim).await
+                {
                     return Some((claim.attempt.id, record_id, attempt_number));
                 }
                 tokio::time::sleep(std::time::Duration::from_millis(3)).await;

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use super::{Fixture, requests::send_again, support::*};
-use crate::{Fenced, KeptRequest, RequestUpdate};
+use crate::stored::{
+    record::Fenced,
+    request::{KeptRequest, RequestUpdate},
+};
 
 impl Recovery {
     /// What waits for an operator: the keys, and what is said of them.

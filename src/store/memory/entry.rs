@@ -5,7 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::{Attempt, AttemptId, Claim, ClaimOutcome, Fingerprint, RecordId};
+use crate::{
+    fingerprint::Fingerprint,
+    stored::record::{Attempt, AttemptId, Claim, ClaimOutcome, RecordId},
+};
 
 #[derive(Clone)]
 pub(super) struct Entry {

@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 use super::{entry::LONGEST, shard::Identity};
 use crate::{
-    CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey, store::recovery::ABSENT,
+    store::recovery::ABSENT,
+    stored::intent::{CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey},
 };
 
 /// A moment, on the clock that judges and on the one that is shown to people.

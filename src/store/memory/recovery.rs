@@ -16,9 +16,18 @@ use super::{
     shard::{identity_of, size},
 };
 use crate::{
-    Attempt, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter, IntentState,
-    IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RecoveryStore, RequestUpdate, StoreError,
-    UpstreamKey,
+    consumer::Consumer,
+    error::StoreError,
+    key::IdempotencyKey,
+    store::recovery::RecoveryStore,
+    stored::{
+        intent::{
+            Intent, IntentCounts, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome, Opening,
+            UpstreamKey,
+        },
+        record::{Attempt, Fenced, RecordId},
+        request::{KeptRequest, RequestUpdate},
+    },
 };
 
 #[async_trait]

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::entry::LONGEST;
-use crate::{KeptRequest, RequestUpdate};
+use crate::stored::request::{KeptRequest, RequestUpdate};
 
 /// A request, and when it is to be sent again. `None`: never, it needs attention.
 pub(super) struct Request {

@@ -13,7 +13,15 @@ use super::{
     requests::Request,
     shared::Stored,
 };
-use crate::{Attempt, Consumer, IdempotencyKey, Intent, KeptRequest, RecordId, UpstreamKey};
+use crate::{
+    consumer::Consumer,
+    key::IdempotencyKey,
+    stored::{
+        intent::{Intent, UpstreamKey},
+        record::{Attempt, RecordId},
+        request::KeptRequest,
+    },
+};
 
 pub(super) type Identity = (Consumer, IdempotencyKey);
 

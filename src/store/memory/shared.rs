@@ -16,10 +16,10 @@ use super::{
     intents::Now,
     shard::{Identity, Shard},
 };
-use crate::{Record, RecordState};
+use crate::stored::record::{Record, RecordState};
 
 /// What all handles share.
-pub(super) struct Shared {
+pub(super) struct Node {
     pub(super) shards: [Mutex<Shard>; SHARDS],
     pub(super) stored: Stored,
     hasher: RandomState,
@@ -27,7 +27,7 @@ pub(super) struct Shared {
     epoch: (Instant, SystemTime),
 }
 
-impl Default for Shared {
+impl Default for Node {
     fn default() -> Self {
         Self {
             shards: Default::default(),
@@ -38,7 +38,7 @@ impl Default for Shared {
     }
 }
 
-impl Shared {
+impl Node {
     pub(super) fn shard(&self, identity: &Identity) -> MutexGuard<'_, Shard> {
         let hash = self.hasher.hash_one(identity).to_le_bytes()[0];
         lock(&self.shards[usize::from(hash) % SHARDS])

@@ -17,7 +17,7 @@ use tokio::time::{error::Elapsed, timeout};
 
 use super::{ConnectionMode, call::Call};
 use crate::{
-    StoreError, StoreErrorKind,
+    error::{StoreError, StoreErrorKind},
     store::sql::{self, Meaning},
 };
 

@@ -5,7 +5,7 @@ use sqlx::{Row, postgres::PgRow};
 
 use super::{PostgresStore, call::Call, connection};
 use crate::{
-    StoreError,
+    error::StoreError,
     store::sql::recovery::{Engine, Statements, fields_of},
 };
 

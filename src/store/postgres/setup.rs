@@ -11,7 +11,8 @@ use super::{
     statements::Statements,
 };
 use crate::{
-    StoreError, StoreErrorKind, TRACING_TARGET,
+    error::{StoreError, StoreErrorKind},
+    redact::TRACING_TARGET,
     store::sql::{self, Identifier, Migration, Ready, TableCreation, misconfigured},
 };
 

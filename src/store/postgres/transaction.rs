@@ -17,11 +17,14 @@ use tokio::time::timeout;
 
 use super::{PostgresStore, call::Value, connection, of_attempt};
 use crate::{
-    Attempt, IsolationLevel, StoreError, TRACING_TARGET, TransactionError, TransactionErrorKind,
-    TransactionLimits,
-    error::BoxError,
-    store::sql,
-    tx::{Driver, Last},
+    error::{BoxError, StoreError},
+    redact::TRACING_TARGET,
+    store::{
+        sql,
+        sql::slot::{Driver, Last},
+        transaction::{IsolationLevel, TransactionError, TransactionErrorKind, TransactionLimits},
+    },
+    stored::record::Attempt,
 };
 
 /// The transaction of one attempt.

@@ -14,10 +14,18 @@ use super::{
     decoding, instant, number, span,
 };
 use crate::{
-    Attempt, AttemptId, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence,
-    IntentFilter, IntentState, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RequestUpdate,
-    Resource, StoreError, UpstreamKey,
+    consumer::Consumer,
+    error::StoreError,
+    key::IdempotencyKey,
     store::recovery::{ABSENT, RecoveryStore},
+    stored::{
+        intent::{
+            CallId, Intent, IntentCounts, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome,
+            Opening, Resource, UpstreamKey,
+        },
+        record::{Attempt, AttemptId, Fenced, RecordId},
+        request::{KeptRequest, RequestUpdate},
+    },
 };
 
 /// What a database does for recovery.

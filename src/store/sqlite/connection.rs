@@ -17,7 +17,7 @@ use tokio::{
 
 use super::Prepared;
 use crate::{
-    StoreError, StoreErrorKind,
+    error::{StoreError, StoreErrorKind},
     store::sql::{self, Meaning},
 };
 

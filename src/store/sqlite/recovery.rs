@@ -5,7 +5,7 @@ use sqlx::{Row, sqlite::SqliteRow};
 
 use super::{Prepared, SqliteStore, connection, prepared, statements};
 use crate::{
-    StoreError,
+    error::StoreError,
     store::sql::{
         call::{Call, Value},
         recovery::{Engine, Statements, fields_of},

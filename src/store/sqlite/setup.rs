@@ -4,7 +4,8 @@ use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
 
 use super::{SqliteStore, connection::error, statements::Statements};
 use crate::{
-    StoreError, TRACING_TARGET,
+    error::StoreError,
+    redact::TRACING_TARGET,
     store::sql::{self, Identifier, Migration, Ready, TableCreation, misconfigured},
 };
 

@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    Renewal,
     store::sql::{self, Identifier, recovery},
+    stored::record::Renewal,
 };
 
 /// The statements of a store, for its table.

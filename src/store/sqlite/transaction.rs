@@ -17,9 +17,13 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{SqliteStore, connection::primary, of_attempt, statements::millis};
 use crate::{
-    Attempt, TRACING_TARGET, TransactionError, TransactionErrorKind,
-    store::sql,
-    tx::{Driver, Last},
+    redact::TRACING_TARGET,
+    store::{
+        sql,
+        sql::slot::{Driver, Last},
+        transaction::{TransactionError, TransactionErrorKind},
+    },
+    stored::record::Attempt,
 };
 
 /// The transaction of one attempt.

@@ -6,7 +6,9 @@ use std::{
 };
 
 use axum::http::StatusCode;
-use tower_idempotency::{IdempotencyLayer, IntentState, Reconciler, ReconcilerPass, StoreErrorKind};
+use tower_idempotency::{
+    IdempotencyLayer, Reconciler, intent::IntentState, recovery::ReconcilerPass, store::StoreErrorKind,
+};
 
 use super::lookups::{dangle, intent};
 use crate::{
@@ -79,7 +81,7 @@ async fn a_call_that_is_made_again_during_the_lookup_wins<DB: Db>(world: World<D
     world.age_intents().await;
     let pass = pass(&node, lookups.reconciler());
     lookups.until_waiting(1).await;
-    let absent = tower_idempotency::IntentResolution::Absent;
+    let absent = tower_idempotency::intent::IntentResolution::Absent;
     node.handle.resolve_intent(key, absent).await.unwrap();
     bank.transfers(Transfer::Unknown);
     node.pay("k").await.assert_refused(tower_idempotency::RejectionCode::OutcomeUnknown);

@@ -5,7 +5,9 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use tokio::task::JoinSet;
 use tower_idempotency::{
-    Intent, IntentFilter, IntentState, Lookup, Reconciler, ReconcilerPass, RejectionCode, UpstreamKey,
+    Intent, Lookup, Reconciler, RejectionCode, UpstreamKey,
+    intent::{IntentFilter, IntentState},
+    recovery::ReconcilerPass,
 };
 
 use crate::{

@@ -2,9 +2,12 @@
 
 use axum::http::{HeaderMap, StatusCode};
 use tower_idempotency::{
-    Consumer, IdempotencyKey, IntentFilter, IntentResolution, IntentState, Resolution,
-    ResolveIntentOutcome::{Absent, AlreadySettled, InProgress, Resolved, StillOpen},
-    ResolveOutcome, Resource, StoredResponse, UpstreamKey,
+    Consumer, IdempotencyKey, Resource, UpstreamKey,
+    intent::{
+        IntentFilter, IntentResolution, IntentState,
+        ResolveIntentOutcome::{Absent, AlreadySettled, InProgress, Resolved, StillOpen},
+    },
+    store::{Resolution, ResolveOutcome, StoredResponse},
 };
 use uuid::Uuid;
 

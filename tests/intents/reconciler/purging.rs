@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use tower_idempotency::{IdempotencyLayer, IntentResolution, Reaper, RejectionCode};
+use tower_idempotency::{IdempotencyLayer, Reaper, RejectionCode, intent::IntentResolution};
 
 use super::lookups::dangle;
 use crate::{

@@ -10,7 +10,10 @@ use std::{sync::Arc, time::Duration};
 
 use sqlx::{AssertSqlSafe, SqlitePool};
 use tempfile::TempDir;
-use tower_idempotency::{SqliteStore, Store, store::conformance::Fixture};
+use tower_idempotency::{
+    SqliteStore,
+    store::{Store, conformance::Fixture},
+};
 
 /// What is wrong with the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

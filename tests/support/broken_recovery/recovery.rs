@@ -4,9 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tower_idempotency::{
-    Attempt, CallId, Consumer, Fenced, IdempotencyKey, Intent, IntentCounts, IntentFence, IntentFilter,
-    IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId, RecoveryStore, RequestUpdate, Store,
-    StoreError, UpstreamKey,
+    Consumer, IdempotencyKey, Intent, StoreError, UpstreamKey,
+    intent::{IntentCounts, IntentFilter},
+    store::{
+        Attempt, CallId, Fenced, IntentFence, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId,
+        RecoveryStore, RequestUpdate, Store,
+    },
 };
 use uuid::Uuid;
 

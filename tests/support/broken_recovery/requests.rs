@@ -5,7 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use sqlx::{AssertSqlSafe, Row, sqlite::SqliteRow};
 use tower_idempotency::{
-    Attempt, Consumer, Fenced, IdempotencyKey, KeptRequest, RecordId, RequestUpdate, StoreError,
+    Consumer, IdempotencyKey, StoreError,
+    store::{Attempt, Fenced, KeptRequest, RecordId, RequestUpdate},
 };
 use uuid::Uuid;
 

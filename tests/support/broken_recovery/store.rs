@@ -5,9 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::Extensions;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, IdempotencyKey, Record, RecordFilter,
-    RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreError, StoreTransaction,
-    TransactionLimits,
+    Consumer, IdempotencyKey, StoreError,
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecoveryStore,
+        RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreTransaction, TransactionLimits,
+    },
 };
 
 use super::{Faulty, RecoveryFault};

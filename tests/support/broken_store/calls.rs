@@ -8,9 +8,13 @@ use std::{
 use bytes::Bytes;
 use http::Extensions;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fenced, Fingerprint, IdempotencyKey, Record,
-    RecordFilter, RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store,
-    StoreError, StoreErrorKind, StoreTransaction, TransactionLimits,
+    Consumer, IdempotencyKey, StoreError,
+    fingerprint::Fingerprint,
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordState,
+        RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreErrorKind,
+        StoreTransaction, TransactionLimits,
+    },
 };
 
 use super::{

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tower_idempotency::{Store, store::conformance::Fixture};
+use tower_idempotency::store::{Store, conformance::Fixture};
 
 use rules::{BrokenStore, Identity, Row};
 

@@ -8,8 +8,9 @@ use std::{
 
 use bytes::Bytes;
 use tower_idempotency::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Consumer, Fingerprint, IdempotencyKey, Record,
-    RecordState, RenewOutcome, Renewal,
+    Consumer, IdempotencyKey,
+    fingerprint::Fingerprint,
+    store::{Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, RecordState, RenewOutcome, Renewal},
 };
 
 use super::Fault;

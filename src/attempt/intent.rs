@@ -1,0 +1,389 @@
+//! The call of an intent: opened before, settled after.
+
+use std::{fmt, time::Duration};
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::time::{Instant, timeout};
+
+use crate::{
+    attempt::idempotency::Idempotency, fingerprint::canonical_digest, node::tasks::answer_of,
+    redact::TRACING_TARGET, stored::record::Fenced,
+};
+use crate::{
+    attempt::{
+        error::IntentError,
+        progress::{Entered, check_name},
+    },
+    stored::intent::{
+        CallFailure, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource,
+        UpstreamKey,
+    },
+};
+
+/// A call to an upstream service that is about to be made: what it is and how the upstream behaves. Made by
+/// [`Idempotency::intent`].
+#[must_use = "nothing is opened before `call` or `open`"]
+#[derive(Debug)]
+pub struct IntentBuilder {
+    idempotency: Idempotency,
+    name: String,
+    discriminator: Option<String>,
+    arguments: Result<Bytes, &'static str>,
+    subject: Option<String>,
+    deduplicates_for: Duration,
+    timeout: Duration,
+    grace: Duration,
+}
+
+/// What there is to do for an intent.
+#[derive(Debug)]
+#[expect(clippy::exhaustive_enums, reason = "a handler must handle every one")]
+pub enum Opened {
+    /// Make the call, and settle this.
+    Call(OpenIntent),
+    /// An earlier attempt made the call: this is what it has recorded.
+    Finalized(Resource),
+    /// The upstream has refused an earlier attempt, with this reason.
+    Refused(String),
+}
+
+impl IntentBuilder {
+    pub(crate) fn new(idempotency: Idempotency, name: String) -> Self {
+        Self {
+            idempotency,
+            name,
+            discriminator: None,
+            arguments: Ok(Bytes::new()),
+            subject: None,
+            deduplicates_for: Duration::ZERO,
+            timeout: TIMEOUT,
+            grace: GRACE,
+        }
+    }
+
+    /// Tells this intent from others of its name in the same request, whatever their order: the recipient of one of many
+    /// transfers, for example. Without, the first `intent(name)` of an attempt is the first of every attempt.
+    pub fn of(mut self, discriminator: impl fmt::Display) -> Self {
+        self.discriminator = Some(discriminator.to_string());
+        self
+    }
+
+    /// What the call is made with. A digest of it is stored, and a later attempt that asks for the same intent with other
+    /// arguments is refused ([`OtherArguments`](IntentError::OtherArguments)), instead of getting the result of another
+    /// call. Values are compared as JSON: the order of the members of an object does not count.
+    pub fn with_arguments(mut self, arguments: &(impl Serialize + ?Sized)) -> Self {
+        self.arguments = canonical_digest(arguments)
+            .ok_or("the arguments of an intent cannot be written as JSON without ambiguity");
+        self
+    }
+
+    /// Names the application's own row that the call belongs to, for people.
+    pub fn with_subject(mut self, subject: impl Into<String>) -> Self {
+        self.subject = Some(subject.into());
+        self
+    }
+
+    /// The upstream recognizes the [upstream key](UpstreamKey) for this long and performs a call once: a call whose outcome
+    /// is unknown is made again with the same key, as long as that comes well before the end: a tenth of this, or the
+    /// [grace period](Self::with_grace) if that is longer. Default: it does not, and such a call holds the key until it is
+    /// reconciled.
+    pub fn deduplicates_for(mut self, window: Duration) -> Self {
+        self.deduplicates_for = window;
+        self
+    }
+
+    /// How long [`call`](Self::call) waits for the upstream, at most a day. Default: 30 s.
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout.min(MAX_TIMEOUT);
+        self
+    }
+
+    /// After what time the intent is looked up if it is still open and its attempt has ended, at least twice the time-out.
+    /// Default: 5 min.
+    pub fn with_grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    fn dangling_after(&self) -> Duration {
+        self.grace.max(self.timeout.saturating_mul(2))
+    }
+
+    /// From when it is opened: a call may leave until it dangles.
+    fn repeatable_for(&self) -> Duration {
+        let margin = (self.deduplicates_for / 10).max(self.dangling_after());
+        self.deduplicates_for.saturating_sub(margin)
+    }
+
+    /// Opens the intent, makes the call and settles the intent by what the call came to:
+    ///
+    /// | the call | the intent | next attempt |
+    /// |---|---|---|
+    /// | `Ok` | finalized | gets the same [`Resource`], no call |
+    /// | [`Refused`](CallFailure::Refused) | dead | gets the same refusal, no call |
+    /// | [`NotSent`](CallFailure::NotSent) | open | calls again with the same key |
+    /// | [`Unknown`](CallFailure::Unknown), the time-out, a panic | open | calls again with the same key if the upstream deduplicates; otherwise the key is held until the intent is settled |
+    ///
+    /// The call is made with the upstream key that the closure gets: send it as the upstream's idempotency key, or where
+    /// the upstream has none, as a reference by which a look-up finds the resource.
+    ///
+    /// It is not made if the attempt has [lost its record](Idempotency::cancelled) or the process was stopped for so long
+    /// that less than the time-out is left of the grace period. What cannot be excluded without an upstream that
+    /// deduplicates is that the process is stopped while it sends.
+    ///
+    /// ```
+    /// # #[cfg(feature = "axum")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{CallFailure, Idempotency, IntentError, Resource, UpstreamKey};
+    /// # async fn transfer(key: UpstreamKey, cents: u64) -> Result<String, CallFailure> { Ok(String::new()) }
+    /// async fn pay_out(idempotency: Idempotency) -> Result<String, IntentError> {
+    ///     let day = Duration::from_secs(24 * 60 * 60);
+    ///     let transfer = idempotency
+    ///         .intent("bank.transfer")
+    ///         .with_arguments(&("DE02", 1000))
+    ///         .deduplicates_for(day)
+    ///         .call(async |key| transfer(key, 1000).await.map(Resource::from))
+    ///         .await?;
+    ///     Ok(transfer.id)
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`IntentError`].
+    pub async fn call<F>(self, call: F) -> Result<Resource, IntentError>
+    where
+        F: AsyncFnOnce(UpstreamKey) -> Result<Resource, CallFailure>,
+    {
+        let (limit, repeatable) = (self.timeout, !self.repeatable_for().is_zero());
+        let intent = match self.open().await? {
+            Opened::Call(intent) => intent,
+            Opened::Finalized(resource) => return Ok(resource),
+            Opened::Refused(reason) => return Err(IntentError::Refused(reason)),
+        };
+        if let Some(why) = intent.too_late(limit) {
+            return Err(intent.not_sent_because(why.into()).await);
+        }
+        let failure = match timeout(limit, call(intent.upstream_key())).await {
+            Ok(Ok(resource)) => return intent.finalize_surely(resource).await,
+            Ok(Err(failure)) => failure,
+            Err(_) => CallFailure::unknown(format!("no answer within {limit:?}, the time-out of the call")),
+        };
+        intent.log(&failure);
+        match failure {
+            CallFailure::Refused(reason) => {
+                // Recorded or not, it was refused.
+                if let Err(error) = intent.dead(reason.clone()).await {
+                    log_unsettled(&error);
+                }
+                Err(IntentError::Refused(reason))
+            }
+            CallFailure::NotSent(cause) => Err(intent.not_sent_because(cause).await),
+            CallFailure::Unknown(cause) => Err(IntentError::Unknown { repeatable, source: Some(cause) }),
+        }
+    }
+
+    /// Opens the intent: commits it before the call is made. For calls that do not fit [`call`](Self::call).
+    ///
+    /// # Errors
+    ///
+    /// [`IntentError`]; then no call may be made.
+    pub async fn open(self) -> Result<Opened, IntentError> {
+        self.idempotency.refuse_inside_transaction()?;
+        check_name(&self.name)?;
+        self.discriminator.as_deref().map_or(Ok(()), check_name)?;
+        let (dangling_after, repeatable_for) = (self.dangling_after(), self.repeatable_for());
+        let arguments = self.arguments.map_err(IntentError::Misused)?;
+        let entered = self.idempotency.progress().enter(&self.name, self.discriminator, &arguments)?;
+        let (attempt, record_id) = (self.idempotency.attempt().clone(), self.idempotency.record_id());
+        let opening = Opening {
+            arguments: arguments.clone(),
+            subject: self.subject,
+            repeatable_for,
+            dangling_after,
+            ..Opening::new(attempt, record_id, self.name, entered.place())
+        };
+        let (key, fence) = (opening.upstream_key, IntentFence::Call(opening.call));
+        let opened_at = Instant::now();
+        let outcome =
+            self.idempotency.node().open_intent(opening, self.idempotency.settings().store_wait()).await;
+        match outcome.map_err(IntentError::NotRecorded)? {
+            OpenOutcome::Opened => Ok(Opened::Call(OpenIntent {
+                idempotency: self.idempotency,
+                entered,
+                key,
+                fence,
+                opened_at,
+                dangling_after,
+            })),
+            OpenOutcome::Lost => Err(IntentError::Lost),
+            OpenOutcome::Recorded(intent) if intent.arguments != arguments => {
+                self.idempotency.progress().hold(IntentError::OtherArguments.rejection());
+                tracing::error!(
+                    target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name, upstream_key = %key,
+                    "an attempt asks for an intent with other arguments than an earlier one; the key is held"
+                );
+                Err(IntentError::OtherArguments)
+            }
+            OpenOutcome::Recorded(intent) => recorded(&entered, *intent),
+        }
+    }
+}
+
+/// What an earlier attempt, or an earlier call, has left.
+fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
+    match intent.state {
+        IntentState::Finalized(resource) => {
+            entered.settled();
+            Ok(Opened::Finalized(resource))
+        }
+        IntentState::Dead { reason, absent: false } => {
+            entered.settled();
+            Ok(Opened::Refused(reason))
+        }
+        // One that may be called again was, at the same moment, by somebody else.
+        IntentState::Open { sent: false } | IntentState::Dead { absent: true, .. } => Err(IntentError::Lost),
+        IntentState::Open { sent: true } => {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name,
+                upstream_key = %intent.upstream_key, "a call is not repeated: nobody knows what became of an earlier one"
+            );
+            let source =
+                "an earlier call may have arrived, and the upstream does not recognize it, or not any more";
+            Err(IntentError::Unknown { repeatable: false, source: Some(source.into()) })
+        }
+    }
+}
+
+/// An open intent: the call is to be made, and then settled by one of the methods. Dropped, it is left open, as after a
+/// time-out.
+#[must_use = "an intent that is dropped stays open"]
+pub struct OpenIntent {
+    idempotency: Idempotency,
+    entered: Entered,
+    key: UpstreamKey,
+    fence: IntentFence,
+    opened_at: Instant,
+    dangling_after: Duration,
+}
+
+impl OpenIntent {
+    /// The key to send the call with.
+    #[must_use]
+    pub fn upstream_key(&self) -> UpstreamKey {
+        self.key
+    }
+
+    /// The upstream has made the resource.
+    ///
+    /// While a phase or the transaction of the handler is open, which have the record locked, this returns at once, and it
+    /// is recorded after them.
+    ///
+    /// # Errors
+    ///
+    /// [`NotRecorded`](IntentError::NotRecorded) if the store does not answer for ten seconds; it goes on being recorded in
+    /// the background. [`Lost`](IntentError::Lost) if something else was recorded meanwhile.
+    pub async fn finalize(self, resource: impl Into<Resource>) -> Result<(), IntentError> {
+        self.settle(IntentUpdate::Finalize(resource.into())).await
+    }
+
+    /// The upstream has refused for good, with this reason.
+    ///
+    /// # Errors
+    ///
+    /// As of [`finalize`](Self::finalize).
+    pub async fn dead(self, reason: impl Into<String>) -> Result<(), IntentError> {
+        self.settle(IntentUpdate::Refuse(reason.into())).await
+    }
+
+    /// The call has certainly not been processed. The intent stays open, and may be called again.
+    ///
+    /// # Errors
+    ///
+    /// As of [`finalize`](Self::finalize).
+    pub async fn not_sent(self) -> Result<(), IntentError> {
+        self.settle(IntentUpdate::NotSent).await
+    }
+
+    fn log(&self, failure: &CallFailure) {
+        let (attempt, key, intent) = (self.idempotency.attempt(), self.key, self.entered.name());
+        let error = failure as &(dyn std::error::Error + 'static);
+        match failure {
+            CallFailure::Refused(_) => tracing::info!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent, upstream_key = %key,
+                error, "an upstream service has refused a call"
+            ),
+            CallFailure::NotSent(_) | CallFailure::Unknown(_) => tracing::warn!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent, upstream_key = %key,
+                error, "a call to an upstream service has no result"
+            ),
+        }
+    }
+
+    /// Why the call may not be made any more.
+    fn too_late(&self, timeout: Duration) -> Option<&'static str> {
+        if self.idempotency.is_cancelled() {
+            return Some("the attempt was cancelled before the call was made");
+        }
+        let left = self.dangling_after.saturating_sub(self.opened_at.elapsed());
+        (left < timeout).then_some("the process was stopped for too long before the call was made")
+    }
+
+    async fn not_sent_because(self, cause: crate::error::BoxError) -> IntentError {
+        if let Err(error) = self.not_sent().await {
+            log_unsettled(&error);
+        }
+        IntentError::NotSent(cause)
+    }
+
+    /// The resource is there, whether or not that could be recorded yet.
+    async fn finalize_surely(self, resource: Resource) -> Result<Resource, IntentError> {
+        match self.finalize(resource.clone()).await {
+            Ok(()) => Ok(resource),
+            Err(error @ IntentError::NotRecorded(_)) => {
+                log_unsettled(&error);
+                Ok(resource)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn settle(self, update: IntentUpdate) -> Result<(), IntentError> {
+        let node = self.idempotency.node();
+        let wait = self.idempotency.settings().settle_wait();
+        let give_up = Instant::now() + self.idempotency.settings().timing.max_execution.max(wait);
+        let settles = matches!(update, IntentUpdate::Finalize(_) | IntentUpdate::Refuse(_));
+        let task = node.settle_intent(self.key, self.fence, update, give_up);
+        if settles {
+            self.entered.settled();
+        }
+        if self.idempotency.has_its_record_locked() {
+            return Ok(());
+        }
+        let settled = answer_of(task, wait).await;
+        match settled.map_err(IntentError::NotRecorded)? {
+            Fenced::Applied => Ok(()),
+            Fenced::Lost => Err(IntentError::Lost),
+        }
+    }
+}
+
+impl fmt::Debug for OpenIntent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenIntent").field("key", &self.key).finish_non_exhaustive()
+    }
+}
+
+fn log_unsettled(error: &IntentError) {
+    let error = error as &(dyn std::error::Error + 'static);
+    tracing::error!(
+        target: TRACING_TARGET, error,
+        "what became of a call to an upstream service is not recorded yet; it is reconciled if it stays so"
+    );
+}
+
+const TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+const GRACE: Duration = Duration::from_secs(5 * 60);

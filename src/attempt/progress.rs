@@ -1,0 +1,201 @@
+//! How far an attempt has come: its intents and phases.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
+
+use bytes::Bytes;
+use tokio_util::task::TaskTracker;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+use tokio_util::task::task_tracker::TrackedFuture;
+
+use crate::rejection::Rejection;
+use crate::{attempt::error::IntentError, stored::intent::Place};
+
+/// Node by all handles of an attempt.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    state: Mutex<State>,
+    /// Ends of phases, which may find out that the key must be held.
+    ends_of_phases: OnceLock<TaskTracker>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Of each name without a discriminator, the intent that is not settled, or the last that was.
+    current: HashMap<String, Current>,
+    /// Intents whose call is being made.
+    calling: HashSet<(String, Place)>,
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    phases: HashSet<String>,
+    phase_open: bool,
+    /// An intent or a phase was asked for.
+    begun: bool,
+    held: Option<Rejection>,
+}
+
+const UNSETTLED: &str = "an intent of this name is open in this attempt: tell them apart with IntentBuilder::of, make one call \
+    after the other is settled, or give the arguments of a call that is tried again";
+
+#[derive(Debug)]
+struct Current {
+    ordinal: u32,
+    arguments: Bytes,
+    settled: bool,
+}
+
+impl Current {
+    /// Whether asking again can only mean the same call.
+    fn is_asked_again(&self, arguments: &Bytes) -> bool {
+        !arguments.is_empty() && self.arguments == *arguments
+    }
+}
+
+impl Progress {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins with an intent. By order of calls, one that is not settled comes again if it has the same arguments.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        name: &str,
+        discriminator: Option<String>,
+        arguments: &Bytes,
+    ) -> Result<Entered, IntentError> {
+        let mut state = self.state();
+        if state.phase_open {
+            return Err(IntentError::Misused(
+                "an intent inside a phase would wait for it: make the call before or after",
+            ));
+        }
+        let place = match discriminator {
+            Some(discriminator) => Place::Discriminator(discriminator),
+            None => {
+                let ordinal = match state.current.get(name) {
+                    None => 1,
+                    Some(last) if last.settled => last.ordinal.saturating_add(1),
+                    Some(last) if last.is_asked_again(arguments) => last.ordinal,
+                    Some(_) => return Err(IntentError::Misused(UNSETTLED)),
+                };
+                let current = Current { ordinal, arguments: arguments.clone(), settled: false };
+                state.current.insert(name.to_owned(), current);
+                Place::Ordinal(ordinal)
+            }
+        };
+        state.begun = true;
+        let identity = (name.to_owned(), place);
+        if !state.calling.insert(identity.clone()) {
+            return Err(IntentError::Misused(UNSETTLED));
+        }
+        Ok(Entered { progress: Arc::clone(self), identity })
+    }
+
+    /// The key is to be held with this answer, whatever the handler answers.
+    pub(crate) fn hold(&self, rejection: Rejection) {
+        self.state().held.get_or_insert(rejection);
+    }
+
+    /// Runs the end of a phase to its end, which the end of the attempt waits for.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn track<F: Future>(&self, end: F) -> TrackedFuture<F> {
+        self.ends_of_phases.get_or_init(TaskTracker::new).track_future(end)
+    }
+
+    pub(crate) async fn phases_ended(&self) {
+        if let Some(ends) = self.ends_of_phases.get() {
+            ends.close();
+            ends.wait().await;
+        }
+    }
+
+    /// Whether a phase is open, which has the record locked.
+    pub(crate) fn is_phase_open(&self) -> bool {
+        self.state().phase_open
+    }
+
+    pub(crate) fn has_begun(&self) -> bool {
+        self.state().begun
+    }
+
+    pub(crate) fn held(&self) -> Option<Rejection> {
+        self.state().held.clone()
+    }
+}
+
+/// A phase that is open, until it is dropped.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+#[derive(Debug)]
+pub(crate) struct InPhase(Arc<Progress>);
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Progress {
+    pub(crate) fn enter_phase(self: &Arc<Self>, name: &str) -> Result<InPhase, IntentError> {
+        check_name(name)?;
+        let mut state = self.state();
+        if state.phase_open {
+            let message = "two phases at once would wait for each other: begin one after the other has ended";
+            return Err(IntentError::Misused(message));
+        }
+        if !state.phases.insert(name.to_owned()) {
+            let message =
+                "a phase of this name has come before in this attempt: give each phase a name of its own";
+            return Err(IntentError::Misused(message));
+        }
+        state.phase_open = true;
+        state.begun = true;
+        Ok(InPhase(Arc::clone(self)))
+    }
+}
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Drop for InPhase {
+    fn drop(&mut self) {
+        self.0.state().phase_open = false;
+    }
+}
+
+/// Refuses what no database could store as a name.
+pub(super) fn check_name(name: &str) -> Result<(), IntentError> {
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {
+        return Err(IntentError::Misused(
+            "names of intents and phases, and discriminators, have 1 to 255 bytes, without NUL",
+        ));
+    }
+    Ok(())
+}
+
+const MAX_NAME_BYTES: usize = 255;
+
+/// An intent that the attempt is busy with, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Entered {
+    progress: Arc<Progress>,
+    identity: (String, Place),
+}
+
+impl Entered {
+    pub(super) fn name(&self) -> &str {
+        &self.identity.0
+    }
+
+    pub(super) fn place(&self) -> &Place {
+        &self.identity.1
+    }
+
+    /// The next intent of its name is another one.
+    pub(super) fn settled(&self) {
+        if let Some(current) = self.progress.state().current.get_mut(self.name())
+            && self.place().ordinal() == current.ordinal
+        {
+            current.settled = true;
+        }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.progress.state().calling.remove(&self.identity);
+    }
+}

@@ -1,0 +1,227 @@
+//! What is written of intents, in tasks that nobody cuts off.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    runtime::Handle,
+    sync::oneshot,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use crate::stored::intent::{
+    Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey,
+};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    metrics,
+    node::{FIRST_LATE_PAUSE, Node, RETRY, UNDO_LIMIT, tasks::no_answer},
+    redact::TRACING_TARGET,
+    retry::retry_until,
+    store::recovery::RecoveryStore,
+    stored::record::Fenced,
+};
+
+impl Node {
+    /// Opens an intent, waiting at most `limit`. One that is opened after that is withdrawn, as not sent.
+    pub(super) async fn open_intent(
+        self: &Arc<Self>,
+        opening: Opening,
+        limit: Duration,
+    ) -> Result<OpenOutcome, StoreError> {
+        let recovery = self.recovery()?;
+        let (sender, mut receiver) = oneshot::channel::<Delivery>();
+        self.tasks.spawn(Arc::clone(self).open_for(recovery, opening, sender));
+        let answer = match timeout(limit, &mut receiver).await {
+            Ok(answer) => answer.ok(),
+            Err(_) => {
+                receiver.close();
+                receiver.try_recv().ok()
+            }
+        };
+        answer.and_then(Delivery::accept).unwrap_or_else(|| Err(no_answer(limit)))
+    }
+
+    async fn open_for(
+        self: Arc<Self>,
+        recovery: Arc<dyn RecoveryStore>,
+        opening: Opening,
+        caller: oneshot::Sender<Delivery>,
+    ) {
+        let (mut tries, mut unanswered) = (1, false);
+        let outcome = loop {
+            let outcome = recovery.open_intent(&opening).await;
+            let ambiguous = outcome.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Ambiguous);
+            unanswered |= ambiguous;
+            if !ambiguous || caller.is_closed() {
+                break outcome;
+            }
+            sleep(RETRY.after(tries)).await;
+            tries += 1;
+        };
+        // If nobody waits any more it is dropped here.
+        let _ = caller.send(Delivery { node: self, opening, unanswered, outcome: Some(outcome) });
+    }
+
+    /// Records that no call was made. An opening that had no answer may be carried out later still.
+    async fn withdraw(self: Arc<Self>, opening: Opening, unanswered: bool) {
+        let (fence, until) = (IntentFence::Call(opening.call), Instant::now() + LATE);
+        let mut pause = FIRST_LATE_PAUSE;
+        loop {
+            let give_up = Instant::now() + UNDO_LIMIT;
+            match self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await {
+                Ok(Fenced::Lost) if unanswered && Instant::now() < until => {
+                    let _ = timeout(pause, self.tasks.draining.cancelled()).await;
+                    if self.tasks.is_draining() {
+                        return;
+                    }
+                    pause *= 2;
+                }
+                Ok(Fenced::Lost | Fenced::Applied) => return,
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Records what became of a call, trying again until `give_up`.
+    pub(super) fn settle_intent(
+        self: &Arc<Self>,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: IntentUpdate,
+        give_up: Instant,
+    ) -> JoinHandle<Result<Fenced, StoreError>> {
+        let this = Arc::clone(self);
+        self.tasks.spawn(async move { this.settle_until(intent, fence, update, give_up).await })
+    }
+
+    async fn settle_until(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: IntentUpdate,
+        give_up: Instant,
+    ) -> Result<Fenced, StoreError> {
+        let settle_once = || self.settle_once(intent, fence, &update);
+        retry_until(give_up, RETRY, settle_once, |error| {
+            let error = error as &dyn std::error::Error;
+            tracing::warn!(
+                target: TRACING_TARGET, upstream_key = %intent, error,
+                "what became of a call is not recorded yet; trying again"
+            );
+        })
+        .await
+    }
+
+    /// Found settled already, it is settled if it says the same.
+    async fn settle_once(
+        &self,
+        intent: UpstreamKey,
+        fence: IntentFence,
+        update: &IntentUpdate,
+    ) -> Result<Fenced, StoreError> {
+        let recovery = self.recovery()?;
+        if recovery.update_intent(intent, fence, update, None).await? == Fenced::Applied {
+            return Ok(Fenced::Applied);
+        }
+        let (Some(found), IntentFence::Call(call)) = (recovery.get_intent(intent).await?, fence) else {
+            return Ok(Fenced::Lost);
+        };
+        let resource = match (update, &found.state) {
+            (IntentUpdate::Finalize(resource), IntentState::Finalized(recorded))
+                if is_recorded_as(resource, recorded) =>
+            {
+                return Ok(Fenced::Applied);
+            }
+            (IntentUpdate::Refuse(_), IntentState::Dead { absent: false, .. }) if found.call == call => {
+                return Ok(Fenced::Applied);
+            }
+            (IntentUpdate::Finalize(resource), _) => resource,
+            (
+                IntentUpdate::Refuse(_)
+                | IntentUpdate::NotSent
+                | IntentUpdate::Absent(_)
+                | IntentUpdate::LookAgain { .. }
+                | IntentUpdate::Close,
+                _,
+            ) => return Ok(Fenced::Lost),
+        };
+        let fenced = match turned_up(&found) {
+            Some(fence) => recovery.update_intent(intent, fence, update, Some(TURNED_UP)).await?,
+            None => Fenced::Lost,
+        };
+        match fenced {
+            Fenced::Applied => report_turned_up(&found, resource),
+            Fenced::Lost => tracing::error!(
+                target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
+                "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
+            ),
+        }
+        Ok(fenced)
+    }
+}
+
+/// The fence of a resource that nobody knew of, whichever call has made it: nobody may be making another one, and the next
+/// attempt would.
+fn turned_up(found: &Intent) -> Option<IntentFence> {
+    match found.state {
+        IntentState::Dead { absent: true, .. } => Some(IntentFence::AbsentCall(found.call)),
+        IntentState::Open { sent: false } => Some(IntentFence::Call(found.call)),
+        IntentState::Open { sent: true }
+        | IntentState::Dead { absent: false, .. }
+        | IntentState::Finalized(_) => None,
+    }
+}
+
+/// Not every database stores NUL.
+fn is_recorded_as(resource: &Resource, recorded: &Resource) -> bool {
+    recorded.id == resource.id || recorded.id == resource.id.replace('\0', "\u{fffd}")
+}
+
+/// What became of an opening, on its way to the handler. If the handler is dropped before it looks, nobody makes the call,
+/// and an intent that may be open is withdrawn.
+struct Delivery {
+    node: Arc<Node>,
+    opening: Opening,
+    /// An opening had no answer, and may be carried out after those that had one.
+    unanswered: bool,
+    /// None once the handler has it.
+    outcome: Option<Result<OpenOutcome, StoreError>>,
+}
+
+impl Delivery {
+    fn accept(mut self) -> Option<Result<OpenOutcome, StoreError>> {
+        let outcome = self.outcome.take();
+        self.unanswered &= !matches!(outcome, Some(Ok(OpenOutcome::Opened)));
+        outcome
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        let may_be_open = self.unanswered || matches!(self.outcome, Some(Ok(OpenOutcome::Opened)));
+        // A runtime that goes down leaves it to the reconciler.
+        if may_be_open && let Ok(runtime) = Handle::try_current() {
+            let withdrawal = Arc::clone(&self.node).withdraw(self.opening.clone(), self.unanswered);
+            self.node.tasks.spawn_on(withdrawal, &runtime);
+        }
+    }
+}
+
+/// What was declared absent is there: it is reported, and not repeated.
+pub(crate) fn report_turned_up(intent: &Intent, resource: &Resource) {
+    let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
+    metrics::turned_up();
+    tracing::error!(
+        target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, resource = resource.id, "{TURNED_UP}"
+    );
+}
+
+pub(crate) const TURNED_UP: &str = "a resource turned up that the upstream had not known before";
+
+/// For how long an opening without an answer may still be carried out.
+const LATE: Duration = Duration::from_secs(30);

@@ -1,0 +1,237 @@
+//! Reads whole bodies, within limits.
+
+use std::{
+    collections::VecDeque,
+    error::Error,
+    future::{Future, poll_fn},
+    iter::successors,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame};
+use http_body_util::LengthLimitError;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::{Instant, timeout, timeout_at},
+};
+
+use crate::{
+    error::BoxError,
+    rejection::{Rejection, RejectionCode},
+};
+
+/// A whole body.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Buffered {
+    pub(crate) data: Bytes,
+    pub(crate) trailers: Option<HeaderMap>,
+}
+
+/// Limits on the bodies of requests.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestLimits {
+    /// Bytes of one body.
+    pub(crate) body: u32,
+    /// Bytes of all bodies that are in memory.
+    pub(crate) total_limit: usize,
+    /// What is left of them; one permit a byte.
+    pub(crate) total: Arc<Semaphore>,
+    pub(crate) timeout: Duration,
+}
+
+impl RequestLimits {
+    /// Refuses what cannot work.
+    #[track_caller]
+    pub(crate) fn check(&self) {
+        let Self { body, total_limit, .. } = self;
+        assert!(
+            usize::try_from(*body).is_ok_and(|body| body <= *total_limit),
+            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: raise \
+             with_request_buffer_limit first, or lower with_request_body_limit"
+        );
+    }
+
+    /// Reads the body of a request. `Ok(None)` if the caller has gone meanwhile.
+    pub(crate) async fn read<B>(
+        &self,
+        body: B,
+        caller: oneshot::Receiver<()>,
+    ) -> Result<Option<Buffered>, Rejection>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<BoxError>,
+    {
+        match timeout(self.timeout, self.read_all(body, caller)).await {
+            Ok(read) => read,
+            Err(_) => Err(Rejection::new(
+                RejectionCode::RequestTimeout,
+                format!("The body did not arrive within {:?}; nothing was done.", self.timeout),
+            )),
+        }
+    }
+
+    async fn read_all<B>(
+        &self,
+        body: B,
+        mut caller: oneshot::Receiver<()>,
+    ) -> Result<Option<Buffered>, Rejection>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<BoxError>,
+    {
+        let mut body = pin!(body);
+        let mut trailers = None;
+        let mut bytes = self.reserve(body.size_hint().lower())?;
+        loop {
+            let frame = poll_fn(|cx| match Pin::new(&mut caller).poll(cx) {
+                Poll::Ready(_) => Poll::Ready(Err(CallerGone)),
+                Poll::Pending => body.as_mut().poll_frame(cx).map(Ok),
+            });
+            match frame.await {
+                Err(CallerGone) => return Ok(None),
+                Ok(None) => return Ok(Some(Buffered { data: bytes.into_bytes(), trailers })),
+                Ok(Some(Err(error))) => return Err(incomplete(&error.into())),
+                Ok(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => self.append(&mut bytes, &data)?,
+                    Err(frame) => trailers = frame.into_trailers().ok(),
+                },
+            }
+        }
+    }
+
+    /// Takes room for a body whose least size is known, before any of it is read.
+    fn reserve(&self, lower: u64) -> Result<CountedBytes, Rejection> {
+        let capacity =
+            u32::try_from(lower).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
+        let permit = Arc::clone(&self.total).try_acquire_many_owned(capacity).map_err(|_| overloaded())?;
+        Ok(CountedBytes { bytes: Vec::new(), capacity, permit })
+    }
+
+    fn append(&self, bytes: &mut CountedBytes, data: &[u8]) -> Result<(), Rejection> {
+        let length = bytes.bytes.len() + data.len();
+        let needed =
+            u32::try_from(length).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
+        if needed > bytes.capacity {
+            let capacity = needed.max(bytes.capacity.saturating_mul(2).min(self.body));
+            let more = Arc::clone(&self.total).try_acquire_many_owned(capacity - bytes.capacity);
+            bytes.permit.merge(more.map_err(|_| overloaded())?);
+            bytes.capacity = capacity;
+        }
+        if length > bytes.bytes.capacity() {
+            let capacity = usize::try_from(bytes.capacity).unwrap_or(length);
+            bytes.bytes.reserve_exact(capacity - bytes.bytes.len());
+        }
+        bytes.bytes.extend_from_slice(data);
+        Ok(())
+    }
+
+    fn too_large(&self) -> Rejection {
+        let detail = format!("The body is larger than {} bytes; nothing was done.", self.body);
+        Rejection::new(RejectionCode::RequestTooLarge, detail)
+    }
+}
+
+struct CallerGone;
+
+/// Bytes that give their room back when the last handle to them is dropped.
+struct CountedBytes {
+    bytes: Vec<u8>,
+    capacity: u32,
+    permit: OwnedSemaphorePermit,
+}
+
+impl CountedBytes {
+    fn into_bytes(self) -> Bytes {
+        if self.bytes.is_empty() { Bytes::new() } else { Bytes::from_owner(self) }
+    }
+}
+
+impl AsRef<[u8]> for CountedBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+fn overloaded() -> Rejection {
+    Rejection::new(RejectionCode::Overloaded, "Too many requests are being received; nothing was done.")
+}
+
+/// A body that ended with an error. A limit outside the layer ends bodies too: those must not be sent again.
+fn incomplete(error: &BoxError) -> Rejection {
+    let mut sources = successors(Some(error.as_ref() as &(dyn Error + 'static)), |error| (*error).source());
+    if sources.any(|error| error.is::<LengthLimitError>()) {
+        return Rejection::new(
+            RejectionCode::RequestTooLarge,
+            "The body is larger than allowed; nothing was done.",
+        );
+    }
+    Rejection::new(
+        RejectionCode::RequestIncomplete,
+        format!("The body broke off ({error}); nothing was done."),
+    )
+}
+
+/// The body of a response, as far as it could be collected.
+pub(crate) enum Collected<B> {
+    /// All of it.
+    Whole(Buffered),
+    /// Too large, too slow or endless: what was read, and the rest.
+    Partial(VecDeque<Frame<Bytes>>, Pin<Box<B>>),
+    /// It broke off.
+    Broken(BoxError),
+}
+
+/// Collects the body of a response; nothing of it without a limit.
+pub(crate) async fn collect<B>(body: B, limit: Option<usize>, time_limit: Duration) -> Collected<B>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    let deadline = Instant::now() + time_limit;
+    let mut body = Box::pin(body);
+    let (mut frames, mut length) = (VecDeque::new(), 0);
+    let Some(limit) = limit.filter(|limit| body.size_hint().lower() <= *limit as u64) else {
+        return Collected::Partial(frames, body);
+    };
+    while let Ok(next) = timeout_at(deadline, poll_fn(|cx| body.as_mut().poll_frame(cx))).await {
+        match next {
+            None => return Collected::Whole(join(frames, length)),
+            Some(Err(error)) => return Collected::Broken(error.into()),
+            Some(Ok(frame)) => {
+                length += frame.data_ref().map_or(0, Bytes::len);
+                frames.push_back(frame);
+            }
+        }
+        if length > limit {
+            break;
+        }
+    }
+    Collected::Partial(frames, body)
+}
+
+fn join(frames: VecDeque<Frame<Bytes>>, length: usize) -> Buffered {
+    let mut whole = Buffered::default();
+    let mut chunks = Vec::with_capacity(frames.len());
+    for frame in frames {
+        match frame.into_data() {
+            Ok(data) => chunks.push(data),
+            Err(frame) => whole.trailers = frame.into_trailers().ok(),
+        }
+    }
+    whole.data = match <[Bytes; 1]>::try_from(chunks) {
+        Ok([only]) => only,
+        Err(chunks) => chunks
+            .iter()
+            .fold(Vec::with_capacity(length), |mut all, chunk| {
+                all.extend_from_slice(chunk);
+                all
+            })
+            .into(),
+    };
+    whole
+}

@@ -1,0 +1,96 @@
+//! The future of the layer's responses.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::Response;
+use pin_project_lite::pin_project;
+use tokio::{
+    sync::oneshot,
+    task::{JoinError, JoinHandle},
+};
+
+use crate::{
+    layer::body::ResponseBody,
+    redact::TRACING_TARGET,
+    rejection::{ProblemJson, Rejection, RejectionCode, respond},
+};
+
+/// What the task of a guarded request ends with.
+pub(crate) type Answer<B, E> = Result<Response<ResponseBody<B>>, E>;
+
+pin_project! {
+    /// Response future of [`IdempotencyService`](crate::layer::IdempotencyService).
+    ///
+    /// Dropping it does not cancel an attempt that was begun.
+    pub struct ResponseFuture<F, B, E> {
+        #[pin]
+        inner: Inner<F, B, E>,
+    }
+}
+
+pin_project! {
+    #[project = Projected]
+    enum Inner<F, B, E> {
+        Passed { #[pin] future: F },
+        Refused { response: Option<Response<Bytes>> },
+        Guarded { task: JoinHandle<Answer<B, E>>, _caller: oneshot::Sender<()> },
+    }
+}
+
+impl<F, B, E> ResponseFuture<F, B, E> {
+    pub(crate) fn passed(future: F) -> Self {
+        Self { inner: Inner::Passed { future } }
+    }
+
+    pub(crate) fn refused(response: Response<Bytes>) -> Self {
+        Self { inner: Inner::Refused { response: Some(response) } }
+    }
+
+    /// Waits for a task, which learns through `caller` that nobody waits any more.
+    pub(crate) fn guarded(task: JoinHandle<Answer<B, E>>, caller: oneshot::Sender<()>) -> Self {
+        Self { inner: Inner::Guarded { task, _caller: caller } }
+    }
+}
+
+impl<F, B, E> Future for ResponseFuture<F, B, E>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+{
+    type Output = Answer<B, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().inner.project() {
+            Projected::Passed { future } => {
+                Poll::Ready(ready!(future.poll(cx)).map(|response| response.map(ResponseBody::passed)))
+            }
+            Projected::Refused { response } => {
+                let response = response.take().unwrap_or_default();
+                Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
+            }
+            Projected::Guarded { task, .. } => {
+                Poll::Ready(ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error))))
+            }
+        }
+    }
+}
+
+impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+/// A closure of the application panicked, or the runtime is going down.
+fn task_ended<B>(error: &JoinError) -> Response<ResponseBody<B>> {
+    let error = error as &dyn std::error::Error;
+    tracing::error!(target: TRACING_TARGET, error, "the task of a request ended early");
+    let rejection =
+        Rejection::new(RejectionCode::Internal, "The request could not be finished; send it again.");
+    respond(rejection, &ProblemJson).map(|data| ResponseBody::buffered(data, None))
+}

@@ -1,0 +1,163 @@
+//! Keeps a request before its handler runs.
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Uri, header, request::Parts};
+use tokio::time::Instant;
+
+use crate::{
+    consumer::OTHER_CREDENTIALS,
+    error::StoreError,
+    fingerprint::original_uri,
+    layer::settings::Settings,
+    node::Node,
+    stored::{
+        record::{Claim, Fenced, RecordId},
+        request::encode,
+    },
+};
+
+impl Settings {
+    /// Whether a header is one that is never kept.
+    fn is_credential(&self, name: &HeaderName) -> bool {
+        CREDENTIALS.contains(name)
+            || OTHER_CREDENTIALS.contains(&name.as_str())
+            || self.consumer.header_name() == Some(name)
+    }
+
+    /// Refuses to keep credentials.
+    #[track_caller]
+    pub(crate) fn check_kept_requests(&self) {
+        let Some(kept) = &self.kept_requests else { return };
+        if let Some(name) = kept.headers.iter().find(|name| self.is_credential(name)) {
+            panic!(
+                "{name} identifies who sends a request and cannot be kept with it: remove it from KeptRequests; what \
+                 Restore puts back takes its place"
+            );
+        }
+        if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
+            panic!(
+                "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with it, so that \
+                 a request that is sent again would never be the same: remove it from the Fingerprinter"
+            );
+        }
+    }
+}
+
+/// The bytes that are kept of a request.
+fn encoded(settings: &Settings, parts: &Parts, body: &Bytes) -> Bytes {
+    let uri = original_uri(parts);
+    let target = uri.path_and_query().map_or_else(|| uri.path(), |target| target.as_str());
+    // In absolute form a query may follow the authority at once.
+    let target = if target.starts_with('?') { format!("/{target}") } else { target.to_owned() };
+    encode(&parts.method, &target, &kept_headers(settings, parts, uri), body)
+}
+
+fn kept_headers(settings: &Settings, parts: &Parts, uri: &Uri) -> HeaderMap {
+    let mut kept = HeaderMap::new();
+    for name in settings.names_of_kept_headers() {
+        if kept.contains_key(name) || settings.is_credential(name) {
+            continue;
+        }
+        for value in parts.headers.get_all(name).iter().filter(|value| !value.is_sensitive()) {
+            kept.append(name.clone(), value.clone());
+        }
+        if name == header::HOST && !kept.contains_key(name) {
+            kept.extend(host_of(uri).map(|host| (header::HOST, host)));
+        }
+    }
+    kept
+}
+
+fn host_of(uri: &Uri) -> Option<HeaderValue> {
+    let host = uri.host()?;
+    let port = uri.port().map(|port| format!(":{port}")).unwrap_or_default();
+    HeaderValue::from_str(&format!("{host}{port}")).ok()
+}
+
+impl Settings {
+    fn names_of_kept_headers(&self) -> impl Iterator<Item = &HeaderName> {
+        let always = [&header::CONTENT_TYPE, &header::CONTENT_ENCODING, &self.key_header];
+        let chosen = self.kept_requests.iter().flat_map(|kept| &kept.headers);
+        always.into_iter().chain(self.fingerprinter.headers()).chain(chosen)
+    }
+}
+
+impl Node {
+    /// Keeps the request of an attempt, in the time in which the attempt surely owns its record.
+    pub(crate) async fn keep_request(
+        &self,
+        settings: &Settings,
+        claim: &Claim,
+        claimed_at: Instant,
+        record: RecordId,
+        (parts, body): (&Parts, &Bytes),
+    ) -> Result<Fenced, StoreError> {
+        let Some(kept) = &settings.kept_requests else { return Ok(Fenced::Applied) };
+        let recovery = self.recovery()?;
+        let (attempt, request) = (claim.attempt.clone(), encoded(settings, parts, body));
+        let after = claim.lease.saturating_add(kept.abandoned_after);
+        let usable = (claim.lease * 3 / 4).saturating_sub(claimed_at.elapsed());
+        let limit = settings.store_timeout.min(usable);
+        let keep = async move { recovery.keep_request(&attempt, record, &request, after).await };
+        self.tasks.call(limit, keep).await
+    }
+}
+
+const CREDENTIALS: [HeaderName; 3] = [header::AUTHORIZATION, header::COOKIE, header::PROXY_AUTHORIZATION];
+
+#[cfg(test)]
+mod tests {
+    use http::{Method, Request};
+
+    use super::*;
+    use crate::{
+        consumer::{Consumer, ConsumerExtractor},
+        fingerprint::Fingerprinter,
+        key::IdempotencyKey,
+        layer::kept_requests::KeptRequests,
+        stored::request::KeptRequest,
+    };
+
+    fn settings() -> Settings {
+        let kept = KeptRequests::new().add_header(header::HOST).add_header(header::ACCEPT);
+        Settings {
+            kept_requests: Some(kept),
+            fingerprinter: Fingerprinter::default().add_header(HeaderName::from_static("x-tenant")),
+            ..Settings::default()
+        }
+    }
+
+    fn parts(uri: &str, headers: &[(&str, &[u8])]) -> Parts {
+        let mut builder = Request::builder().method(Method::PATCH).uri(uri);
+        for (name, value) in headers {
+            builder = builder.header(*name, HeaderValue::from_bytes(value).unwrap());
+        }
+        builder.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn credentials_and_what_was_not_chosen_are_not_kept() {
+        let mut settings = settings();
+        settings.consumer = ConsumerExtractor::header(header::ACCEPT);
+        let headers: [(&str, &[u8]); 5] = [
+            ("authorization", b"Bearer secret"),
+            ("cookie", b"secret"),
+            ("x-other", b"1"),
+            ("accept", b"acme"),
+            ("x-tenant", b"t"),
+        ];
+        let mut parts = parts("http://user:secret@pay.example:81/a?b", &headers);
+        let mut sensitive = HeaderValue::from_static("secret");
+        sensitive.set_sensitive(true);
+        parts.headers.append("x-tenant", sensitive);
+        let encoded = encoded(&settings, &parts, &Bytes::new());
+        assert!(!encoded.windows(6).any(|window| window == b"secret"));
+        let (consumer, key) = (Consumer::new("acme").unwrap(), IdempotencyKey::new("k").unwrap());
+        let decoded = KeptRequest::new(RecordId::random(), consumer, key, encoded).decode().unwrap();
+        assert_eq!(decoded.uri(), "/a?b");
+        let line =
+            |(name, value): (&HeaderName, &HeaderValue)| format!("{name}: {}", value.to_str().unwrap());
+        let kept: Vec<_> = decoded.headers().iter().map(line).collect();
+        assert_eq!(kept, ["x-tenant: t", "host: pay.example:81"]);
+    }
+}

@@ -1,0 +1,115 @@
+//! Claims: asked for in tasks that learn their outcome, whoever still waits for it.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+use super::{FIRST_LATE_PAUSE, Node, RETRY, UNDO_LIMIT, ends::End, tasks::no_answer};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    redact::TRACING_TARGET,
+    stored::record::{Attempt, Claim, ClaimOutcome},
+};
+
+impl Node {
+    /// Claims a key, unless it is one that this process is running.
+    pub(crate) async fn ask(
+        self: &Arc<Self>,
+        claim: &Claim,
+        limit: Duration,
+    ) -> Result<ClaimOutcome, StoreError> {
+        match self.running.find(&claim.attempt.consumer, &claim.attempt.key) {
+            Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
+            None => self.claim(claim.clone(), limit).await,
+        }
+    }
+
+    /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
+    async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
+        // Near the end of its lease a claim is worth nothing: before it is renewed somebody else may run.
+        let usable = claim.lease * 3 / 4;
+        let limit = limit.min(usable);
+        let sent_at = Instant::now();
+        let attempt = claim.attempt.clone();
+        let (sender, mut receiver) = oneshot::channel();
+        self.tasks.spawn(Arc::clone(self).claim_for(claim, sender));
+        let answer = match timeout(limit, &mut receiver).await {
+            Ok(answer) => answer.ok(),
+            Err(_) => {
+                receiver.close();
+                receiver.try_recv().ok()
+            }
+        };
+        if matches!(answer, Some(Ok(ClaimOutcome::Won { .. }))) && sent_at.elapsed() > usable {
+            self.give_back(attempt);
+            return Err(no_answer(limit));
+        }
+        answer.unwrap_or_else(|| Err(no_answer(limit)))
+    }
+
+    /// Learns the outcome of a claim, whether or not somebody still waits for it.
+    async fn claim_for(
+        self: Arc<Self>,
+        claim: Claim,
+        caller: oneshot::Sender<Result<ClaimOutcome, StoreError>>,
+    ) {
+        let (mut sent, mut tries) = (false, 1);
+        let outcome = loop {
+            let outcome = self.store.claim(&claim).await;
+            let Err(error) = &outcome else { break outcome };
+            let ambiguous = error.kind() == StoreErrorKind::Ambiguous;
+            sent |= ambiguous;
+            if !ambiguous || caller.is_closed() {
+                break outcome;
+            }
+            sleep(RETRY.after(tries)).await;
+            tries += 1;
+        };
+        let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
+        let delivered = caller.send(outcome).is_ok();
+        if won && delivered {
+            return;
+        }
+        if sent {
+            self.release_late(&claim).await;
+        } else if won {
+            self.release_unstarted(&claim.attempt).await;
+        }
+    }
+
+    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that was frozen, or waits
+    /// for its standby, carries it out after the first release.
+    async fn release_late(&self, claim: &Claim) {
+        let end = Instant::now() + claim.lease;
+        let mut pause = FIRST_LATE_PAUSE;
+        loop {
+            self.release_unstarted(&claim.attempt).await;
+            if Instant::now() >= end || self.tasks.is_draining() {
+                return;
+            }
+            let _ = timeout_at(end.min(Instant::now() + pause), self.tasks.draining.cancelled()).await;
+            pause *= 4;
+        }
+    }
+
+    /// Releases, in the background, a claim that was won in vain.
+    pub(crate) fn give_back(self: &Arc<Self>, attempt: Attempt) {
+        let shared = Arc::clone(self);
+        self.tasks.spawn(async move { shared.release_unstarted(&attempt).await });
+    }
+
+    /// A claim whose handler never started is always released, never held.
+    async fn release_unstarted(&self, attempt: &Attempt) {
+        let give_up = Instant::now() + UNDO_LIMIT;
+        if let Err(error) = self.end(attempt, None, &End::Release, give_up).await {
+            tracing::error!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                error = &error as &dyn std::error::Error,
+                "a claim without an attempt could not be released; its lease runs out by itself"
+            );
+        }
+    }
+}

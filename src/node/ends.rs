@@ -1,0 +1,108 @@
+//! How attempts end: written to the store, and tried again while it is away.
+
+use std::{future::Future, pin::pin, time::Duration};
+
+use bytes::Bytes;
+use tokio::time::{Instant, timeout};
+
+use super::{Node, RETRY, leases::Lease};
+use crate::{
+    error::StoreError,
+    redact::TRACING_TARGET,
+    retry::retry_until,
+    stored::record::{Attempt, CompleteOutcome, Fenced, Record, RecordState},
+};
+
+/// How an attempt ends.
+#[derive(Clone, Debug)]
+pub(crate) enum End {
+    Complete(Bytes),
+    Release,
+    Hold,
+}
+
+/// What became of an [`End`].
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// The record says what the attempt says.
+    Done,
+    /// The record says something else.
+    Lost(Box<Record>),
+    /// There is no record.
+    Absent,
+}
+
+impl Node {
+    /// Writes how an attempt ended, trying again until `give_up`. Between two tries, and while one hangs, the lease is
+    /// renewed, so that nobody takes the record over in the meantime.
+    pub(crate) async fn end(
+        &self,
+        attempt: &Attempt,
+        lease: Option<&Lease>,
+        end: &End,
+        give_up: Instant,
+    ) -> Result<Ended, StoreError> {
+        let end_once = || {
+            // Before the write is sent: a renewal that overtook it would extend a lease that has ended.
+            if let Some(lease) = lease {
+                lease.leave();
+            }
+            keep_if_late(lease, self.end_once(attempt, end))
+        };
+        // Also what looks final, like a server that is read-only while another becomes the primary.
+        retry_until(give_up, RETRY, end_once, |error| {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                error = error as &dyn std::error::Error, "the end of an attempt is not stored yet; trying again"
+            );
+            if let Some(lease) = lease {
+                lease.keep(Duration::ZERO);
+            }
+        })
+        .await
+    }
+
+    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Ended, StoreError> {
+        match end {
+            End::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
+                CompleteOutcome::Completed => Ended::Done,
+                CompleteOutcome::Lost(record) => Ended::Lost(record),
+                CompleteOutcome::Absent => Ended::Absent,
+            }),
+            End::Release => self.after(attempt, self.store.release(attempt).await?).await,
+            End::Hold => {
+                let held = self.store.hold(attempt).await?;
+                if held == Fenced::Lost {
+                    tracing::error!(
+                        target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                        "the key could not be held: the record was completed or another attempt has taken it"
+                    );
+                }
+                self.after(attempt, held).await
+            }
+        }
+    }
+
+    /// An attempt that has lost its record must not contradict what another one has stored.
+    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Ended, StoreError> {
+        if fenced == Fenced::Applied {
+            return Ok(Ended::Done);
+        }
+        let record = self.store.get(&attempt.consumer, &attempt.key).await?;
+        let completed = record.filter(|record| matches!(record.state, RecordState::Completed { .. }));
+        Ok(completed.map_or(Ended::Done, |record| Ended::Lost(Box::new(record))))
+    }
+}
+
+/// Renews the lease again if the store takes long: the call may hang for longer than the lease on a broken connection.
+async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
+    let Some(lease) = lease else { return call.await };
+    let mut call = pin!(call);
+    if let Ok(answer) = timeout(lease.interval(), &mut call).await {
+        return answer;
+    }
+    lease.keep(Duration::ZERO);
+    let answer = call.await;
+    lease.leave();
+    answer
+}

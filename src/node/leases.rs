@@ -1,0 +1,220 @@
+//! Renews the leases of all attempts of this process, many in one statement.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::StoreError,
+    node::{running::Running, tasks::Tasks},
+    redact::TRACING_TARGET,
+    store::Store,
+    stored::record::{Attempt, AttemptId, RenewOutcome, Renewal},
+};
+
+/// Keeps the leases of this process alive, by one task that runs while there are any.
+#[derive(Debug)]
+pub(crate) struct Renewer {
+    store: Arc<dyn Store>,
+    tasks: Tasks,
+    running: Arc<Running>,
+    state: Mutex<State>,
+    wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    leases: HashMap<AttemptId, Entry>,
+    running: bool,
+    next: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    renewal: Renewal,
+    interval: Duration,
+    due: Instant,
+    lost: CancellationToken,
+}
+
+impl Renewer {
+    pub(crate) fn new(store: Arc<dyn Store>, tasks: Tasks, running: Arc<Running>) -> Arc<Self> {
+        Arc::new(Self { store, tasks, running, state: Mutex::default(), wake: Notify::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(self: &Arc<Self>, entry: Entry) {
+        let mut state = self.state();
+        let due = entry.due;
+        state.leases.insert(entry.renewal.attempt.id, entry);
+        if !state.running {
+            state.running = true;
+            // Made here, because a runtime that goes down may drop the task before it has begun.
+            let alive = Alive { renewer: Arc::clone(self), ended: false };
+            tokio::spawn(alive.run());
+        } else if state.next.is_none_or(|next| due < next) {
+            self.wake.notify_one();
+        }
+    }
+
+    /// When the next lease is due; `None`, and the task ends, if there is none.
+    fn next_due(&self) -> Option<Instant> {
+        let mut state = self.state();
+        state.next = state.leases.values().map(|entry| entry.due).min();
+        state.running = state.next.is_some();
+        state.next
+    }
+
+    /// What is due or soon will be; asked again after another interval if nothing is heard.
+    fn take_due(&self) -> Vec<Renewal> {
+        let now = Instant::now();
+        let mut state = self.state();
+        let due = state.leases.values_mut().filter(|entry| entry.due <= now + entry.interval / 8);
+        due.map(|entry| {
+            entry.due = now + entry.interval;
+            entry.renewal.clone()
+        })
+        .collect()
+    }
+
+    async fn renew(self: Arc<Self>, batch: Vec<Renewal>) {
+        let started = Instant::now();
+        let limit = batch.iter().map(|renewal| renewal.lease).min().unwrap_or_default() / 2;
+        match self.ask(batch.clone(), limit).await {
+            Ok(outcomes) => self.note(&batch, &outcomes, started),
+            Err(error) => {
+                tracing::warn!(
+                    target: TRACING_TARGET, error = &error as &dyn std::error::Error, leases = batch.len(),
+                    "leases could not be renewed; trying again"
+                );
+                self.try_again(&batch);
+            }
+        }
+    }
+
+    /// Makes the renewals that failed due in a quarter of their interval.
+    fn try_again(&self, batch: &[Renewal]) {
+        let now = Instant::now();
+        let mut state = self.state();
+        for renewal in batch {
+            if let Some(entry) = state.leases.get_mut(&renewal.attempt.id) {
+                entry.due = entry.due.min(now + entry.interval / 4);
+            }
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// Asks the store in a task of its own, which is left behind when it takes too long.
+    async fn ask(&self, batch: Vec<Renewal>, limit: Duration) -> Result<Vec<RenewOutcome>, StoreError> {
+        let store = Arc::clone(&self.store);
+        self.tasks.call(limit, async move { store.renew(&batch).await }).await
+    }
+
+    fn note(&self, batch: &[Renewal], outcomes: &[RenewOutcome], started: Instant) {
+        let mut state = self.state();
+        for (renewal, outcome) in batch.iter().zip(outcomes) {
+            let Some(entry) = state.leases.get_mut(&renewal.attempt.id) else { continue };
+            // A row that is locked, by a transaction of its handler for example, may be unlocked with an old lease.
+            let wait = if *outcome == RenewOutcome::Skipped { entry.interval / 4 } else { entry.interval };
+            entry.due = started + wait;
+            if *outcome == RenewOutcome::Lost {
+                entry.lost.cancel();
+                state.leases.remove(&renewal.attempt.id);
+                let attempt = &renewal.attempt;
+                self.running.leave(attempt);
+                tracing::warn!(
+                    target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
+                    "lease lost: another attempt or an operator has taken the record"
+                );
+            }
+        }
+    }
+}
+
+/// The task. The runtime may go down under it: then the next attempt, on another runtime, must start it anew.
+struct Alive {
+    renewer: Arc<Renewer>,
+    ended: bool,
+}
+
+impl Alive {
+    async fn run(mut self) {
+        while let Some(next) = self.renewer.next_due() {
+            let _ = timeout_at(next, self.renewer.wake.notified()).await;
+            for batch in self.renewer.take_due().chunks(MAX_BATCH) {
+                // In a task of its own: one that hangs must not keep the others from being sent.
+                tokio::spawn(Arc::clone(&self.renewer).renew(batch.to_vec()));
+            }
+        }
+        self.ended = true;
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.renewer.state().running = false;
+        }
+    }
+}
+
+/// The lease of one attempt, renewed while it [`keep`](Self::keep)s it and until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    renewer: Arc<Renewer>,
+    renewal: Renewal,
+    interval: Duration,
+    lost: CancellationToken,
+}
+
+impl Lease {
+    pub(crate) fn new(
+        renewer: &Arc<Renewer>,
+        attempt: Attempt,
+        duration: Duration,
+        interval: Duration,
+        lost: CancellationToken,
+    ) -> Self {
+        Self { renewer: Arc::clone(renewer), renewal: Renewal::new(attempt, duration), interval, lost }
+    }
+
+    /// Renews from now on, the first time after `delay`.
+    pub(crate) fn keep(&self, delay: Duration) {
+        self.renewer.add(Entry {
+            renewal: self.renewal.clone(),
+            interval: self.interval,
+            due: Instant::now() + delay,
+            lost: self.lost.clone(),
+        });
+    }
+
+    /// Stops renewing; the lease runs on until its end.
+    pub(crate) fn leave(&self) {
+        self.renewer.state().leases.remove(&self.renewal.attempt.id);
+    }
+
+    pub(crate) fn interval(&self) -> Duration {
+        self.interval
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// Leases renewed by one call of the store.
+const MAX_BATCH: usize = 500;

@@ -1,0 +1,149 @@
+//! Purges records that count as absent, and what has hung on records that are gone.
+
+use std::{
+    sync::{Arc, Weak, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{Node, tasks::repeat};
+use crate::{
+    error::StoreError,
+    metrics::{self, Purged},
+    redact::TRACING_TARGET,
+    retry::jittered,
+};
+
+/// Whether and how often expired records are purged in the background.
+///
+/// The task starts with the first request that has a key, survives errors of the store, may run on many nodes at once
+/// and ends when the layer is drained or dropped. Purging frees space only: whether a record has expired is decided by
+/// each claim itself.
+#[derive(Clone, Debug)]
+pub struct Reaper(Option<Schedule>);
+
+#[derive(Clone, Copy, Debug)]
+struct Schedule {
+    interval: Duration,
+    batch: u32,
+    intent_retention: Duration,
+}
+
+impl Default for Reaper {
+    fn default() -> Self {
+        Self::every(Duration::from_secs(60), 1000)
+    }
+}
+
+impl Reaper {
+    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records until none is left.
+    /// Default: every 60 s, 1000 records.
+    ///
+    /// # Panics
+    ///
+    /// If one of them is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn every(interval: Duration, batch: u32) -> Self {
+        assert!(
+            !interval.is_zero() && batch > 0,
+            "a reaper needs an interval and a batch above zero; or use Reaper::off()"
+        );
+        Self(Some(Schedule { interval, batch, intent_retention: INTENT_RETENTION }))
+    }
+
+    /// For how long settled intents and finished phases whose record is gone are kept, counted from when they were opened or
+    /// finished: they tell what was done in the name of a request. Those whose record is there always stay, and so do those
+    /// that are open or need attention. Default: 90 days.
+    ///
+    /// A reaper that is off stays so.
+    #[must_use]
+    pub fn with_intent_retention(mut self, retention: Duration) -> Self {
+        if let Some(schedule) = &mut self.0 {
+            schedule.intent_retention = retention;
+        }
+        self
+    }
+
+    /// Purges nothing by itself: a job calls [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
+    /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled).
+    #[must_use]
+    pub fn off() -> Self {
+        Self(None)
+    }
+
+    /// Starts the task unless it runs.
+    pub(crate) fn ensure_running(&self, node: &Arc<Node>) {
+        let Some(schedule) = self.0 else { return };
+        if !node.reaper_runs.load(Ordering::Relaxed) && !node.reaper_runs.swap(true, Ordering::Relaxed) {
+            // Made here, because a runtime that goes down may drop the task before it has begun.
+            let alive = Alive(Arc::downgrade(node));
+            node.tasks.spawn_background(alive.run(schedule, node.tasks.stopped.clone()));
+        }
+    }
+}
+
+/// Purges what is left over, as long as there is any.
+async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
+    let Schedule { batch, intent_retention, .. } = schedule;
+    let store = &node.store;
+    let records = purge_by(node, batch, Purged::Records, || {
+        let store = Arc::clone(store);
+        async move { store.purge(batch).await }
+    })
+    .await;
+    // After the records, on which intents and phases hang.
+    let Some(recovery) = store.recovery() else { return records };
+    let settled = purge_by(node, batch, Purged::Settled, || {
+        let recovery = Arc::clone(&recovery);
+        async move { recovery.purge_settled(intent_retention, batch).await }
+    });
+    settled.await.and(records)
+}
+
+/// Purges in batches until there is nothing left.
+async fn purge_by<F>(node: &Node, batch: u32, what: Purged, purge: impl Fn() -> F) -> Result<(), StoreError>
+where
+    F: Future<Output = Result<u64, StoreError>> + Send + 'static,
+{
+    let (mut purged, mut last) = (0, Ok(u64::from(batch)));
+    while matches!(last, Ok(count) if count >= u64::from(batch)) && !node.tasks.stopped.is_cancelled() {
+        last = node.tasks.run_to_end(purge()).await;
+        purged += last.as_ref().copied().unwrap_or_default();
+        tokio::task::yield_now().await;
+    }
+    metrics::purged(what, purged);
+    if purged > 0 {
+        tracing::debug!(target: TRACING_TARGET, purged, ?what, "purged");
+    }
+    last.map(drop)
+}
+
+/// The task. When it ends with its runtime, the next request starts another.
+struct Alive(Weak<Node>);
+
+impl Alive {
+    async fn run(self, schedule: Schedule, stopped: CancellationToken) {
+        // Nodes that start together part before their first pass.
+        if timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
+            return;
+        }
+        let pass = || {
+            let node = self.0.upgrade();
+            async move { Some(purge_all(&*node?, schedule).await) }
+        };
+        repeat(stopped, schedule.interval, "what has expired could not be purged", pass).await;
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        if let Some(node) = self.0.upgrade() {
+            node.reaper_runs.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+const INTENT_RETENTION: Duration = Duration::from_secs(90 * 24 * 60 * 60);

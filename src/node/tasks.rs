@@ -1,0 +1,168 @@
+//! Tasks of a node: what must run to its end, and what runs in the background.
+
+use std::{fmt, future::Future, time::Duration};
+
+use tokio::{
+    runtime::Handle,
+    task::{JoinError, JoinHandle},
+    time::timeout,
+};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{
+        TaskTracker,
+        task_tracker::{TaskTrackerToken, TrackedFuture},
+    },
+};
+
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    redact::TRACING_TARGET,
+    retry::jittered,
+};
+
+/// The tasks of a node. Clones share them.
+#[derive(Clone, Default)]
+pub(crate) struct Tasks {
+    /// Everything that must not be cut off: attempts, claims, the ends of attempts.
+    tracked: TaskTracker,
+    /// What runs for as long as the layer does.
+    background: TaskTracker,
+    /// Guarded requests are refused.
+    pub(crate) draining: CancellationToken,
+    /// Background tasks end.
+    pub(crate) stopped: CancellationToken,
+}
+
+impl Tasks {
+    /// Runs to its end, whoever stops waiting.
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.tracked.spawn(work)
+    }
+
+    /// The same, on another runtime than the current one.
+    pub(crate) fn spawn_on<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+        runtime: &Handle,
+    ) -> JoinHandle<T> {
+        self.tracked.spawn_on(work, runtime)
+    }
+
+    /// Work that draining waits for, in whatever task it runs.
+    pub(crate) fn track<F: Future>(&self, work: F) -> TrackedFuture<F> {
+        self.tracked.track_future(work)
+    }
+
+    /// Draining waits until it is dropped.
+    pub(crate) fn token(&self) -> TaskTrackerToken {
+        self.tracked.token()
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// Runs work of the store to its end and waits for it.
+    pub(crate) async fn run_to_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
+    }
+
+    /// The same, waiting at most `limit`.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        answer_of(self.spawn(work), limit).await
+    }
+
+    /// Starts what runs for as long as the layer does.
+    pub(crate) fn spawn_background<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.background.spawn(work)
+    }
+
+    /// Runs to its end as a background task, whoever stops waiting.
+    pub(crate) async fn in_background<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.spawn_background(work).await.unwrap_or_else(|error| Err(task_ended(error)))
+    }
+
+    /// Refuses new work and waits for all tasks, the background tasks last. After `limit`: how many are left.
+    pub(crate) async fn drain(&self, limit: Duration) -> Result<(), usize> {
+        self.draining.cancel();
+        self.tracked.close();
+        self.background.close();
+        let drained = timeout(limit, async {
+            self.tracked.wait().await;
+            self.stopped.cancel();
+            self.background.wait().await;
+        });
+        let drained = drained.await;
+        self.stopped.cancel();
+        drained.map_err(|_| self.tracked.len() + self.background.len())
+    }
+}
+
+impl fmt::Debug for Tasks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} running", self.tracked.len())
+    }
+}
+
+/// The shape of a background task: a pass, then a pause with a jitter of a quarter, which doubles up to eight times while
+/// passes fail. Ends with the token, or when a pass finds that there is nothing to run for.
+pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
+    ended: CancellationToken,
+    interval: Duration,
+    what_failed: &'static str,
+    mut pass: impl FnMut() -> F,
+) {
+    let mut failures = 0;
+    while let Some(passed) = pass().await {
+        failures = match passed {
+            Ok(()) => 0,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(target: TRACING_TARGET, error, "{what_failed}; trying again later");
+                MAX_DOUBLINGS.min(failures + 1)
+            }
+        };
+        let pause = jittered(interval.saturating_mul(1 << failures));
+        if timeout(pause, ended.cancelled()).await.is_ok() {
+            return;
+        }
+    }
+}
+
+/// The answer of a task that works with the store. After `limit` the task goes on, and its effect is not known.
+pub(crate) async fn answer_of<T>(
+    task: JoinHandle<Result<T, StoreError>>,
+    limit: Duration,
+) -> Result<T, StoreError> {
+    match timeout(limit, task).await {
+        Ok(answer) => answer.unwrap_or_else(|error| Err(task_ended(error))),
+        Err(elapsed) => Err(no_answer(limit).with_source(elapsed)),
+    }
+}
+
+pub(crate) fn no_answer(limit: Duration) -> StoreError {
+    StoreError::new(StoreErrorKind::Ambiguous, format!("the store did not answer within {limit:?}"))
+}
+
+fn task_ended(error: JoinError) -> StoreError {
+    StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
+}
+
+const MAX_DOUBLINGS: u32 = 3;

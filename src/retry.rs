@@ -1,0 +1,94 @@
+//! Pauses between two tries.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use uuid::Uuid;
+
+use crate::error::StoreError;
+
+/// Pauses that double from try to try, up to a maximum.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Backoff {
+    first: Duration,
+    max: Duration,
+}
+
+impl Backoff {
+    pub(crate) const fn new(first: Duration, max: Duration) -> Self {
+        Self { first, max }
+    }
+
+    /// Refuses pauses that do not grow.
+    #[track_caller]
+    pub(crate) fn checked(first: Duration, max: Duration) -> Self {
+        assert!(
+            !first.is_zero() && first <= max,
+            "a pause cannot grow from {first:?} to {max:?}: begin above zero and not above the maximum"
+        );
+        Self::new(first, max)
+    }
+
+    pub(crate) fn first(self) -> Duration {
+        self.first
+    }
+
+    /// The pause after that many tries.
+    pub(crate) fn after(self, tries: u32) -> Duration {
+        let doubled = 2_u32.saturating_pow(tries.saturating_sub(1));
+        self.first.saturating_mul(doubled).min(self.max)
+    }
+
+    /// The same, so that those that failed together part.
+    pub(crate) fn jittered_after(self, tries: u32) -> Duration {
+        jittered(self.after(tries)).min(self.max)
+    }
+}
+
+/// Tries work of the store until it succeeds, as long as another try may begin before `give_up`. `failed` learns of each
+/// failure that is followed by another try.
+pub(crate) async fn retry_until<T, F: Future<Output = Result<T, StoreError>>>(
+    give_up: Instant,
+    pauses: Backoff,
+    mut work: impl FnMut() -> F,
+    mut failed: impl FnMut(&StoreError),
+) -> Result<T, StoreError> {
+    let mut tries = 1;
+    loop {
+        let pause = pauses.after(tries);
+        match work().await {
+            Err(error) if Instant::now() + pause < give_up => failed(&error),
+            done => return done,
+        }
+        sleep(pause).await;
+        tries += 1;
+    }
+}
+
+/// Three to five quarters of the interval, so that nodes that started together part.
+pub(crate) fn jittered(interval: Duration) -> Duration {
+    let random = Uuid::new_v4().as_bytes()[0];
+    (interval / 4 * 3).saturating_add(interval / 2 / 255 * u32::from(random))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_their_maximum() {
+        let backoff = Backoff::new(Duration::from_secs(60), Duration::from_secs(3600));
+        let pauses = [0, 1, 2, 3, 6, 7, 40, u32::MAX].map(|tries| backoff.after(tries).as_secs());
+        assert_eq!(pauses, [60, 60, 120, 240, 1920, 3600, 3600, 3600]);
+    }
+
+    #[test]
+    fn the_jitter_is_a_quarter_of_any_interval() {
+        let minute = Duration::from_secs(60);
+        for _ in 0..1000 {
+            assert!((minute * 3 / 4..=minute * 5 / 4).contains(&jittered(minute)));
+        }
+        assert!(jittered(Duration::MAX) >= Duration::MAX / 4 * 3);
+    }
+}

@@ -1,0 +1,510 @@
+//! The in-process store, and the executable specification of the contract.
+
+mod entry;
+mod intents;
+mod recovery;
+mod requests;
+mod shard;
+mod shared;
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::Extensions;
+use tokio::time::Instant;
+
+use self::{
+    entry::{Decision, Entry, State, decide},
+    shard::{identity_of, size},
+    shared::{Node, lock},
+};
+use crate::{
+    consumer::Consumer,
+    error::{StoreError, StoreErrorKind},
+    key::IdempotencyKey,
+    store::{
+        Store,
+        recovery::RecoveryStore,
+        transaction::{StoreTransaction, TransactionLimits},
+    },
+    stored::record::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordState,
+        RenewOutcome, Renewal, Resolution, ResolveOutcome,
+    },
+};
+
+/// Keeps records, intents and requests in this process: for tests and for tools that run as a single process.
+///
+/// They are lost with the process, and no other process sees them. A clone is another handle to the same records.
+///
+/// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as with a database:
+/// [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog), [`Reconciler`](crate::Reconciler) and
+/// [`Completer`](crate::Completer).
+///
+/// The store never drops what it may not forget. When it is full, settled intents whose record has gone are forgotten early;
+/// if that does not help, a claim of a new key is [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503;
+/// what is stored is still replayed.
+///
+/// Time is tokio's, so that a test with a paused clock can let leases run out and records expire.
+///
+/// ```
+/// # use tower_idempotency::MemoryStore;
+/// let store = MemoryStore::new().with_max_records(10_000).with_max_bytes(64 * 1024 * 1024);
+/// # let _ = store;
+/// ```
+#[derive(Clone)]
+pub struct MemoryStore {
+    shared: Arc<Node>,
+    max_records: usize,
+    max_bytes: usize,
+}
+
+impl MemoryStore {
+    /// An empty store with the default limits.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { shared: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
+    }
+
+    /// How many records, intents and kept requests, counted together, this handle lets the store grow to. Default: 100,000.
+    ///
+    /// It is checked when a key is claimed; the intents and the request of a record that was claimed are always kept.
+    #[must_use]
+    pub fn with_max_records(mut self, max_records: usize) -> Self {
+        self.max_records = max_records;
+        self
+    }
+
+    /// How many bytes of stored responses, kept requests and payloads of intents this handle lets the store grow to. Default:
+    /// 256 MiB.
+    ///
+    /// It is checked when a key is claimed, because a response that was earned must be stored; what is in flight at
+    /// that moment may overshoot it.
+    #[must_use]
+    pub fn with_max_bytes(mut self, max_bytes: usize) -> Self {
+        self.max_bytes = max_bytes;
+        self
+    }
+
+    fn full(&self) -> Option<StoreError> {
+        let items = self.shared.stored.items.load(Ordering::Relaxed);
+        let bytes = self.shared.stored.bytes.load(Ordering::Relaxed);
+        (items >= self.max_records || bytes >= self.max_bytes).then(|| {
+            let message =
+                format!("the memory store is full: {items} records, intents and requests, {bytes} bytes");
+            StoreError::new(StoreErrorKind::Unavailable, message)
+        })
+    }
+
+    /// Forgets what may be forgotten, if the store is full.
+    fn make_room(&self) {
+        if self.full().is_some() {
+            let (now, stored) = (self.shared.now(), &self.shared.stored);
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge(left, stored));
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| {
+                shard.purge_intents(left, Duration::ZERO, now, stored)
+            });
+            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge_requests(left, stored));
+        }
+    }
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Shows how much is stored, and nothing of it.
+impl fmt::Debug for MemoryStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryStore")
+            .field("items", &self.shared.stored.items)
+            .field("bytes", &self.shared.stored.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn prepare(&self) -> Result<Vec<String>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        self.make_room();
+        let identity = identity_of(&claim.attempt);
+        let mut shard = self.shared.shard(&identity);
+        let (now, stored) = (Instant::now(), &self.shared.stored);
+        match decide(shard.entries.get(&identity), claim, now) {
+            Decision::Create => {
+                shard.remove(&identity, stored);
+                if let Some(error) = self.full() {
+                    return Err(error);
+                }
+                shard.put(identity, Entry::new(claim, now), stored);
+                Ok(ClaimOutcome::won(claim.record_id, 1))
+            }
+            Decision::Change(entry, outcome) => {
+                shard.put(identity, *entry, stored);
+                Ok(outcome)
+            }
+            Decision::Hold(entry) => {
+                let record = self.shared.show(&identity, &entry, now);
+                shard.put(identity, *entry, stored);
+                Ok(ClaimOutcome::Exists(Box::new(record)))
+            }
+            Decision::Show(entry) => {
+                Ok(ClaimOutcome::Exists(Box::new(self.shared.show(&identity, entry, now))))
+            }
+        }
+    }
+
+    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
+        Ok(renewals.iter().map(|renewal| self.renew_one(renewal)).collect())
+    }
+
+    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
+        let identity = identity_of(attempt);
+        let mut shard = self.shared.shard(&identity);
+        let Some(entry) = shard.entries.get(&identity) else {
+            return Ok(CompleteOutcome::Absent);
+        };
+        let now = Instant::now();
+        if entry.attempt != Some(attempt.id) {
+            let record = self.shared.show(&identity, entry, now);
+            return Ok(CompleteOutcome::Lost(Box::new(record)));
+        }
+        if !entry.is_completed() {
+            let completed = entry.completed(response, now);
+            shard.put(identity, completed, &self.shared.stored);
+        }
+        Ok(CompleteOutcome::Completed)
+    }
+
+    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        let identity = identity_of(attempt);
+        let mut shard = self.shared.shard(&identity);
+        match shard.entries.get(&identity) {
+            Some(entry) if entry.is_open_to(attempt) => {
+                let released = entry.released(Instant::now());
+                shard.give_back(identity, released, &self.shared.stored);
+                Ok(Fenced::Applied)
+            }
+            _ => Ok(Fenced::Lost),
+        }
+    }
+
+    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        let identity = identity_of(attempt);
+        let mut shard = self.shared.shard(&identity);
+        match shard.entries.get_mut(&identity) {
+            Some(entry) if entry.is_open_to(attempt) => {
+                entry.state = State::Held;
+                Ok(Fenced::Applied)
+            }
+            _ => Ok(Fenced::Lost),
+        }
+    }
+
+    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
+        let identity = (consumer.clone(), key.clone());
+        let shard = self.shared.shard(&identity);
+        Ok(shard.entries.get(&identity).map(|entry| self.shared.show(&identity, entry, Instant::now())))
+    }
+
+    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
+        let now = Instant::now();
+        let mut records: Vec<Record> = Vec::new();
+        for shard in &self.shared.shards {
+            let shard = lock(shard);
+            let shown = shard.entries.iter().map(|(identity, entry)| self.shared.show(identity, entry, now));
+            records.extend(shown.filter(|record| matches(filter, &record.state)));
+        }
+        records.sort_by_key(|record| record.created_at);
+        records.truncate(size(limit));
+        Ok(records)
+    }
+
+    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
+        let identity = (consumer.clone(), key.clone());
+        Ok(self.shared.shard(&identity).remove(&identity, &self.shared.stored))
+    }
+
+    async fn resolve(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        resolution: Resolution,
+    ) -> Result<ResolveOutcome, StoreError> {
+        let identity = (consumer.clone(), key.clone());
+        let mut shard = self.shared.shard(&identity);
+        let now = Instant::now();
+        let Some(entry) = shard.entries.get(&identity) else {
+            return Ok(ResolveOutcome::Absent);
+        };
+        if entry.is_completed() {
+            return Ok(ResolveOutcome::AlreadyCompleted);
+        }
+        if !entry.is_resolvable(now) {
+            return Ok(ResolveOutcome::InProgress);
+        }
+        let stored = &self.shared.stored;
+        match resolution {
+            Resolution::Release if entry.is_unrepeatable(now) => {
+                return Ok(ResolveOutcome::UnresolvedIntents);
+            }
+            Resolution::Release => {
+                let released = Entry { abandoned: 0, ..entry.released(now) };
+                shard.give_back(identity, released, stored);
+            }
+            Resolution::Complete(response) => {
+                let (state, expires_at) = (State::Completed { response }, now + entry.retention);
+                let completed = Entry { state, attempt: None, expires_at, ..entry.clone() };
+                shard.put(identity, completed, stored);
+            }
+        }
+        Ok(ResolveOutcome::Resolved)
+    }
+
+    fn transaction(
+        &self,
+        _: &Attempt,
+        _: &TransactionLimits,
+        _: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        None
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        Some(Arc::new(self.clone()))
+    }
+
+    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
+        Ok(self.shared.purge(limit, |shard, left| shard.purge(left, &self.shared.stored)))
+    }
+}
+
+impl MemoryStore {
+    fn renew_one(&self, renewal: &Renewal) -> RenewOutcome {
+        let identity = identity_of(&renewal.attempt);
+        let mut shard = self.shared.shard(&identity);
+        let Some(entry) = shard.entries.get(&identity) else { return RenewOutcome::Lost };
+        if entry.attempt != Some(renewal.attempt.id) {
+            return RenewOutcome::Lost;
+        }
+        match entry.state {
+            State::InProgress { .. } => {
+                let renewed = entry.clone().with_lease(renewal.lease, Instant::now());
+                shard.put(identity, renewed, &self.shared.stored);
+                RenewOutcome::Renewed
+            }
+            State::Held => RenewOutcome::Skipped,
+            State::Completed { .. } => RenewOutcome::Lost,
+        }
+    }
+}
+
+fn matches(filter: RecordFilter, state: &RecordState) -> bool {
+    match filter {
+        RecordFilter::All => true,
+        RecordFilter::InProgress => matches!(state, RecordState::InProgress { .. }),
+        RecordFilter::Held => matches!(state, RecordState::Held),
+        RecordFilter::Completed => matches!(state, RecordState::Completed { .. }),
+    }
+}
+
+const DEFAULT_MAX_RECORDS: usize = 100_000;
+const DEFAULT_MAX_BYTES: usize = 256 * 1024 * 1024;
+const PURGED_WHEN_FULL: u32 = 64;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        fingerprint::Fingerprint,
+        stored::intent::{IntentFence, IntentUpdate, OpenOutcome, Opening, Resource},
+    };
+
+    fn claim(key: &str) -> Claim {
+        let consumer = Consumer::new("acme").unwrap();
+        let attempt = Attempt::new(consumer, IdempotencyKey::new(key).unwrap());
+        Claim::new(attempt, Fingerprint::from_bytes(&b"digest"[..]))
+    }
+
+    async fn is_won(store: &MemoryStore, claim: &Claim) -> bool {
+        matches!(store.claim(claim).await.unwrap(), ClaimOutcome::Won { .. })
+    }
+
+    #[tokio::test]
+    async fn a_full_store_refuses_new_keys_and_keeps_what_it_has() {
+        let store = MemoryStore::new().with_max_records(2);
+        let first = claim("a");
+        assert!(is_won(&store, &first).await && is_won(&store, &claim("b")).await);
+
+        let error = store.claim(&claim("c")).await.unwrap_err();
+        assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+        assert!(!is_won(&store, &claim("a")).await, "a known key is still answered");
+
+        store.release(&first.attempt).await.unwrap();
+        assert!(is_won(&store, &claim("c")).await);
+    }
+
+    #[tokio::test]
+    async fn stored_responses_are_counted_until_they_are_gone() {
+        let store = MemoryStore::new().with_max_bytes(10);
+        let first = claim("a");
+        assert!(is_won(&store, &first).await);
+        store.complete(&first.attempt, Bytes::from_static(&[0; 10])).await.unwrap();
+        store.complete(&first.attempt, Bytes::from_static(&[0; 10])).await.unwrap();
+        assert_eq!(store.claim(&claim("b")).await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+
+        store.evict(&first.attempt.consumer, &first.attempt.key).await.unwrap();
+        assert!(is_won(&store, &claim("b")).await);
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 1, bytes: 0, .. }");
+    }
+
+    /// A record whose intent, of an upstream that recognizes its key for a minute, is finalized or open.
+    async fn with_intent(store: &MemoryStore, key: &str, finalized: bool) -> (Claim, Opening) {
+        let claim = claim(key);
+        assert!(is_won(store, &claim).await);
+        let mut opening = Opening::first(claim.attempt.clone(), claim.record_id, "transfer");
+        opening.repeatable_for = Duration::from_secs(60);
+        opening.dangling_after = Duration::from_secs(60);
+        assert!(matches!(store.open_intent(&opening).await.unwrap(), OpenOutcome::Opened));
+        if finalized {
+            let (fence, resource) =
+                (IntentFence::Call(opening.call), Resource::new("tr_1").with_payload([0; 10].as_slice()));
+            let update = IntentUpdate::Finalize(resource);
+            store.update_intent(opening.upstream_key, fence, &update, None).await.unwrap();
+        }
+        (claim, opening)
+    }
+
+    async fn evict(store: &MemoryStore, claim: &Claim) {
+        assert!(store.evict(&claim.attempt.consumer, &claim.attempt.key).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn intents_and_requests_are_counted_until_they_are_gone() {
+        let store = MemoryStore::new();
+        let (claim, _) = with_intent(&store, "a", true).await;
+        let request = Bytes::from_static(&[0; 7]);
+        for _ in 0..2 {
+            store.keep_request(&claim.attempt, claim.record_id, &request, Duration::ZERO).await.unwrap();
+        }
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 3, bytes: 17, .. }");
+        evict(&store, &claim).await;
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 2, bytes: 17, .. }");
+        assert_eq!(store.purge_settled(Duration::ZERO, 10).await.unwrap(), 2);
+        assert_eq!(format!("{store:?}"), "MemoryStore { items: 0, bytes: 0, .. }");
+    }
+
+    #[tokio::test]
+    async fn a_full_store_forgets_settled_intents_whose_record_has_gone_and_no_others() {
+        let store = MemoryStore::new().with_max_records(4);
+        let (gone, settled) = with_intent(&store, "a", true).await;
+        let (_, open) = with_intent(&store, "b", false).await;
+        assert_eq!(store.claim(&claim("c")).await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+        evict(&store, &gone).await;
+        assert!(is_won(&store, &claim("c")).await);
+        assert!(store.get_intent(settled.upstream_key).await.unwrap().is_some(), "there was room");
+        assert!(is_won(&store, &claim("d")).await);
+        assert!(store.get_intent(settled.upstream_key).await.unwrap().is_none());
+        assert!(store.claim(&claim("e")).await.is_err());
+        assert!(store.get_intent(open.upstream_key).await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_paused_clock_lets_an_upstream_forget_a_key() {
+        let store = MemoryStore::new();
+        let (first, open) = with_intent(&store, "a", false).await;
+        tokio::time::advance(Duration::from_secs(59)).await;
+        let shown = store.get_intent(open.upstream_key).await.unwrap().unwrap();
+        assert_eq!((shown.age, shown.dangling), (Duration::from_secs(59), false));
+        assert_eq!(store.take_dangling(10, Duration::ZERO).await.unwrap(), []);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(!is_won(&store, &claim("a")).await, "it may not be called again");
+        let [taken] = &store.take_dangling(10, Duration::ZERO).await.unwrap()[..] else {
+            panic!("it dangles")
+        };
+        let (key, fence) = (taken.upstream_key, taken.lookup_fence());
+        let settled = store.update_intent(key, fence, &IntentUpdate::Absent(None), None).await.unwrap();
+        assert_eq!(settled, Fenced::Applied);
+        let ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim("a")).await.unwrap() else {
+            panic!("it is settled");
+        };
+        assert_eq!((record_id, attempt_number), (first.record_id, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn expired_records_make_room_for_new_ones() {
+        let store = MemoryStore::new().with_max_records(1);
+        let short = Claim { retention: Duration::from_secs(60), ..claim("a") };
+        assert!(is_won(&store, &short).await);
+        store.complete(&short.attempt, Bytes::new()).await.unwrap();
+        assert!(store.claim(&claim("b")).await.is_err());
+
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert!(is_won(&store, &claim("b")).await);
+        assert_eq!(store.shared.stored.items.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_completed_after_its_expiry_is_kept_for_its_whole_retention() {
+        let store = MemoryStore::new().with_max_records(1);
+        let minute = Duration::from_secs(60);
+        let long = Claim { retention: minute, lease: minute * 2, ..claim("a") };
+        assert!(is_won(&store, &long).await);
+        tokio::time::advance(minute).await;
+        store.complete(&long.attempt, Bytes::new()).await.unwrap();
+        tokio::time::advance(minute / 2).await;
+        assert!(!is_won(&store, &claim("a")).await && store.claim(&claim("b")).await.is_err());
+        tokio::time::advance(minute / 2).await;
+        assert!(is_won(&store, &claim("b")).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_intent_under_a_lease_that_outlives_the_expiry_is_not_forgotten() {
+        let store = MemoryStore::new();
+        let minute = Duration::from_secs(60);
+        let first = Claim { retention: minute * 2, lease: minute, ..claim("a") };
+        assert!(is_won(&store, &first).await);
+        tokio::time::advance(minute * 3 / 2).await;
+        store.renew(&[Renewal::new(first.attempt.clone(), minute)]).await.unwrap();
+        let opening = Opening::first(first.attempt.clone(), first.record_id, "transfer");
+        store.open_intent(&opening).await.unwrap();
+        let (fence, update) =
+            (IntentFence::Call(opening.call), IntentUpdate::Finalize(Resource::new("tr_1")));
+        store.update_intent(opening.upstream_key, fence, &update, None).await.unwrap();
+        tokio::time::advance(minute).await;
+        let outcome = store.claim(&claim("a")).await.unwrap();
+        assert!(matches!(outcome, ClaimOutcome::Won { attempt_number: 2, .. }), "{outcome:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_paused_clock_lets_a_lease_run_out() {
+        let store = MemoryStore::new();
+        let first = claim("a");
+        assert!(is_won(&store, &first).await && !is_won(&store, &claim("a")).await);
+        tokio::time::advance(first.lease).await;
+        assert!(is_won(&store, &claim("a")).await);
+    }
+
+    #[tokio::test]
+    async fn the_longest_durations_do_not_overflow() {
+        let store = MemoryStore::new();
+        let endless = Claim { lease: Duration::MAX, retention: Duration::MAX, ..claim("a") };
+        assert!(is_won(&store, &endless).await);
+        let renewal = Renewal::new(endless.attempt.clone(), Duration::MAX);
+        assert_eq!(store.renew(&[renewal]).await.unwrap(), [RenewOutcome::Renewed]);
+        assert!(store.get(&endless.attempt.consumer, &endless.attempt.key).await.unwrap().is_some());
+    }
+}
