@@ -1,7 +1,5 @@
 //! What the PostgreSQL store promises beyond the contract of every store: tables, names, plans, locks and poolers.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -16,7 +14,7 @@ use tower_idempotency::{
     },
 };
 
-use support::{
+use crate::support::{
     claim, free_port, must_name, names_to_quote,
     schema::{PooledSchema, Schema, server},
     win,
@@ -520,6 +518,6 @@ async fn postgres_migrates_tables_that_are_in_use() {
 }
 
 const FILES: [&str; 2] = [
-    include_str!("../migrations/postgres/0001_records.sql"),
-    include_str!("../migrations/postgres/0002_intents.sql"),
+    include_str!("../../migrations/postgres/0001_records.sql"),
+    include_str!("../../migrations/postgres/0002_intents.sql"),
 ];

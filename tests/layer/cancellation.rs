@@ -1,9 +1,11 @@
 //! Whoever stops waiting does not stop the work: clients that leave, time-outs outside, panics.
 
-mod support;
-
 use std::{net::SocketAddr, time::Duration};
 
+use crate::support::{
+    http::{Client, RawConnection, RawResponse, exchange, post as charge},
+    served::{Count, layer, serve},
+};
 use axum::{
     BoxError, Extension, Router,
     error_handling::HandleErrorLayer,
@@ -15,10 +17,6 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
-use support::{
-    http::{Client, RawConnection, RawResponse, exchange, post as charge},
-    served::{Count, layer, serve},
-};
 use tokio::time::{Instant, sleep};
 use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_http::timeout::TimeoutLayer;

@@ -1,12 +1,14 @@
 //! The first response and its replay, byte for byte as they are on the wire.
 
-mod support;
-
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
 };
 
+use crate::support::{
+    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked},
+    served::{App, layer, serve},
+};
 use axum::{
     Router,
     body::Body,
@@ -17,10 +19,6 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use proptest::{prelude::*, test_runner::TestRunner};
-use support::{
-    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked},
-    served::{App, layer, serve},
-};
 use tower_http::compression::CompressionLayer;
 use tower_idempotency::Idempotency;
 

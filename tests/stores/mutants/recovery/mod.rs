@@ -2,9 +2,9 @@
 
 #![allow(unreachable_pub, reason = "a test binary has no users")]
 
-mod recovery;
+mod intents;
+mod records;
 mod requests;
-mod store;
 
 use std::{sync::Arc, time::Duration};
 

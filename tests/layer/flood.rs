@@ -4,8 +4,6 @@
 
 #![cfg(target_os = "linux")]
 
-mod support;
-
 use std::{
     env, fs,
     future::pending,
@@ -16,12 +14,12 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, extract::Request, http::StatusCode, routing::post};
-use http_body_util::BodyExt;
-use support::{
+use crate::support::{
     http::{exchange, post as charge},
     served::{layer, serve},
 };
+use axum::{Router, extract::Request, http::StatusCode, routing::post};
+use http_body_util::BodyExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpStream, tcp::WriteHalf},
@@ -40,12 +38,12 @@ const MEBIBYTE: usize = 1024 * 1024;
 
 #[test]
 fn many_large_uploads_with_a_length_stay_within_the_limit() {
-    within_the_limit("many_large_uploads_with_a_length_stay_within_the_limit", Framing::Length);
+    within_the_limit("flood::many_large_uploads_with_a_length_stay_within_the_limit", Framing::Length);
 }
 
 #[test]
 fn many_large_uploads_in_chunks_stay_within_the_limit() {
-    within_the_limit("many_large_uploads_in_chunks_stay_within_the_limit", Framing::Chunked);
+    within_the_limit("flood::many_large_uploads_in_chunks_stay_within_the_limit", Framing::Chunked);
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,5 @@
 //! What the SQLite store promises beyond the contract of every store: tables, names and locks.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
 use sqlx::{Executor, SqlitePool};
@@ -11,7 +9,7 @@ use tower_idempotency::{
     store::{ClaimOutcome, Store, StoreErrorKind, TableCreation},
 };
 
-use support::{claim, must_name, names_to_quote, sqlite::SqliteFile, win};
+use crate::support::{claim, must_name, names_to_quote, sqlite::SqliteFile, win};
 
 #[tokio::test]
 async fn sqlite_migrates_twice_and_from_many_stores_at_once() {
@@ -123,6 +121,6 @@ async fn sqlite_rejects_names_that_would_need_quoting() {
 }
 
 const FILES: [&str; 2] = [
-    include_str!("../migrations/sqlite/0001_records.sql"),
-    include_str!("../migrations/sqlite/0002_intents.sql"),
+    include_str!("../../migrations/sqlite/0001_records.sql"),
+    include_str!("../../migrations/sqlite/0002_intents.sql"),
 ];

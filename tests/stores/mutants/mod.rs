@@ -2,16 +2,15 @@
 
 #![allow(clippy::wildcard_enum_match_arm, reason = "a fault changes one thing and leaves the rest as it is")]
 
-#[path = "support/broken_recovery/mod.rs"]
-mod broken_recovery;
-#[path = "support/broken_store/mod.rs"]
-mod broken_store;
+mod records;
+mod recovery;
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use broken_recovery::{RecoveryFault, RecoveryStorage};
-use broken_store::{Fault, Storage};
 use tower_idempotency::store::conformance::{Fixture, rules};
+
+use records::{Fault, Storage};
+use recovery::{RecoveryFault, RecoveryStorage};
 
 /// A fault, and the stores that have it.
 trait Broken: Copy + Eq + Send + 'static {

@@ -1,7 +1,5 @@
 //! Responses of which a representation is stored, without a socket.
 
-mod support;
-
 use std::{
     convert::Infallible,
     future::{pending, ready},
@@ -22,7 +20,7 @@ use tower_idempotency::{
     store::{Record, Resolution, StoredBody, StoredResponse},
 };
 
-use support::{
+use crate::support::{
     direct::{
         abandon, answering, answering_after, begin, charge, claim, fingerprint_of_charge, identity, request,
         send, with_store,

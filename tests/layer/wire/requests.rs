@@ -1,9 +1,11 @@
 //! Requests on real sockets: what reaches the layer, what it refuses and what the connection is good for afterwards.
 
-mod support;
-
 use std::{convert::Infallible, time::Duration};
 
+use crate::support::{
+    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked, request},
+    served::{App, layer, serve},
+};
 use axum::{
     Router,
     body::Body,
@@ -16,10 +18,6 @@ use bytes::Bytes;
 use http_body_util::{Full, channel::Channel};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use support::{
-    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked, request},
-    served::{App, layer, serve},
-};
 use tokio::{net::TcpStream, time::timeout};
 
 /// Tells the number of the run and gives the body back.

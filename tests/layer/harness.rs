@@ -1,10 +1,8 @@
 //! The tests' own tools do what they say.
 
-mod support;
-
 use std::{net::SocketAddr, time::Duration};
 
-use support::{
+use crate::support::{
     http::{Client, RawConnection, exchange, request},
     postgres::Postgres,
     proxy::{Fault, Proxy},

@@ -1,7 +1,5 @@
 //! The layer beside other layers, on both sides, in axum and without it.
 
-mod support;
-
 use std::{
     convert::Infallible,
     sync::{
@@ -12,6 +10,10 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{
+    http::{RawResponse, exchange, post as charge, post_chunked, request},
+    served::{Count, layer, serve},
+};
 use axum::{
     Router,
     http::{HeaderName, Request, Response, StatusCode},
@@ -19,10 +21,6 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, channel::Channel};
-use support::{
-    http::{RawResponse, exchange, post as charge, post_chunked, request},
-    served::{Count, layer, serve},
-};
 use tower::{BoxError, Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_http::{
     ServiceBuilderExt,

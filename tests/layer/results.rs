@@ -1,7 +1,5 @@
 //! What becomes of results, and of attempts that end without one, on the memory store and without a socket.
 
-mod support;
-
 use std::{
     sync::{
         Arc,
@@ -24,7 +22,7 @@ use tower_idempotency::{
     store::{RecordFilter, RecordState, Store, StoredResponse},
 };
 
-use support::{
+use crate::support::{
     direct::{
         answering, answering_after, begin, charge, claim, counting, fingerprint_of_charge, identity, send,
         waiting, with_store,

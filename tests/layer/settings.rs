@@ -1,8 +1,6 @@
 //! What can be configured, what operators and handlers can ask for, and the end of service, on the memory store and
 //! without a socket.
 
-mod support;
-
 use std::{sync::Arc, time::Duration};
 
 use axum::{
@@ -19,7 +17,7 @@ use tower_idempotency::{
     store::{RecordFilter, RecordState, Store},
 };
 
-use support::{
+use crate::support::{
     direct::{abandon, begin, charge, counting, request, send, waiting, with_store},
     served::{Count, layer},
 };

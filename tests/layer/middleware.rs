@@ -1,7 +1,5 @@
 //! The decision table, row by row, on the memory store and without a socket.
 
-mod support;
-
 use std::{convert::Infallible, io, time::Duration};
 
 use axum::{
@@ -16,7 +14,7 @@ use tower_idempotency::{
     store::{RecordFilter, Resolution, ResolveOutcome, StoredResponse},
 };
 
-use support::{
+use crate::support::{
     direct::{
         abandon, answering, begin, charge, claim, counting, fingerprint_of_charge, identity, request, send,
         start, waiting, with_store,

@@ -1,16 +1,14 @@
 //! A store that is gone, loses replies or hangs, before a claim and between a handler and its completion.
 
-mod support;
-
 use std::time::{Duration, Instant};
 
-use axum::http::StatusCode;
-use support::{
+use crate::support::{
     app::{Answer, App, at_once, layer, send_until_not},
     postgres::Postgres,
     proxy::{Fault, Proxy},
     watched::Watched,
 };
+use axum::http::StatusCode;
 use tower_idempotency::{
     IdempotencyLayer, MemoryStore, PostgresStore, Reaper, ResultPolicy,
     store::{AttemptId, Record, RecordState},

@@ -1,10 +1,8 @@
 //! Servers that are killed, frozen, ended and have a wrong clock while a request runs.
 
-mod support;
-
 use std::{process::Command, time::Duration};
 
-use support::{
+use crate::support::{
     app::{Answer, send_until_not},
     database::Database,
     http::{RawConnection, request},

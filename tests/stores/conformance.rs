@@ -1,7 +1,5 @@
 //! The conformance suite, for every store and every mode of a store.
 
-mod support;
-
 use std::{sync::Arc, time::Duration};
 
 use tower_idempotency::{
@@ -9,7 +7,7 @@ use tower_idempotency::{
     store::{Store, conformance::Fixture},
 };
 
-use support::{
+use crate::support::{
     schema::{PooledSchema, Schema},
     sqlite::SqliteFile,
 };

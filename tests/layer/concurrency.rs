@@ -1,10 +1,8 @@
 //! Many requests with one key at once: one is performed.
 
-mod support;
-
 use std::{sync::Arc, time::Duration};
 
-use support::{
+use crate::support::{
     app::{Answer, App, assert_one_run, at_once, consumer, layer, over, send_until_not},
     database::Database,
     schema::Schema,
@@ -126,8 +124,8 @@ async fn a_hundred_at_two_servers_while_the_lease_of_a_killed_one_ends_run_once(
     let path = "/charges?delay_ms=800";
     let headers =
         [("content-type", "application/json"), ("x-api-key", "acme-key"), ("idempotency-key", "key")];
-    let mut client = support::http::RawConnection::open(address).await;
-    client.send(support::http::request("POST", path, &headers, body)).await;
+    let mut client = crate::support::http::RawConnection::open(address).await;
+    client.send(crate::support::http::request("POST", path, &headers, body)).await;
     database.until_charging(1).await;
     owner.kill9();
     let charge = |number: usize| {

@@ -1,8 +1,6 @@
 //! Responses that are too large, too slow, endless or broken, on real sockets: the first caller gets them as they come,
 //! and nothing runs twice because of their size.
 
-mod support;
-
 use std::{
     convert::Infallible,
     io,
@@ -10,6 +8,10 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{
+    http::{RawConnection, RawResponse, exchange, post as charge, request},
+    served::{App, Count, layer, serve},
+};
 use axum::{
     Router,
     body::Body,
@@ -19,10 +21,6 @@ use axum::{
 };
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
-use support::{
-    http::{RawConnection, RawResponse, exchange, post as charge, request},
-    served::{App, Count, layer, serve},
-};
 use tokio::{
     sync::mpsc,
     time::{Instant, timeout},
