@@ -190,7 +190,7 @@ fn from_credentials(headers: &HeaderMap, warned: &AtomicBool) -> Option<Consumer
     if !headers.contains_key(header::AUTHORIZATION) {
         return (!other_credential).then(|| Consumer("anonymous".into()));
     }
-    // A cookie beside `Authorization` is common and decides nothing; an API key beside it may be the real credential.
+    // A cookie beside `Authorization` is common; an API key beside it may be the credential that counts.
     let ambiguous = OTHER_CREDENTIALS.iter().any(|name| *name != "cookie" && headers.contains_key(*name));
     let value = only_value(headers, &header::AUTHORIZATION)?;
     if ambiguous || !has_stable_scheme(value) {

@@ -38,7 +38,6 @@ impl IdempotencyKey {
 
     /// The key of a request whose client sent none.
     pub(crate) fn from_digest(digest: &[u8]) -> Self {
-        // Hashed again: the key may appear in logs and lists, the fingerprint must not.
         let digest = Sha256::digest([b"derived key of ", digest].concat());
         Self(format!("{DERIVED}{}", hex(&digest)).into())
     }

@@ -36,6 +36,7 @@ impl UpstreamKey {
             digest.update(u64::try_from(bytes.len()).unwrap_or(u64::MAX).to_be_bytes());
             digest.update(bytes);
         };
+        // If these fields changed, an open intent would get another key, and the upstream would not know it.
         field(b"tower-idempotency intent 1");
         field(record.as_uuid().as_bytes());
         field(name.as_bytes());
@@ -150,13 +151,13 @@ impl fmt::Debug for Resource {
 #[expect(clippy::exhaustive_enums, reason = "nothing else can happen to a call")]
 pub enum CallFailure {
     /// The upstream refused for good, with this reason. It will never accept the same call.
-    #[error("refused: {0}")]
+    #[error("the call was refused: {0}")]
     Refused(String),
     /// The upstream has certainly not processed the call: it was not sent, or it was turned away.
-    #[error("not sent")]
+    #[error("the call was not sent")]
     NotSent(#[source] Box<dyn Error + Send + Sync>),
     /// The upstream may have processed the call.
-    #[error("the outcome is unknown")]
+    #[error("the outcome of the call is unknown")]
     Unknown(#[source] Box<dyn Error + Send + Sync>),
 }
 
