@@ -9,7 +9,7 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use sha2::{Digest, Sha256};
 
-use crate::redact::TRACING_TARGET;
+use crate::{key::hex, redact::TRACING_TARGET};
 
 /// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8 without NUL, compared byte by
 /// byte.
@@ -137,8 +137,9 @@ impl ConsumerExtractor {
     ///
     /// ```
     /// # use tower_idempotency::{Consumer, ConsumerExtractor};
+    /// # #[derive(Clone)] struct Session { account: String }
     /// let extractor = ConsumerExtractor::from_fn(|parts| {
-    ///     Consumer::new(parts.uri.path().split('/').nth(1)?).ok()
+    ///     Consumer::new(&parts.extensions.get::<Session>()?.account).ok()
     /// });
     /// ```
     #[must_use]
@@ -219,14 +220,6 @@ fn has_stable_scheme(value: &HeaderValue) -> bool {
 fn looks_like_jwt(value: &[u8]) -> bool {
     value.get(..10).is_some_and(|start| start.eq_ignore_ascii_case(b"bearer eyj"))
         && value.iter().filter(|byte| **byte == b'.').count() == 2
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 /// Headers that carry a credential in common APIs, other than `Authorization`.

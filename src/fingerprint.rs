@@ -131,7 +131,7 @@ impl Fingerprinter {
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;
-    /// let fingerprinter = Fingerprinter::custom(1, |_parts, body| body.to_ascii_lowercase());
+    /// let fingerprinter = Fingerprinter::custom(1, |_parts, body| body.trim_ascii().into());
     /// ```
     #[must_use]
     pub fn custom(version: u32, digest: impl Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync + 'static) -> Self {

@@ -8,8 +8,6 @@ use http::{HeaderMap, HeaderName};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::consumer::hex;
-
 /// An idempotency key: chosen by the client, opaque, compared byte by byte.
 ///
 /// It has 1 to 255 bytes of printable ASCII.
@@ -114,10 +112,10 @@ pub enum InvalidKey {
 
 /// Decides which keys are accepted. Default: 1 to 255 bytes after decoding, quoted or not.
 ///
-/// A value that begins with `"` is read as an Item of a structured field that is a String ([RFC
-/// 9651]): escapes are decoded, parameters must be well formed and are ignored. This is the form of
-/// the [IETF draft]. Any other value is a bare key of visible ASCII without `"`, `,`, `;` and `\`.
-/// So `"k"` and `k` are the same key.
+/// A value that begins with `"` is read as a String of a structured field ([RFC 9651]), as the
+/// [IETF draft] writes it: escapes are decoded, parameters must be well formed and are ignored. Any
+/// other value is a bare key of visible ASCII without `"`, `,`, `;` and `\`. So `"k"` and `k` are
+/// the same key.
 ///
 /// A malformed key is refused with 400 `key-invalid`.
 ///
@@ -256,6 +254,15 @@ fn bare(value: &[u8]) -> Result<String, InvalidKey> {
 
 fn is_hyphenated_uuid(value: &str) -> bool {
     value.len() == uuid::fmt::Hyphenated::LENGTH && Uuid::try_parse(value).is_ok()
+}
+
+/// Text for a name that is made of a digest.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 const MAX_LENGTH: usize = 255;

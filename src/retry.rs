@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
-
 use uuid::Uuid;
 
 use crate::error::StoreError;
