@@ -1,4 +1,4 @@
-//! The API consumer that a key belongs to.
+//! The API consumer that a key belongs to, and how a request names it.
 
 use std::{
     fmt,
@@ -9,11 +9,14 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use sha2::{Digest, Sha256};
 
-use crate::redact::TRACING_TARGET;
+use crate::{key::hex, redact::TRACING_TARGET};
 
-/// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8 without NUL, compared byte by byte.
+/// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8 without NUL, compared byte by
+/// byte.
 ///
-/// The authentication layer puts it into the request's extensions:
+/// A consumer is a customer, an account or a tenant of your API. Two consumers can use the same key
+/// and never see each other's responses. The authentication layer puts the consumer into the
+/// request's extensions:
 ///
 /// ```
 /// # use tower_idempotency::Consumer;
@@ -25,11 +28,11 @@ use crate::redact::TRACING_TARGET;
 pub struct Consumer(Arc<str>);
 
 impl Consumer {
-    /// A consumer with this name.
+    /// Makes a consumer with this name.
     ///
     /// # Errors
     ///
-    /// [`InvalidConsumer`] if the name is empty, longer than 255 bytes or holds a NUL.
+    /// [`InvalidConsumer`] if the name is empty, is longer than 255 bytes or contains a NUL.
     pub fn new(name: impl AsRef<str>) -> Result<Self, InvalidConsumer> {
         let name = name.as_ref();
         if name.is_empty() || name.len() > 255 || name.contains('\0') {
@@ -57,23 +60,43 @@ impl fmt::Display for Consumer {
     }
 }
 
-/// A name that no consumer can have.
+/// The name is not one that a consumer can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a consumer is 1 to 255 bytes of UTF-8 without NUL; this one has {length} bytes, or a NUL")]
+#[error("a consumer is 1 to 255 bytes of UTF-8 without NUL; this name has {length} bytes, or a NUL")]
 pub struct InvalidConsumer {
     length: usize,
 }
 
 type Extract = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 
-/// How the consumer of a request is found. `None` from an extractor answers 403 `consumer-unidentified`.
+/// Finds the consumer of a request.
 ///
-/// The default takes the [`Consumer`] that an authentication layer has put into the request's extensions. Where there
-/// is none, it takes a digest of the `Authorization` header if its scheme is `Basic` or `Bearer`, and the one anonymous
-/// scope if the request carries no credential at all. Anything else is refused, because a guess would either leak
-/// responses between users or protect nobody: another scheme (its value may change with each request), `Authorization`
-/// beside `X-Api-Key`, or `Cookie`, `X-Api-Key` and the like alone. The credentials themselves are never stored, only
-/// the digest; it is not salted, so whoever reads the table or the log can test guesses of a weak `Basic` password.
+/// A request whose consumer is not found is refused with 403 `consumer-unidentified`. The default
+/// looks in this order:
+///
+/// 1. The [`Consumer`] that an authentication layer has put into the request's extensions.
+/// 2. A digest of the `Authorization` header, if its scheme is `Basic` or `Bearer`.
+/// 3. The anonymous scope, if the request carries no credential. All such requests share it.
+///
+/// Every other request is refused, because a guess would either show one user's response to another
+/// or protect no request. These are refused:
+///
+/// * another scheme, because its value may change with each request
+/// * more than one `Authorization` line
+/// * `Authorization` beside an API key, for example in `X-Api-Key`
+/// * `Cookie`, `X-Api-Key` or the like without `Authorization`
+///
+/// Credentials are never stored, only their digest. The digest has no salt: a person who reads the
+/// table or the log can test guesses of a weak `Basic` password.
+///
+/// A Bearer token that is a JWT changes when it is refreshed, and each token counts as another
+/// consumer: a retry with the new token runs again. Use [`extension`](Self::extension) there.
+///
+/// ```
+/// # use tower_idempotency::{ConsumerExtractor, IdempotencyLayer, MemoryStore};
+/// let layer = IdempotencyLayer::new(MemoryStore::new())
+///     .with_consumer(ConsumerExtractor::extension());
+/// ```
 #[derive(Clone)]
 pub struct ConsumerExtractor {
     extract: Arc<Extract>,
@@ -81,14 +104,25 @@ pub struct ConsumerExtractor {
 }
 
 impl ConsumerExtractor {
-    /// The [`Consumer`] in the request's extensions, put there by an authentication layer outside this one.
-    /// Recommended.
+    /// Takes the [`Consumer`] from the request's extensions. Recommended.
+    ///
+    /// An authentication layer puts it there; that layer must be outside this one, so that it runs
+    /// first.
     #[must_use]
     pub fn extension() -> Self {
         Self::from_fn(|parts| parts.extensions.get::<Consumer>().cloned())
     }
 
-    /// The value of a header that a trusted proxy sets. Sent twice or not UTF-8, it identifies nobody.
+    /// Takes the value of a header, which a trusted proxy must set: a client that can set it can
+    /// name any consumer.
+    ///
+    /// A request is refused if it has no such header, two of them, or a value that is no
+    /// [`Consumer`].
+    ///
+    /// ```
+    /// # use tower_idempotency::ConsumerExtractor;
+    /// let extractor = ConsumerExtractor::header(http::HeaderName::from_static("x-account"));
+    /// ```
     #[must_use]
     pub fn header(name: HeaderName) -> Self {
         let header = Some(name.clone());
@@ -99,14 +133,29 @@ impl ConsumerExtractor {
         Self { header, ..by_header }
     }
 
-    /// Whatever a closure makes of the request.
+    /// Calls a closure for each request; `None` refuses the request.
+    ///
+    /// ```
+    /// # use tower_idempotency::{Consumer, ConsumerExtractor};
+    /// # #[derive(Clone)] struct Session { account: String }
+    /// let extractor = ConsumerExtractor::from_fn(|parts| {
+    ///     Consumer::new(&parts.extensions.get::<Session>()?.account).ok()
+    /// });
+    /// ```
     #[must_use]
     pub fn from_fn(extract: impl Fn(&Parts) -> Option<Consumer> + Send + Sync + 'static) -> Self {
         Self { extract: Arc::new(extract), header: None }
     }
 
-    /// One scope that all requests share: whoever sends an equal key and an equal request gets the same response.
-    /// Right only if there is a single consumer.
+    /// Puts all requests into one scope. Use it only if the API has a single consumer.
+    ///
+    /// Two clients that send an equal key and an equal request get the same response.
+    ///
+    /// ```
+    /// # use tower_idempotency::{Consumer, ConsumerExtractor};
+    /// let extractor = ConsumerExtractor::shared(Consumer::new("internal")?);
+    /// # Ok::<(), tower_idempotency::consumer::InvalidConsumer>(())
+    /// ```
     #[must_use]
     pub fn shared(scope: Consumer) -> Self {
         Self::from_fn(move |_| Some(scope.clone()))
@@ -116,7 +165,7 @@ impl ConsumerExtractor {
         (self.extract)(parts)
     }
 
-    /// The header that names the consumer, if it is known to be one.
+    /// The header that names the consumer; `None` if the consumer comes from elsewhere.
     pub(crate) fn header_name(&self) -> Option<&HeaderName> {
         self.header.as_ref()
     }
@@ -142,6 +191,7 @@ fn from_credentials(headers: &HeaderMap, warned: &AtomicBool) -> Option<Consumer
     if !headers.contains_key(header::AUTHORIZATION) {
         return (!other_credential).then(|| Consumer("anonymous".into()));
     }
+    // A cookie beside `Authorization` is common; an API key beside it may be the credential that counts.
     let ambiguous = OTHER_CREDENTIALS.iter().any(|name| *name != "cookie" && headers.contains_key(*name));
     let value = only_value(headers, &header::AUTHORIZATION)?;
     if ambiguous || !has_stable_scheme(value) {
@@ -150,8 +200,8 @@ fn from_credentials(headers: &HeaderMap, warned: &AtomicBool) -> Option<Consumer
     if looks_like_jwt(value.as_bytes()) && !warned.swap(true, Ordering::Relaxed) {
         tracing::warn!(
             target: TRACING_TARGET,
-            "consumers are told apart by a JWT: a refreshed token is another consumer, and its retries run again; \
-             use ConsumerExtractor::extension()"
+            "the consumer is taken from a JWT, and a refreshed token counts as another consumer: its retries \
+             run again; use ConsumerExtractor::extension()"
         );
     }
     Some(Consumer(format!("authorization:{}", hex(&Sha256::digest(value.as_bytes()))).into()))
@@ -172,15 +222,7 @@ fn looks_like_jwt(value: &[u8]) -> bool {
         && value.iter().filter(|byte| **byte == b'.').count() == 2
 }
 
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// Headers by which APIs commonly authenticate, beside `Authorization`.
+/// Headers that carry a credential in common APIs, other than `Authorization`.
 pub(crate) const OTHER_CREDENTIALS: [&str; 6] =
     ["cookie", "x-api-key", "api-key", "apikey", "x-auth-token", "x-access-token"];
 

@@ -4,9 +4,10 @@ use std::{error::Error as StdError, fmt};
 
 pub(crate) type BoxError = Box<dyn StdError + Send + Sync>;
 
-/// A store could not do what was asked.
+/// A store could not carry out a call.
 ///
-/// [`kind`](Self::kind) tells what is known about the effect, [`source`](StdError::source) keeps the cause.
+/// [`kind`](Self::kind) says what is known about the effect. [`source`](StdError::source) holds the
+/// cause.
 #[derive(Debug)]
 pub struct StoreError {
     kind: StoreErrorKind,
@@ -14,23 +15,24 @@ pub struct StoreError {
     source: Option<BoxError>,
 }
 
-/// What is known about the effect of a call that failed.
+/// The effect of a failed call, as far as it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreErrorKind {
-    /// The store could not be reached, is full or asked to come back later: nothing was done, a retry makes sense.
+    /// The store could not be reached, is full, or asked to come back later. Nothing was done; a
+    /// retry makes sense.
     Unavailable,
-    /// The call was sent and its reply was lost: it may have been done. Repeat it, or undo it.
+    /// The call was sent and its reply was lost. It may have been done: repeat it, or undo it.
     Ambiguous,
-    /// A table, a right or a setting is missing: nothing was done and only an operator can help. The message says
-    /// what to do.
+    /// A table, a right or a setting is missing. Nothing was done, and only an operator can help.
+    /// The message says what to do.
     Misconfigured,
-    /// The store answered with something that should not happen. Nothing was done.
+    /// The store gave an answer that should not happen. Nothing was done.
     Internal,
 }
 
 impl StoreError {
-    /// An error of a kind, with a message that says what was tried and, where possible, what to do.
+    /// Makes an error of this kind. The message says what was tried and, if possible, what to do.
     pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), source: None }
     }
@@ -42,13 +44,13 @@ impl StoreError {
         self
     }
 
-    /// What is known about the effect of the call.
+    /// The effect of the call, as far as it is known.
     #[must_use]
     pub fn kind(&self) -> StoreErrorKind {
         self.kind
     }
 
-    /// Whether the same call may succeed later without anybody's help.
+    /// Returns `true` if the same call may succeed later, without the help of an operator.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         matches!(self.kind, StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous)

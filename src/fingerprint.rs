@@ -1,4 +1,4 @@
-//! The fingerprint: tells a retry from a different request under the same key.
+//! The fingerprint: tells a retry from a different request with the same key.
 
 mod canonical_json;
 
@@ -12,24 +12,26 @@ use sha2::{Digest, Sha256};
 
 pub use canonical_json::InvalidPointer;
 
-/// Digest of a request, with the scheme it was computed in. Opaque to stores, which compare it byte by byte.
+/// A digest of a request, together with the scheme that it was computed in.
+///
+/// It is opaque to stores, which compare it byte by byte.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Fingerprint(Bytes);
 
 impl Fingerprint {
-    /// A fingerprint as it was read from a store.
+    /// Wraps a fingerprint that was read from a store.
     #[must_use]
     pub fn from_bytes(bytes: impl Into<Bytes>) -> Self {
         Self(bytes.into())
     }
 
-    /// The bytes that a store keeps.
+    /// The bytes to write to a store.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The fingerprint of what is attempted outside HTTP. No request has it.
+    /// The fingerprint of an attempt outside HTTP. No request has the same one.
     pub(crate) fn of_arguments(arguments: &(impl Serialize + ?Sized)) -> Option<Self> {
         let digest = canonical_digest(arguments)?;
         Some(Self([&[ARGUMENTS_VERSION][..], &digest].concat().into()))
@@ -46,25 +48,29 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-/// How the fingerprint of a request is computed.
+/// Computes the fingerprint of a request.
 ///
-/// The default is a SHA-256 over length-prefixed method, original path and query, content type and body bytes. Framing,
-/// `Host`, `User-Agent`, tracing and authentication headers do not take part.
+/// The default is a SHA-256 over method, original path and query, content type and body bytes, each
+/// with its length before it. `Host`, `User-Agent`, the headers of tracing and authentication, and
+/// the framing of the body do not count.
 ///
-/// In a nested axum router the original path comes from `OriginalUri` (feature `axum`); elsewhere use
-/// [`with_target`](Self::with_target) if an outer service changes the URI.
+/// In a nested axum router, the original path comes from `OriginalUri` (feature `axum`). Elsewhere,
+/// use [`with_target`](Self::with_target) if an outer service changes the URI.
 ///
-/// A record remembers the scheme (version, options, secret) of its fingerprint. A server that meets a record of another
-/// scheme computes the request's fingerprint in that one if it was given with [`add_previous`](Self::add_previous), and
-/// answers 409 `fingerprint-unknown` otherwise. So add the old value when you change options or secrets, and drop it
-/// after one retention.
+/// # Changing options
+///
+/// A record remembers the scheme of its fingerprint: version, options and secret. A retry of a
+/// record in another scheme is compared in that scheme if [`add_previous`](Self::add_previous)
+/// names it, and is refused with 409 `fingerprint-unknown` otherwise. So when you change options or
+/// secrets, add the old value, and remove it after one retention.
 ///
 /// ```
-/// # use tower_idempotency::Fingerprinter;
+/// # use tower_idempotency::{Fingerprinter, IdempotencyLayer, MemoryStore};
 /// let fingerprinter = Fingerprinter::default()
 ///     .add_header(http::HeaderName::from_static("x-tenant"))
 ///     .canonical_json(["/metadata/sent_at"])?
 ///     .add_previous(Fingerprinter::default());
+/// let layer = IdempotencyLayer::new(MemoryStore::new()).with_fingerprint(fingerprinter);
 /// # Ok::<(), tower_idempotency::fingerprint::InvalidPointer>(())
 /// ```
 #[derive(Clone)]
@@ -107,29 +113,49 @@ impl Default for Fingerprinter {
 }
 
 impl Fingerprinter {
-    /// Covers method, path and query only: equal keys on one endpoint are retries, whatever the body says.
+    /// Covers method, path and query only. Requests with an equal key to one endpoint are retries,
+    /// even if their bodies differ.
+    ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// let fingerprinter = Fingerprinter::none();
+    /// ```
     #[must_use]
     pub fn none() -> Self {
         Self { payload: Payload::None, ..Self::default() }
     }
 
-    /// Covers method, path, query and what `digest` returns instead of content type and body. Give another `version`
-    /// whenever the function changes.
+    /// Covers method, path and query, and the result of `digest` instead of content type and body.
+    ///
+    /// Use another `version` whenever the function changes.
+    ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// let fingerprinter = Fingerprinter::custom(1, |_parts, body| body.trim_ascii().into());
+    /// ```
     #[must_use]
     pub fn custom(version: u32, digest: impl Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync + 'static) -> Self {
         Self { payload: Payload::Custom(version, Arc::new(digest)), ..Self::default() }
     }
 
-    /// Compares JSON bodies by their meaning: order of members, white space and escapes do not count, members at the
-    /// excluded JSON pointers ([RFC 6901]) are left out. Numbers are compared as they are written, so that `1` and
-    /// `1.0` differ and no digit is lost. A body that is not JSON, repeats a member or nests deeper than 32 levels is
-    /// compared byte by byte.
+    /// Compares JSON bodies by their meaning, and leaves out the members at these JSON pointers
+    /// ([RFC 6901]).
+    ///
+    /// The order of members, white space and escapes do not count. Numbers are compared as they are
+    /// written: `1` and `1.0` differ, and no digit is lost. A body that is not JSON, repeats a
+    /// member or nests deeper than 32 levels is compared byte by byte.
     ///
     /// [RFC 6901]: https://www.rfc-editor.org/rfc/rfc6901
     ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// let fingerprinter = Fingerprinter::default().canonical_json(["/metadata/sent_at"])?;
+    /// # Ok::<(), tower_idempotency::fingerprint::InvalidPointer>(())
+    /// ```
+    ///
     /// # Errors
     ///
-    /// [`InvalidPointer`] if one of the pointers is not a JSON pointer to a member.
+    /// [`InvalidPointer`] if one of the texts is not a JSON pointer to a member.
     pub fn canonical_json<'a>(
         mut self,
         excluded: impl IntoIterator<Item = &'a str>,
@@ -139,38 +165,63 @@ impl Fingerprinter {
         Ok(self)
     }
 
-    /// Covers another header too: all its lines, in order.
+    /// Covers another header: all its lines, in their order.
+    ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// let fingerprinter = Fingerprinter::default()
+    ///     .add_header(http::HeaderName::from_static("x-tenant"));
+    /// ```
     #[must_use]
     pub fn add_header(mut self, name: HeaderName) -> Self {
         self.headers.push(name);
         self
     }
 
-    /// Computes an HMAC with a secret, so that who reads the table cannot test guesses of a body. Rotate by a new `id`
-    /// with a new secret and [`add_previous`](Self::add_previous) for the old pair.
+    /// Computes an HMAC with this secret instead of a plain digest. A person who reads the table
+    /// then cannot test guesses of a body.
+    ///
+    /// To rotate the secret, use a new `id` with the new secret, and give the old pair to
+    /// [`add_previous`](Self::add_previous).
+    ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// let fingerprinter = Fingerprinter::default()
+    ///     .keyed(2, "the new secret")
+    ///     .add_previous(Fingerprinter::default().keyed(1, "the old secret"));
+    /// ```
     #[must_use]
     pub fn keyed(mut self, id: u32, secret: impl Into<Vec<u8>>) -> Self {
         self.secret = Some(Secret { id, key: secret.into() });
         self
     }
 
-    /// Takes path and query from this closure. Default: axum's original URI where there is one, else the request's.
+    /// Takes path and query from this closure. Default: axum's original URI if there is one, else
+    /// the URI of the request.
     ///
-    /// It is not part of the scheme: when it changes, retries of requests made before answer 422 `key-reused`.
+    /// The closure is not part of the scheme: when it changes, retries of earlier requests are
+    /// refused with 422 `key-reused`.
+    ///
+    /// ```
+    /// # use tower_idempotency::Fingerprinter;
+    /// let fingerprinter = Fingerprinter::default()
+    ///     .with_target(|parts| format!("/v1{}", parts.uri.path()));
+    /// ```
     #[must_use]
     pub fn with_target(mut self, target: impl Fn(&Parts) -> String + Send + Sync + 'static) -> Self {
         self.target = Arc::new(target);
         self
     }
 
-    /// Reads records whose fingerprint was made by another value of this type.
+    /// Reads the records whose fingerprints were computed by another value of this type. See
+    /// [Changing options](Self#changing-options).
     #[must_use]
     pub fn add_previous(mut self, previous: Fingerprinter) -> Self {
         self.previous.push(previous);
         self
     }
 
-    /// The headers that are covered beside the content type.
+    /// The headers that are covered, without the content type.
     pub(crate) fn headers(&self) -> impl Iterator<Item = &HeaderName> {
         self.headers.iter()
     }
@@ -182,6 +233,7 @@ impl Fingerprinter {
         input.field((self.target)(parts).as_bytes());
         for name in &self.headers {
             let lines: Vec<_> = parts.headers.get_all(name).iter().collect();
+            // The count tells one empty line from no line.
             input.length(lines.len());
             lines.iter().for_each(|line| input.field(line.as_bytes()));
         }
@@ -189,7 +241,7 @@ impl Fingerprinter {
         Fingerprint::new(self.scheme(), &input.digest())
     }
 
-    /// Computes it in the scheme that `record` was made in. `None` if that scheme is unknown here.
+    /// Computes the fingerprint in the scheme of a record; `None` if that scheme is unknown here.
     pub(crate) fn fingerprint_like(
         &self,
         record: &Fingerprint,
@@ -234,6 +286,7 @@ impl Payload {
             Self::Bytes => input.content(parts, body),
             Self::CanonicalJson(excluded) => match canonical_json::canonicalize(body, excluded) {
                 Some(canonical) => input.content(parts, &canonical),
+                // Ambiguous JSON is compared byte by byte: parsers disagree about its meaning.
                 None => input.content(parts, body),
             },
         }
@@ -255,8 +308,8 @@ impl Payload {
     }
 }
 
-/// Length-prefixed fields, digested as they come: a body of any size is not copied. No two different sequences of fields
-/// are digested as the same bytes.
+/// Digests fields with their lengths, without a copy of the body. Two different sequences of fields
+/// are never digested as the same bytes.
 enum Input {
     Plain(Sha256),
     Keyed(Hmac<Sha256>),
@@ -303,7 +356,7 @@ impl Input {
     }
 }
 
-/// Digest of a value, by its canonical JSON; `None` if it has none.
+/// A digest of the canonical JSON of a value; `None` if it has none.
 pub(crate) fn canonical_digest(value: &(impl Serialize + ?Sized)) -> Option<Bytes> {
     let json = serde_json::to_vec(value).ok()?;
     let canonical = canonical_json::canonicalize(&json, &[])?;

@@ -21,7 +21,11 @@ use crate::{
     },
 };
 
-/// A handle to what an [`IdempotencyLayer`], its clones and its services share.
+/// The calls of operators and of the shutdown, over the state that an [`IdempotencyLayer`], its
+/// clones and its services share.
+///
+/// Handles are cheap to clone. A call that has begun runs to its end, even if its future is
+/// dropped.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -29,7 +33,7 @@ use crate::{
 /// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let layer = IdempotencyLayer::new(MemoryStore::new());
 /// let handle = layer.handle();
-/// // serve ... and when the server has stopped accepting:
+/// // serve ... and after the server has stopped accepting:
 /// handle.drain(Duration::from_secs(30)).await?;
 /// # Ok(()) }
 /// ```
@@ -41,51 +45,58 @@ pub struct IdempotencyHandle {
 /// Tasks were still running when the time to drain was over.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(
-    "{running} tasks were still running after {limit:?}; what they own is taken over when their leases run out"
+    "{running} tasks were still running after {limit:?}; their records are taken over when the leases run out"
 )]
 #[non_exhaustive]
 pub struct DrainTimedOut {
-    /// How many.
+    /// The number of tasks.
     pub running: usize,
-    /// How long was waited.
+    /// The time that was waited.
     pub limit: Duration,
 }
 
-/// What an operator has found out about an intent.
+/// The decision of an operator about an intent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum IntentResolution {
-    /// The upstream has made this resource: the next attempt gets it, without a call.
+    /// The upstream has made this resource. The next attempt gets it, without a call.
     Finalize(Resource),
-    /// The upstream has refused for good, with this reason: the next attempt gets the refusal, without a call.
+    /// The upstream has refused for good, with this reason. The next attempt gets the refusal,
+    /// without a call.
     Refuse(String),
-    /// The upstream has not made the resource and will not: the next attempt calls again, with the same upstream key.
+    /// The upstream has not made the resource and never will. The next attempt calls again with the
+    /// same upstream key.
     Absent,
-    /// Nothing yet: look it up again, at once and as often as one that was never looked up.
+    /// Nothing is known yet. The intent is looked up again, immediately and as often as one that
+    /// was never looked up.
     LookAgain,
-    /// What needed attention was attended to. For an intent that is finalized or dead.
+    /// The operator has dealt with an intent that is finalized or dead, and it needs no attention
+    /// any more.
     Acknowledge,
 }
 
-/// What became of an [`IntentResolution`].
+/// The outcome of an [`IntentResolution`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResolveIntentOutcome {
-    /// It is recorded.
+    /// The decision is recorded.
     Resolved,
-    /// The attempt that called last owns the record with a live lease, and may be calling. Nothing was changed.
+    /// The attempt that called last owns the record with a live lease, and may be calling. Nothing
+    /// was changed.
     InProgress,
-    /// The intent is finalized; or it was to be looked up again and is refused; or it was to be acknowledged and needs no
-    /// attention. Nothing was changed.
+    /// The decision does not fit the state of the intent. Nothing was changed.
+    ///
+    /// The intent is finalized; or the upstream refused it, and it cannot be looked up again; or it
+    /// was to be acknowledged and needs no attention.
     AlreadySettled,
-    /// The intent was to be acknowledged and is open: settle it. Nothing was changed.
+    /// The intent was to be acknowledged and is open. Settle it instead. Nothing was changed.
     StillOpen,
     /// There is no such intent.
     Absent,
 }
 
 impl IdempotencyLayer {
-    /// A handle for draining at shutdown and for operators.
+    /// Returns the handle for operators and for draining at shutdown.
     #[must_use]
     pub fn handle(&self) -> IdempotencyHandle {
         IdempotencyHandle { node: Arc::clone(self.node()) }
@@ -93,7 +104,7 @@ impl IdempotencyLayer {
 }
 
 impl IntentLog {
-    /// A handle for draining at shutdown, for reconciling and for operators.
+    /// Returns the handle for operators, for reconciling and for draining at shutdown.
     #[must_use]
     pub fn handle(&self) -> IdempotencyHandle {
         IdempotencyHandle { node: Arc::clone(self.node()) }
@@ -101,32 +112,49 @@ impl IntentLog {
 }
 
 impl IdempotencyHandle {
-    /// Creates or migrates the tables, unless the store was told not to, and checks that it can be trusted. Optional:
-    /// the first request does the same. Returns what an operator should know.
+    /// Prepares the store at start-up: creates or migrates its tables unless it was told not to,
+    /// and checks that it can be trusted.
+    ///
+    /// Returns what an operator should know, one sentence each. The call is optional, because the
+    /// first request does the same; with it, a wrong set-up shows before the server accepts
+    /// requests.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyHandle, StoreError};
+    /// # async fn start(handle: IdempotencyHandle) -> Result<(), StoreError> {
+    /// for warning in handle.prepare().await? {
+    ///     eprintln!("idempotency: {warning}");
+    /// }
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`StoreError`] if the store cannot be reached or cannot keep its contract; the message says what to do.
+    /// [`StoreError`] if the store cannot be reached or cannot keep its contract; the message says
+    /// what to do.
     pub async fn prepare(&self) -> Result<Vec<String>, StoreError> {
         self.call(|store| async move { store.prepare().await }).await
     }
 
-    /// Refuses new requests with a key (503 `shutting-down`) and waits until the running attempts have ended and their
-    /// responses are stored and the background tasks have ended too, but at most `limit`. Call it after the server has stopped
-    /// accepting: a graceful shutdown alone does not wait for handlers whose client has left.
+    /// Refuses new requests with a key (503 `shutting-down`), and waits at most `limit` until all
+    /// work has ended: running attempts, the storing of their responses, background tasks.
+    ///
+    /// Call it after the server has stopped accepting. A graceful shutdown of the server alone does
+    /// not wait for handlers whose client has disconnected.
     ///
     /// # Errors
     ///
-    /// [`DrainTimedOut`] if tasks were still running after `limit`.
+    /// [`DrainTimedOut`] if tasks were still running after `limit`. Their records are taken over
+    /// when their leases run out.
     pub async fn drain(&self, limit: Duration) -> Result<(), DrainTimedOut> {
         self.node.tasks.drain(limit).await.map_err(|running| DrainTimedOut { running, limit })
     }
 
-    /// Looks one record up.
+    /// Looks up one record, expired or not.
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`] if the store could not be read.
     pub async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
         self.call(|store| async move { store.get(&consumer, &key).await }).await
@@ -134,19 +162,31 @@ impl IdempotencyHandle {
 
     /// Lists records, the oldest first, at most `limit`.
     ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyHandle, StoreError, store::RecordFilter};
+    /// # async fn show(handle: IdempotencyHandle) -> Result<(), StoreError> {
+    /// for record in handle.list(RecordFilter::Held, 100).await? {
+    ///     println!("{} of {} is held", record.key, record.consumer);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`] if the store could not be read.
     pub async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
         self.call(|store| async move { store.list(filter, limit).await }).await
     }
 
-    /// Deletes a record in whatever state: the next request with the key runs, even while an attempt is running.
-    /// Returns whether there was one. A request that was [kept](crate::KeptRequests) for it is discarded with it.
+    /// Deletes a record in any state, together with its [kept request](crate::KeptRequests).
+    /// Returns `true` if there was one.
+    ///
+    /// Use it with care: the next request with the key runs the handler, even if an attempt is
+    /// running at the same time.
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`]; the record may be deleted. Calling again is harmless.
     pub async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
         let running = Arc::clone(&self.node.running);
@@ -158,11 +198,24 @@ impl IdempotencyHandle {
         .await
     }
 
-    /// Ends a record that is held or whose lease ran out, once you know what became of the request.
+    /// Ends a record that is held or whose lease ran out.
+    ///
+    /// Find out first whether the request was performed. A wrong [`Release`](Resolution::Release)
+    /// performs it twice.
+    ///
+    /// ```
+    /// # use tower_idempotency::{Consumer, IdempotencyHandle, IdempotencyKey, StoreError};
+    /// # use tower_idempotency::store::Resolution;
+    /// # async fn release(
+    /// #     handle: IdempotencyHandle, consumer: Consumer, key: IdempotencyKey,
+    /// # ) -> Result<(), StoreError> {
+    /// let outcome = handle.resolve(&consumer, &key, Resolution::Release).await?;
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`]; the record may be resolved, and [`get`](Self::get) tells.
     pub async fn resolve(
         &self,
         consumer: &Consumer,
@@ -181,17 +234,19 @@ impl IdempotencyHandle {
         .await
     }
 
-    /// Purges at most `limit` records that count as absent, and returns how many. The [`Reaper`](crate::Reaper) does
-    /// it by itself unless it is off.
+    /// Deletes at most `limit` records that count as absent, and returns their number.
+    ///
+    /// The [`Reaper`](crate::Reaper) does this in the background unless it is off.
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`]; some records may be deleted.
     pub async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
         self.call(|store| async move { store.purge(limit).await }).await
     }
 
-    /// A log for jobs and messages that shares the store with the layer, and is drained with it. Its settings are its own.
+    /// Makes a log for jobs and messages. It shares the store with the layer and is drained with
+    /// it. Its settings are its own.
     #[must_use]
     pub fn intent_log(&self) -> IntentLog {
         IntentLog::over(Arc::clone(&self.node))
@@ -200,43 +255,64 @@ impl IdempotencyHandle {
 
 /// Calls to upstream services.
 impl IdempotencyHandle {
-    /// Looks one intent up.
+    /// Looks up one intent.
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`] if the store could not be read or keeps no intents.
     pub async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
         self.recover(move |recovery| async move { recovery.get_intent(intent).await }).await
     }
 
     /// Lists intents, at most `limit`.
     ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyHandle, StoreError, intent::IntentFilter};
+    /// # async fn show(handle: IdempotencyHandle) -> Result<(), StoreError> {
+    /// for intent in handle.list_intents(IntentFilter::NeedsAttention, 100).await? {
+    ///     println!("{} {}: {:?}", intent.name, intent.upstream_key, intent.attention);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`] if the store could not be read or keeps no intents.
     pub async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError> {
         self.recover(move |recovery| async move { recovery.list_intents(filter, limit).await }).await
     }
 
-    /// Counts the intents that somebody has to look at.
+    /// Counts the intents that are not settled or that need attention.
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`] if the store could not be read or keeps no intents.
     pub async fn count_intents(&self) -> Result<IntentCounts, StoreError> {
         self.recover(move |recovery| async move { recovery.count_intents().await }).await
     }
 
-    /// Settles an intent by hand, once you know what became of its call. Its record, if it was held for that alone, is
-    /// claimable from then on: the client's retry runs the handler.
+    /// Settles an intent by hand.
     ///
-    /// Not while the attempt that called last owns the record with a live lease: it may be calling. What is finalized stays
-    /// so.
+    /// Find out first whether its call arrived. A wrong [`Absent`](IntentResolution::Absent) calls
+    /// twice. If the record was held only for this intent, it is claimable from then on, and the
+    /// client's retry runs the handler.
+    ///
+    /// Nothing is changed while the attempt that called last owns the record with a live lease,
+    /// because it may be calling. A finalized intent stays finalized.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyHandle, Resource, StoreError, UpstreamKey};
+    /// # use tower_idempotency::intent::IntentResolution;
+    /// # async fn settle(handle: IdempotencyHandle, key: UpstreamKey) -> Result<(), StoreError> {
+    /// let found = IntentResolution::Finalize(Resource::new("ch_123"));
+    /// let outcome = handle.resolve_intent(key, found).await?;
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`StoreError`]. After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be recorded;
-    /// [`get_intent`](Self::get_intent) tells.
+    /// [`StoreError`]. After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be
+    /// recorded; [`get_intent`](Self::get_intent) tells.
     pub async fn resolve_intent(
         &self,
         intent: UpstreamKey,
@@ -246,40 +322,48 @@ impl IdempotencyHandle {
             .await
     }
 
-    /// Deletes settled intents and finished phases that are older than `retention` and whose record is gone, and kept
-    /// requests that are not needed any more; of each at most `limit`. Returns how many. The [`Reaper`](crate::Reaper) does it
-    /// by itself unless it is off.
+    /// Deletes what is not needed any more, at most `limit` rows of each kind, and returns their
+    /// number.
+    ///
+    /// These are settled intents and finished phases that are older than `retention` and whose
+    /// record is gone, and kept requests whose record is completed or gone. The
+    /// [`Reaper`](crate::Reaper) does this in the background unless it is off.
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`]; some rows may be deleted.
     pub async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
         self.recover(move |recovery| async move { recovery.purge_settled(retention, limit).await }).await
     }
 
-    /// Starts a task that looks up what became of dangling intents: at once, and then in the reconciler's interval. It
-    /// survives errors of the store and of the look-ups. It ends when the layer is drained, after the look-ups that are under
-    /// way, or dropped.
+    /// Starts a background task that looks up dangling intents, immediately and then in the
+    /// reconciler's interval.
+    ///
+    /// It continues after errors of the store and of the look-ups. It ends when the layer is
+    /// drained, after the look-ups that are running, or when the layer is dropped.
     ///
     /// # Errors
     ///
-    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store keeps no intents.
+    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store keeps no
+    /// intents.
     ///
     /// # Panics
     ///
-    /// Outside of a Tokio runtime.
+    /// Panics outside of a Tokio runtime.
     pub fn start_reconciler(&self, reconciler: Reconciler) -> Result<(), StoreError> {
         self.node.recovery()?;
         self.node.tasks.spawn_background(reconciler.run(Arc::downgrade(&self.node)));
         Ok(())
     }
 
-    /// One pass of a reconciler, for jobs and tests: takes intents that are due until there are none, and looks each of
-    /// them up. After [`drain`](Self::drain) it begins no look-up any more.
+    /// Runs one pass of a reconciler, for jobs and tests: takes intents that are due until there
+    /// are none, and looks each of them up.
+    ///
+    /// After [`drain`](Self::drain) it begins no look-up.
     ///
     /// # Errors
     ///
-    /// [`StoreError`] if intents could not be taken; what was looked up before that is recorded.
+    /// [`StoreError`] if intents could not be taken. Earlier look-ups of the pass are recorded.
     pub async fn reconcile(&self, reconciler: &Reconciler) -> Result<ReconcilerPass, StoreError> {
         let (node, reconciler) = (Arc::clone(&self.node), reconciler.clone());
         self.node.tasks.in_background(async move { reconciler.pass(&node).await }).await
@@ -288,62 +372,78 @@ impl IdempotencyHandle {
 
 /// Abandoned requests.
 impl IdempotencyHandle {
-    /// Starts a task that sends abandoned requests again: at once, and then in the completer's interval. It survives errors
-    /// of the store, and errors and panics of the application and of [`Restore`](crate::Restore). Any number of nodes may
-    /// do so at once.
+    /// Starts a background task that sends abandoned requests again, immediately and then in the
+    /// completer's interval.
     ///
-    /// It ends when the layer is [drained](Self::drain), after the requests that are under way, and not when the layer is
-    /// dropped: the completer has the application, and the application has the layer.
+    /// It continues after errors of the store, and after errors and panics of the application and
+    /// of [`Restore`](crate::Restore). Many nodes may run one simultaneously.
+    ///
+    /// It ends when the layer is [drained](Self::drain), after the requests that are under way. It
+    /// does not end when the layer is dropped, because the completer has the application, and the
+    /// application has the layer.
     ///
     /// # Errors
     ///
-    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store keeps no requests.
+    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store keeps no
+    /// requests.
     ///
     /// # Panics
     ///
-    /// Outside of a Tokio runtime.
+    /// Panics outside of a Tokio runtime.
     pub fn start_completer(&self, completer: Completer) -> Result<(), StoreError> {
         self.node.recovery()?;
         self.node.tasks.spawn_background(completer.run(Arc::clone(&self.node)));
         Ok(())
     }
 
-    /// Looks once for abandoned requests, at most a [batch](Completer::with_batch), and sends them. For jobs; where
-    /// [`start_completer`](Self::start_completer) was called it is not needed. After [`drain`](Self::drain) it sends none.
-    /// It goes on to its end when its future is dropped.
+    /// Runs one pass of a completer, for jobs: takes abandoned requests, at most a
+    /// [batch](Completer::with_batch), and sends them.
+    ///
+    /// It is not needed beside [`start_completer`](Self::start_completer). After
+    /// [`drain`](Self::drain) it sends none.
     ///
     /// # Errors
     ///
-    /// [`StoreError`] if the store could not be asked for them, or not for all of them.
+    /// [`StoreError`] if requests could not be taken. Those that were taken before are sent.
     pub async fn complete_abandoned(&self, completer: &Completer) -> Result<CompleterPass, StoreError> {
         let (node, completer) = (Arc::clone(&self.node), completer.clone());
         self.node.tasks.in_background(async move { completer.pass(&node).await }).await
     }
 
-    /// Lists the kept requests that wait for an operator, at most `limit`: each says
-    /// [why](KeptRequest::attention).
+    /// Lists the kept requests that wait for an operator, at most `limit`. Each gives the
+    /// [reason](KeptRequest::attention).
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`] if the store could not be read or keeps no requests.
     pub async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
-        let recovery = self.node.recovery()?;
-        self.node.tasks.run_to_end(async move { recovery.list_requests(limit).await }).await
+        self.recover(move |recovery| async move { recovery.list_requests(limit).await }).await
     }
 
-    /// Has a kept request that waits for an operator sent again, once what stood in its way is put right. Its tries begin
-    /// anew. Returns whether there is such a request.
+    /// Lets a kept request that waits for an operator be sent again by the completer. Returns
+    /// `true` if there is such a request.
     ///
-    /// [`evict`](Self::evict) discards a request together with its record.
+    /// Call it after the cause is removed. Its tries are counted from zero. To discard the request
+    /// instead, [`evict`](Self::evict) its record.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyHandle, StoreError};
+    /// # async fn again(handle: IdempotencyHandle) -> Result<(), StoreError> {
+    /// for request in handle.list_requests(100).await? {
+    ///     println!("{:?}", request.attention);
+    ///     handle.send_again(request.record_id).await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`StoreError`].
+    /// [`StoreError`]; the change may be recorded.
     pub async fn send_again(&self, record: RecordId) -> Result<bool, StoreError> {
-        let recovery = self.node.recovery()?;
         let update = RequestUpdate::SendAgain { after: Duration::ZERO, tried: false };
-        let work = async move { recovery.update_request(record, None, &update).await };
-        Ok(self.node.tasks.run_to_end(work).await? == Fenced::Applied)
+        let sent =
+            self.recover(move |recovery| async move { recovery.update_request(record, None, &update).await });
+        Ok(sent.await? == Fenced::Applied)
     }
 }
 
@@ -382,7 +482,10 @@ async fn resolve_intent(
         IntentResolution::Acknowledge => (IntentFence::Attention, IntentUpdate::Close),
     };
     if recovery.update_intent(intent, fence, &update, None).await? == Fenced::Applied {
-        tracing::info!(target: TRACING_TARGET, upstream_key = %intent, ?update, "an operator has resolved an intent");
+        tracing::info!(
+            target: TRACING_TARGET, upstream_key = %intent, ?update,
+            "an operator has resolved an intent"
+        );
         return Ok(ResolveIntentOutcome::Resolved);
     }
     let found = recovery.get_intent(intent).await?;

@@ -1,4 +1,4 @@
-//! The idempotency key: what the header may hold and how it is read.
+//! The idempotency key: how the header is read and which values it accepts.
 
 mod structured_field;
 
@@ -8,18 +8,18 @@ use http::{HeaderMap, HeaderName};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::consumer::hex;
-
-/// An idempotency key: made by the client, opaque, 1 to 255 bytes of printable ASCII, compared byte by byte.
+/// An idempotency key: chosen by the client, opaque, compared byte by byte.
+///
+/// It has 1 to 255 bytes of printable ASCII.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct IdempotencyKey(Box<str>);
 
 impl IdempotencyKey {
-    /// A key from its decoded value.
+    /// Makes a key from its decoded value.
     ///
     /// # Errors
     ///
-    /// [`InvalidKey`] if it is empty, longer than 255 bytes or not printable ASCII.
+    /// [`InvalidKey`] if the value is empty, longer than 255 bytes or not printable ASCII.
     pub fn new(value: impl Into<String>) -> Result<Self, InvalidKey> {
         let value = value.into();
         if value.is_empty() {
@@ -40,7 +40,8 @@ impl IdempotencyKey {
         Self(format!("{DERIVED}{}", hex(&digest)).into())
     }
 
-    /// Whether the key was derived: it tells as much of the request as its fingerprint.
+    /// Returns `true` if the key was derived from the request. Such a key tells as much about the
+    /// request as its fingerprint.
     pub(crate) fn is_derived(&self) -> bool {
         self.0.starts_with(DERIVED)
     }
@@ -64,57 +65,68 @@ impl fmt::Display for IdempotencyKey {
     }
 }
 
-/// Why a header value is no idempotency key.
+/// The reason why a header value is not an idempotency key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidKey {
-    /// There is more than one header line.
+    /// The request has more than one key header line.
     #[error("the key header was sent more than once; send exactly one")]
     Repeated,
-    /// Nothing is left after decoding.
+    /// The value is empty after decoding.
     #[error("the key is empty")]
     Empty,
-    /// Over the maximum.
+    /// The key is longer than the maximum.
     #[error("the key has {length} bytes; at most {maximum} are allowed")]
     TooLong {
-        /// What was sent.
+        /// Length of the key in bytes.
         length: usize,
-        /// What is allowed.
+        /// Greatest length in bytes.
         maximum: usize,
     },
-    /// Below the minimum.
+    /// The key is shorter than the minimum.
     #[error("the key has {length} bytes; at least {minimum} are required")]
     TooShort {
-        /// What was sent.
+        /// Length of the key in bytes.
         length: usize,
-        /// What is required.
+        /// Least length in bytes.
         minimum: usize,
     },
-    /// A byte that a key cannot have.
+    /// The value contains a byte that a key cannot have.
     #[error(
-        "the key holds a character that is not allowed; use visible ASCII without quotation mark, comma, semicolon and backslash, or a quoted string"
+        "the key contains a character that is not allowed; use visible ASCII without quotation mark, \
+         comma, semicolon and backslash, or a quoted string"
     )]
     Character,
-    /// Begins with a quotation mark and is no string Item of RFC 9651.
-    #[error(
-        "the key begins with a quotation mark but is not a well-formed structured field string (RFC 9651)"
-    )]
+    /// The value begins with a quotation mark and is not a String of [RFC 9651][strings].
+    ///
+    /// [strings]: https://www.rfc-editor.org/rfc/rfc9651#name-strings
+    #[error("the key begins with a quotation mark but is not a structured field String (RFC 9651)")]
     Malformed,
-    /// Not quoted, where only structured fields are accepted.
-    #[error("the key must be a structured field string (RFC 9651): put it in quotation marks")]
+    /// The value is not quoted, and only structured fields are accepted.
+    #[error("the key must be a structured field String (RFC 9651): put it in quotation marks")]
     Unquoted,
-    /// Not a UUID, where only those are accepted.
+    /// The value is not a UUID, and only UUIDs are accepted.
     #[error("the key must be a UUID")]
     NotUuid,
 }
 
-/// Which keys are accepted.
+/// Decides which keys are accepted. Default: 1 to 255 bytes after decoding, quoted or not.
 ///
-/// A value that begins with `"` is read as a string Item of a structured field ([RFC 9651]): escapes are decoded,
-/// parameters must be well formed and are ignored. Anything else is a bare key of visible ASCII without `"`, `,`, `;`
-/// and `\`. So `"k"` and `k` are the same key. The default accepts 1 to 255 bytes after decoding.
+/// A value that begins with `"` is read as a String of a structured field ([RFC 9651]), as the
+/// [IETF draft] writes it: escapes are decoded, parameters must be well formed and are ignored. Any
+/// other value is a bare key of visible ASCII without `"`, `,`, `;` and `\`. So `"k"` and `k` are
+/// the same key.
+///
+/// A malformed key is refused with 400 `key-invalid`.
+///
+/// ```
+/// # use tower_idempotency::{IdempotencyLayer, KeySyntax, MemoryStore};
+/// let layer = IdempotencyLayer::new(MemoryStore::new())
+///     .with_key_syntax(KeySyntax::default().with_length(16, 64));
+/// ```
 ///
 /// [RFC 9651]: https://www.rfc-editor.org/rfc/rfc9651#name-strings
+/// [IETF draft]: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
 #[derive(Clone, Debug)]
 pub struct KeySyntax {
     minimum: usize,
@@ -136,29 +148,50 @@ impl Default for KeySyntax {
 }
 
 impl KeySyntax {
-    /// Accepts quoted strings only, as the IETF draft writes the header.
+    /// Accepts quoted strings only, as the IETF Idempotency-Key draft writes the header.
+    ///
+    /// ```
+    /// # use tower_idempotency::KeySyntax;
+    /// let syntax = KeySyntax::structured_field();
+    /// ```
     #[must_use]
     pub fn structured_field() -> Self {
         Self { form: Form::Strict, ..Self::default() }
     }
 
-    /// Accepts UUIDs only, bare or quoted, hyphenated, in whichever case. The case is part of the key.
+    /// Accepts UUIDs only, with hyphens, bare or quoted, in upper or lower case ([RFC 9562]).
+    ///
+    /// The case is part of the key: the same UUID in another case is another key.
+    ///
+    /// [RFC 9562]: https://www.rfc-editor.org/rfc/rfc9562
+    ///
+    /// ```
+    /// # use tower_idempotency::KeySyntax;
+    /// let syntax = KeySyntax::uuid();
+    /// ```
     #[must_use]
     pub fn uuid() -> Self {
         Self { form: Form::Uuid, ..Self::default() }
     }
 
-    /// Sets the least and the greatest length in bytes after decoding. Defaults: 1 and 255.
+    /// Sets the least and the greatest length, in bytes after decoding. Defaults: 1 and 255.
+    ///
+    /// A least length refuses keys that clients are likely to repeat by accident, such as `1`.
     ///
     /// # Panics
     ///
-    /// If the range is empty or leaves 1 to 255.
+    /// Panics if `minimum` is zero or greater than `maximum`, or if `maximum` is greater than 255.
+    ///
+    /// ```
+    /// # use tower_idempotency::KeySyntax;
+    /// let syntax = KeySyntax::default().with_length(16, 64);
+    /// ```
     #[must_use]
     #[track_caller]
     pub fn with_length(mut self, minimum: usize, maximum: usize) -> Self {
         assert!(
             1 <= minimum && minimum <= maximum && maximum <= MAX_LENGTH,
-            "key length {minimum} to {maximum} is impossible: choose a range within 1 to {MAX_LENGTH}"
+            "key length {minimum} to {maximum} is not possible: choose a range within 1 to {MAX_LENGTH}"
         );
         (self.minimum, self.maximum) = (minimum, maximum);
         self
@@ -172,6 +205,7 @@ impl KeySyntax {
     ) -> Result<Option<IdempotencyKey>, InvalidKey> {
         let mut lines = headers.get_all(name).iter();
         let Some(value) = lines.next() else { return Ok(None) };
+        // Refused even if the lines are equal: a proxy that joins or drops lines would change the key.
         if lines.next().is_some() {
             return Err(InvalidKey::Repeated);
         }
@@ -220,6 +254,15 @@ fn bare(value: &[u8]) -> Result<String, InvalidKey> {
 
 fn is_hyphenated_uuid(value: &str) -> bool {
     value.len() == uuid::fmt::Hyphenated::LENGTH && Uuid::try_parse(value).is_ok()
+}
+
+/// Text for a name that is made of a digest.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 const MAX_LENGTH: usize = 255;

@@ -1,6 +1,8 @@
-//! Counters and gauges of the background tasks. Without the feature `metrics` nothing is counted.
+//! Counters and gauges of the background tasks. Without the feature `metrics`, every function here
+//! does nothing.
 //!
-//! The names and labels are listed in the chapter on metrics of the crate's docs; they are part of the public API.
+//! The chapter on metrics of the crate's docs lists names and labels. They are part of the public
+//! API.
 
 use std::time::Duration;
 
@@ -16,17 +18,17 @@ mod names {
     pub(super) const PURGED: &str = "idempotency_purged_total";
 }
 
-/// Whether anything is counted.
+/// `true` with the feature `metrics`: then the queries that fill gauges are worth their cost.
 pub(crate) const ENABLED: bool = cfg!(feature = "metrics");
 
-/// What the reaper has deleted.
+/// The kind of rows that the reaper deletes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Purged {
     Records,
     Settled,
 }
 
-/// An intent was looked up, with this outcome.
+/// Counts a look-up of an intent by its outcome.
 pub(crate) fn looked_up(outcome: &'static str) {
     #[cfg(feature = "metrics")]
     metrics::counter!(names::LOOKUPS, "outcome" => outcome).increment(1);
@@ -34,7 +36,7 @@ pub(crate) fn looked_up(outcome: &'static str) {
     let _ = outcome;
 }
 
-/// An abandoned request was looked after, with this outcome.
+/// Counts a try to complete an abandoned request by its outcome.
 pub(crate) fn sent_again(outcome: &'static str) {
     #[cfg(feature = "metrics")]
     metrics::counter!(names::SENT_AGAIN, "outcome" => outcome).increment(1);
@@ -42,13 +44,13 @@ pub(crate) fn sent_again(outcome: &'static str) {
     let _ = outcome;
 }
 
-/// A resource was found whose intent had been declared absent.
+/// Counts a resource that was found after its intent had been declared absent.
 pub(crate) fn turned_up() {
     #[cfg(feature = "metrics")]
     metrics::counter!(names::TURNED_UP).increment(1);
 }
 
-/// How many intents there are now.
+/// Sets the gauges of intents.
 pub(crate) fn intents(open: u64, dangling: u64, need_attention: u64, oldest: Duration) {
     #[cfg(feature = "metrics")]
     {
@@ -61,7 +63,7 @@ pub(crate) fn intents(open: u64, dangling: u64, need_attention: u64, oldest: Dur
     let _ = (open, dangling, need_attention, oldest);
 }
 
-/// So many rows were purged.
+/// Counts deleted rows.
 pub(crate) fn purged(what: Purged, rows: u64) {
     #[cfg(feature = "metrics")]
     {
@@ -76,7 +78,7 @@ pub(crate) fn purged(what: Purged, rows: u64) {
 }
 
 #[cfg(feature = "metrics")]
-#[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
+#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^53")]
 fn float(count: u64) -> f64 {
     count as f64
 }

@@ -1,13 +1,13 @@
-//! Which results are stored, and what happens to an attempt that ends without a result.
+//! Decides which results are stored, and how a record continues after an attempt without a result.
 
 use std::{fmt, sync::Arc};
 
 use http::StatusCode;
 
-/// What is done with the result of an attempt.
+/// The choice of what to do with the response of an attempt.
 ///
-/// Put into a response's extensions by the handler or an inner layer, it overrides the [`ResultPolicy`] for that
-/// response:
+/// A handler or an inner layer puts it into the response's extensions. It then overrides the
+/// [`ResultPolicy`] for that response:
 ///
 /// ```
 /// # use tower_idempotency::Directive;
@@ -15,33 +15,39 @@ use http::StatusCode;
 /// response.extensions_mut().insert(Directive::Release);
 /// ```
 ///
-/// A handler of axum returns `(Extension(Directive::Release), "the upstream is busy, try again")`.
+/// An axum handler returns `(Extension(Directive::Release), "the upstream is busy, try again")`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Directive {
-    /// Store the response: every retry gets it.
+    /// Stores the response. Every retry gets it.
     Store,
-    /// Give the key back: a retry runs the handler again.
+    /// Releases the key. A retry runs the handler again.
     Release,
-    /// Keep the key and store nothing: retries get 409 `outcome-unknown` until an operator resolves the record.
+    /// Holds the key and stores nothing. Retries get 409 `outcome-unknown` until an operator
+    /// resolves the record.
     Hold,
 }
 
-/// What becomes of a record whose attempt ended without a result: its process died, the handler panicked or the inner
-/// service failed, its response broke off, or it ran longer than `max_execution`.
+/// The choice of what to do with a record whose attempt ended without a result.
+///
+/// An attempt ends without a result when its process dies, when the handler panics, when the inner
+/// service fails, when the response breaks off, or when it runs longer than `max_execution`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AbandonedAttempts {
-    /// The next request with the key runs the handler again (at least once). After five attempts whose lease ran out,
-    /// the record is held all the same.
+    /// The next request with the key runs the handler again (at least once).
+    ///
+    /// If the leases of five attempts run out, the record is held: a request that kills its process
+    /// is not run for ever.
     RunAgain,
-    /// The record is held (at most once).
+    /// The record is held until an operator resolves it (at most once).
     Hold,
 }
 
 type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 
-/// Which results are stored and replayed, and whether abandoned attempts run again.
+/// Decides by the status which responses are stored and replayed, and whether abandoned attempts
+/// run again.
 ///
 /// | policy | stored | abandoned attempts |
 /// |---|---|---|
@@ -49,7 +55,16 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 /// | [`at_most_once`](Self::at_most_once) | the same and 5xx; 408 holds the key | held |
 /// | [`success_only`](Self::success_only) | 2xx and 3xx | run again |
 ///
-/// What is not stored releases the key.
+/// A response that is not stored releases the key, and a retry runs the handler again. The status
+/// codes are those of [RFC 9110].
+///
+/// ```
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, ResultPolicy};
+/// let layer = IdempotencyLayer::new(MemoryStore::new())
+///     .with_policy(ResultPolicy::at_most_once());
+/// ```
+///
+/// [RFC 9110]: https://www.rfc-editor.org/rfc/rfc9110#name-status-codes
 #[derive(Clone)]
 pub struct ResultPolicy {
     classify: Arc<Classify>,
@@ -57,9 +72,12 @@ pub struct ResultPolicy {
 }
 
 impl ResultPolicy {
-    /// Stores 5xx too and holds the key of an abandoned attempt: no request whose outcome is unknown runs again, its key
-    /// waits for an operator. A 408 and an error of the inner service, which a time-out inside the layer answers, hold the
-    /// key too. 401, 403, 407, 421, 425 and 429 still release it.
+    /// Stores 5xx too, and holds the key of an abandoned attempt.
+    ///
+    /// Use it where a second execution is worse than none. A request whose outcome is unknown never
+    /// runs again: its key waits until an operator resolves it. A 408 and an error of the inner
+    /// service hold the key too, because a time-out inside the layer ends in one of them. 401, 403,
+    /// 407, 421, 425 and 429 release the key as usual.
     #[must_use]
     pub fn at_most_once() -> Self {
         let classify = |status: StatusCode| match status {
@@ -70,7 +88,7 @@ impl ResultPolicy {
         Self::from_fn(classify).with_abandoned(AbandonedAttempts::Hold)
     }
 
-    /// Stores 2xx and 3xx only.
+    /// Stores 2xx and 3xx only. A request that was refused runs again when it is retried.
     #[must_use]
     pub fn success_only() -> Self {
         Self::from_fn(|status| match status.is_success() || status.is_redirection() {
@@ -80,12 +98,27 @@ impl ResultPolicy {
     }
 
     /// Decides by a function of the status. Abandoned attempts run again.
+    ///
+    /// ```
+    /// # use tower_idempotency::{Directive, ResultPolicy};
+    /// let policy = ResultPolicy::from_fn(|status| match status.is_server_error() {
+    ///     true => Directive::Release,
+    ///     false => Directive::Store,
+    /// });
+    /// ```
     #[must_use]
     pub fn from_fn(classify: impl Fn(StatusCode) -> Directive + Send + Sync + 'static) -> Self {
         Self { classify: Arc::new(classify), abandoned: AbandonedAttempts::RunAgain }
     }
 
-    /// Sets what becomes of abandoned attempts.
+    /// Decides how a record continues after an abandoned attempt. Default:
+    /// [`RunAgain`](AbandonedAttempts::RunAgain), and [`Hold`](AbandonedAttempts::Hold) for
+    /// [`at_most_once`](Self::at_most_once).
+    ///
+    /// ```
+    /// # use tower_idempotency::{AbandonedAttempts, ResultPolicy};
+    /// let policy = ResultPolicy::default().with_abandoned(AbandonedAttempts::Hold);
+    /// ```
     #[must_use]
     pub fn with_abandoned(mut self, abandoned: AbandonedAttempts) -> Self {
         self.abandoned = abandoned;
@@ -97,7 +130,8 @@ impl ResultPolicy {
         overridden.unwrap_or_else(|| (self.classify)(response.status))
     }
 
-    /// What is done after a panic, an error of the inner service, a broken response body or too long an execution.
+    /// Decides after a panic, an error of the inner service, a broken response body or an execution
+    /// that took too long.
     pub(crate) fn without_result(&self) -> Directive {
         match self.abandoned {
             AbandonedAttempts::RunAgain => Directive::Release,
@@ -105,7 +139,7 @@ impl ResultPolicy {
         }
     }
 
-    /// How many leases may run out before a record is held.
+    /// The number of leases that run out before the record is held.
     pub(crate) fn max_abandoned(&self) -> u16 {
         match self.abandoned {
             AbandonedAttempts::RunAgain => 5,
@@ -126,7 +160,7 @@ impl fmt::Debug for ResultPolicy {
     }
 }
 
-/// 4xx that say nothing about the request itself: who asks, or when.
+/// Releases after a 4xx that is about the client or the moment and not about the request.
 fn by_status(status: StatusCode) -> Directive {
     match status.as_u16() {
         401 | 403 | 407 | 408 | 421 | 425 | 429 => Directive::Release,

@@ -1,4 +1,4 @@
-//! What may stand in logs, and where they go.
+//! Decides what logs may show, and where they go.
 
 use std::fmt;
 
@@ -9,19 +9,28 @@ use crate::key::IdempotencyKey;
 /// Target of all `tracing` events.
 pub(crate) const TRACING_TARGET: &str = "tower_idempotency";
 
-/// Whether keys may stand in logs.
+/// Decides whether logs show keys.
+///
+/// ```
+/// # use tower_idempotency::{IdempotencyLayer, KeyLogging, MemoryStore};
+/// let layer = IdempotencyLayer::new(MemoryStore::new())
+///     .with_key_logging(KeyLogging::Redacted);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KeyLogging {
-    /// Keys are logged as the clients sent them; derived ones as `[redacted]`. The default.
+    /// Logs show keys as the clients sent them, and derived keys as `[redacted]`. The default.
     Plain,
-    /// Keys are logged as `[redacted]`. sqlx has a log of its own, the target `sqlx`: the statement that rolls a
-    /// transaction of a handler back on PostgreSQL holds consumer and key in hexadecimal.
+    /// Logs show every key as `[redacted]`.
+    ///
+    /// sqlx has a log of its own, with the target `sqlx`. On PostgreSQL it shows the statement that
+    /// rolls back the transaction of a handler, with consumer and key in hexadecimal. Turn that
+    /// target off too.
     Redacted,
 }
 
 impl KeyLogging {
-    /// A key as it may stand in logs.
+    /// The key as logs may show it.
     pub(crate) fn shown(self, key: &IdempotencyKey) -> &str {
         match self {
             Self::Plain if !key.is_derived() => key.as_str(),
@@ -30,7 +39,7 @@ impl KeyLogging {
     }
 }
 
-/// Stands in for bytes of a response in what [`Debug`](fmt::Debug) shows.
+/// Shows the length of secret bytes in [`Debug`](fmt::Debug), and none of them.
 pub(crate) struct Length<'a>(pub(crate) &'a Bytes);
 
 impl fmt::Debug for Length<'_> {

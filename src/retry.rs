@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
-
 use uuid::Uuid;
 
 use crate::error::StoreError;
@@ -20,12 +19,12 @@ impl Backoff {
         Self { first, max }
     }
 
-    /// Refuses pauses that do not grow.
+    /// Makes a backoff from settings of the application; panics if the pauses cannot grow.
     #[track_caller]
     pub(crate) fn checked(first: Duration, max: Duration) -> Self {
         assert!(
             !first.is_zero() && first <= max,
-            "a pause cannot grow from {first:?} to {max:?}: begin above zero and not above the maximum"
+            "pauses cannot grow from {first:?} to {max:?}: begin above zero and not above the maximum"
         );
         Self::new(first, max)
     }
@@ -34,20 +33,21 @@ impl Backoff {
         self.first
     }
 
-    /// The pause after that many tries.
+    /// The pause after this number of tries.
     pub(crate) fn after(self, tries: u32) -> Duration {
         let doubled = 2_u32.saturating_pow(tries.saturating_sub(1));
         self.first.saturating_mul(doubled).min(self.max)
     }
 
-    /// The same, so that those that failed together part.
+    /// The same pause with a jitter, so that nodes that failed together do not try again together.
     pub(crate) fn jittered_after(self, tries: u32) -> Duration {
         jittered(self.after(tries)).min(self.max)
     }
 }
 
-/// Tries work of the store until it succeeds, as long as another try may begin before `give_up`. `failed` learns of each
-/// failure that is followed by another try.
+/// Tries a call of the store until it succeeds, or until the next try would begin after `give_up`.
+///
+/// `failed` is called with each error that is followed by another try.
 pub(crate) async fn retry_until<T, F: Future<Output = Result<T, StoreError>>>(
     give_up: Instant,
     pauses: Backoff,
@@ -66,7 +66,7 @@ pub(crate) async fn retry_until<T, F: Future<Output = Result<T, StoreError>>>(
     }
 }
 
-/// Three to five quarters of the interval, so that nodes that started together part.
+/// Three to five quarters of the interval, so that nodes that started together do not act together.
 pub(crate) fn jittered(interval: Duration) -> Duration {
     let random = Uuid::new_v4().as_bytes()[0];
     (interval / 4 * 3).saturating_add(interval / 2 / 255 * u32::from(random))

@@ -1,4 +1,4 @@
-//! A canonical form of JSON that keeps every digit.
+//! A canonical form of JSON that keeps every digit of a number.
 
 use std::collections::BTreeMap;
 
@@ -24,12 +24,12 @@ impl Pointer {
     }
 }
 
-/// A text that is no JSON pointer to a member.
+/// The text is not a JSON pointer to a member.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no JSON pointer to a member: begin with a slash, write ~ as ~0 and / as ~1 (RFC 6901)")]
+#[error("{0:?} is not a JSON pointer to a member (RFC 6901): begin with a slash, write ~ as ~0 and / as ~1")]
 pub struct InvalidPointer(String);
 
-/// The canonical form; `None` if the body is not JSON, repeats a member or nests too deeply.
+/// Writes the canonical form; `None` if the body is not JSON, repeats a member or nests too deeply.
 pub(super) fn canonicalize(body: &[u8], excluded: &[Pointer]) -> Option<Vec<u8>> {
     let value: &RawValue = serde_json::from_slice(body).ok()?;
     let mut writer = Writer { out: Vec::with_capacity(body.len()), excluded, path: String::new() };
@@ -51,6 +51,7 @@ impl Writer<'_> {
             b'{' => self.object(text, depth),
             b'[' => self.array(text, depth),
             b'"' => self.string(&serde_json::from_str::<String>(text).ok()?),
+            // A number as it is written: parsed as a float, two different amounts could become equal.
             _ => {
                 self.out.extend_from_slice(text.as_bytes());
                 Some(())
@@ -59,6 +60,7 @@ impl Writer<'_> {
     }
 
     fn object(&mut self, text: &str, depth: usize) -> Option<()> {
+        // Sorted by name, and `None` for a repeated one: parsers disagree about which of the two counts.
         let members = serde_json::Deserializer::from_str(text).deserialize_map(UniqueMembers).ok()?;
         self.out.push(b'{');
         for (name, value) in members {
@@ -82,7 +84,7 @@ impl Writer<'_> {
         Some(())
     }
 
-    /// Writes what lies one step further down, unless it is excluded.
+    /// Writes the value one step further down, unless it is excluded.
     fn at(&mut self, step: &str, write: impl FnOnce(&mut Self) -> Option<()>) -> Option<()> {
         let length = self.path.len();
         self.path.push('/');
@@ -139,7 +141,7 @@ impl<'de> Visitor<'de> for Elements {
     }
 }
 
-/// Each level is scanned once more for each level above it; the limit bounds that work.
+/// Bounds the work: each level is scanned once more for each level above it.
 const MAX_DEPTH: usize = 32;
 
 #[cfg(test)]

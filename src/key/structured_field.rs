@@ -1,8 +1,9 @@
-//! The one production of [RFC 9651] that the key header needs: an Item that is a string, with parameters.
+//! The part of [RFC 9651] that the key header needs: an Item that is a String, with parameters.
 //!
 //! [RFC 9651]: https://www.rfc-editor.org/rfc/rfc9651#name-parsing-an-item
 
-/// Decodes a string Item. Parameters must be well formed and are dropped. `None` if the value is anything else.
+/// Decodes an Item that is a String and drops its parameters. `None` if the value is malformed or
+/// anything else.
 pub(crate) fn string_item(value: &[u8]) -> Option<String> {
     let mut input = Input(value);
     let decoded = input.string()?;
@@ -91,7 +92,7 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// At most 15 digits, or 12 before and 1 to 3 after the point.
+    /// Reads at most 15 digits, or 1 to 12 before the point and 1 to 3 after it.
     fn number(&mut self) -> Option<Number> {
         self.eat(b'-');
         let whole = self.take_while(|byte| byte.is_ascii_digit()).len();
@@ -112,7 +113,7 @@ impl<'a> Input<'a> {
         matches!(self.next()?, b'0' | b'1').then_some(())
     }
 
-    /// Padding may be missing, as the RFC advises parsers to allow.
+    /// Accepts missing padding, as RFC 9651 advises parsers to do.
     fn byte_sequence(&mut self) -> Option<()> {
         self.next();
         let digits =

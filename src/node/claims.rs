@@ -1,4 +1,5 @@
-//! Claims: asked for in tasks that learn their outcome, whoever still waits for it.
+//! Claims run in tasks of their own, which learn the outcome even if the caller has stopped
+//! waiting.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +16,7 @@ use crate::{
 };
 
 impl Node {
-    /// Claims a key, unless it is one that this process is running.
+    /// Claims a key, or answers immediately if an attempt of this process has it.
     pub(crate) async fn ask(
         self: &Arc<Self>,
         claim: &Claim,
@@ -27,11 +28,12 @@ impl Node {
         }
     }
 
-    /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
+    /// Claims a key and waits at most `limit`. A claim that is won after that is released.
     async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
-        // Near the end of its lease a claim is worth nothing: before it is renewed somebody else may run.
+        // A claim near the end of its lease is useless: another attempt may run before the first renewal.
         let usable = claim.lease * 3 / 4;
         let limit = limit.min(usable);
+        // Before the claim is sent: the store starts the lease at some moment after this.
         let sent_at = Instant::now();
         let attempt = claim.attempt.clone();
         let (sender, mut receiver) = oneshot::channel();
@@ -39,6 +41,7 @@ impl Node {
         let answer = match timeout(limit, &mut receiver).await {
             Ok(answer) => answer.ok(),
             Err(_) => {
+                // Closed, then read: what was sent in between is taken here, and what comes later fails.
                 receiver.close();
                 receiver.try_recv().ok()
             }
@@ -50,7 +53,7 @@ impl Node {
         answer.unwrap_or_else(|| Err(no_answer(limit)))
     }
 
-    /// Learns the outcome of a claim, whether or not somebody still waits for it.
+    /// Claims until the outcome is known, and releases the key if the caller does not get it.
     async fn claim_for(
         self: Arc<Self>,
         claim: Claim,
@@ -61,7 +64,9 @@ impl Node {
             let outcome = self.store.claim(&claim).await;
             let Err(error) = &outcome else { break outcome };
             let ambiguous = error.kind() == StoreErrorKind::Ambiguous;
+            // Once a try may have arrived, a later one that certainly failed does not make it undone.
             sent |= ambiguous;
+            // The same attempt asks again: if the lost reply had said that the key was won, it is won again.
             if !ambiguous || caller.is_closed() {
                 break outcome;
             }
@@ -69,6 +74,7 @@ impl Node {
             tries += 1;
         };
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
+        // Fails if the caller has stopped waiting: then no handler will start for this claim.
         let delivered = caller.send(outcome).is_ok();
         if won && delivered {
             return;
@@ -80,13 +86,18 @@ impl Node {
         }
     }
 
-    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that was frozen, or waits
-    /// for its standby, carries it out after the first release.
+    /// Releases a claim whose reply was lost, and repeats the release while the claim may still
+    /// arrive.
+    ///
+    /// A server that was frozen, or that waits for its standby, may carry the claim out after the
+    /// first release.
     async fn release_late(&self, claim: &Claim) {
+        // A claim that arrives even later keeps the key for one lease.
         let end = Instant::now() + claim.lease;
         let mut pause = FIRST_LATE_PAUSE;
         loop {
             self.release_unstarted(&claim.attempt).await;
+            // The end of the process must not wait for a claim that probably never arrives.
             if Instant::now() >= end || self.tasks.is_draining() {
                 return;
             }
@@ -95,20 +106,21 @@ impl Node {
         }
     }
 
-    /// Releases, in the background, a claim that was won in vain.
+    /// Releases a claim in the background; its handler was not started.
     pub(crate) fn give_back(self: &Arc<Self>, attempt: Attempt) {
-        let shared = Arc::clone(self);
-        self.tasks.spawn(async move { shared.release_unstarted(&attempt).await });
+        let node = Arc::clone(self);
+        self.tasks.spawn(async move { node.release_unstarted(&attempt).await });
     }
 
-    /// A claim whose handler never started is always released, never held.
+    /// Releases a claim whose handler was not started. Such a claim is never held, under any
+    /// policy.
     async fn release_unstarted(&self, attempt: &Attempt) {
         let give_up = Instant::now() + UNDO_LIMIT;
         if let Err(error) = self.end(attempt, None, &End::Release, give_up).await {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error,
-                "a claim without an attempt could not be released; its lease runs out by itself"
+                "a claim without a handler could not be released; its key is free when its lease runs out"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! How attempts end: written to the store, and tried again while it is away.
+//! The end of an attempt is written to the store, and tried again while the store is away.
 
 use std::{future::Future, pin::pin, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     stored::record::{Attempt, CompleteOutcome, Fenced, Record, RecordState},
 };
 
-/// How an attempt ends.
+/// The way in which an attempt ends.
 #[derive(Clone, Debug)]
 pub(crate) enum End {
     Complete(Bytes),
@@ -21,7 +21,7 @@ pub(crate) enum End {
     Hold,
 }
 
-/// What became of an [`End`].
+/// The outcome of an [`End`].
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// The record says what the attempt says.
@@ -33,8 +33,10 @@ pub(crate) enum Ended {
 }
 
 impl Node {
-    /// Writes how an attempt ended, trying again until `give_up`. Between two tries, and while one hangs, the lease is
-    /// renewed, so that nobody takes the record over in the meantime.
+    /// Writes the end of an attempt, and tries again until `give_up`.
+    ///
+    /// Between two tries, and while one of them hangs, the lease is renewed, so that no other
+    /// attempt takes the record over.
     pub(crate) async fn end(
         &self,
         attempt: &Attempt,
@@ -43,18 +45,20 @@ impl Node {
         give_up: Instant,
     ) -> Result<Ended, StoreError> {
         let end_once = || {
-            // Before the write is sent: a renewal that overtook it would extend a lease that has ended.
+            // Before the write is sent: a renewal that overtakes it would extend a lease that has ended.
             if let Some(lease) = lease {
                 lease.leave();
             }
             keep_if_late(lease, self.end_once(attempt, end))
         };
-        // Also what looks final, like a server that is read-only while another becomes the primary.
+        // Every error is tried again: a server may be read-only just while another becomes the primary.
         retry_until(give_up, RETRY, end_once, |error| {
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
-                error = error as &dyn std::error::Error, "the end of an attempt is not stored yet; trying again"
+                error = error as &dyn std::error::Error,
+                "the end of an attempt could not be stored; trying again"
             );
+            // During the pause the lease could run out: renewed immediately, until the next try leaves it.
             if let Some(lease) = lease {
                 lease.keep(Duration::ZERO);
             }
@@ -75,7 +79,7 @@ impl Node {
                 if held == Fenced::Lost {
                     tracing::error!(
                         target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
-                        "the key could not be held: the record was completed or another attempt has taken it"
+                        "the key could not be held: the record was completed or taken over by another attempt"
                     );
                 }
                 self.after(attempt, held).await
@@ -83,18 +87,21 @@ impl Node {
         }
     }
 
-    /// An attempt that has lost its record must not contradict what another one has stored.
+    /// Reads what another attempt has stored, if the fence did not hold: the answer must not
+    /// contradict it.
     async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Ended, StoreError> {
         if fenced == Fenced::Applied {
             return Ok(Ended::Done);
         }
+        // Only a stored response can contradict the answer; a record in progress has none yet.
         let record = self.store.get(&attempt.consumer, &attempt.key).await?;
         let completed = record.filter(|record| matches!(record.state, RecordState::Completed { .. }));
         Ok(completed.map_or(Ended::Done, |record| Ended::Lost(Box::new(record))))
     }
 }
 
-/// Renews the lease again if the store takes long: the call may hang for longer than the lease on a broken connection.
+/// Renews the lease again if the call takes long: on a broken connection it may hang for longer
+/// than the lease.
 async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
     let Some(lease) = lease else { return call.await };
     let mut call = pin!(call);
@@ -103,6 +110,7 @@ async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -
     }
     lease.keep(Duration::ZERO);
     let answer = call.await;
+    // Whatever was written, the record's lease must not be extended after it.
     lease.leave();
     answer
 }

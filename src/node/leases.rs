@@ -20,7 +20,7 @@ use crate::{
     stored::record::{Attempt, AttemptId, RenewOutcome, Renewal},
 };
 
-/// Keeps the leases of this process alive, by one task that runs while there are any.
+/// Keeps the leases of this process alive. Its task runs while there are any.
 #[derive(Debug)]
 pub(crate) struct Renewer {
     store: Arc<dyn Store>,
@@ -60,28 +60,32 @@ impl Renewer {
         state.leases.insert(entry.renewal.attempt.id, entry);
         if !state.running {
             state.running = true;
-            // Made here, because a runtime that goes down may drop the task before it has begun.
+            // Made outside of the task: a runtime that shuts down may drop the task before its first poll.
             let alive = Alive { renewer: Arc::clone(self), ended: false };
             tokio::spawn(alive.run());
         } else if state.next.is_none_or(|next| due < next) {
+            // The task sleeps until `next`. If it is not sleeping yet, `notify_one` leaves a permit.
             self.wake.notify_one();
         }
     }
 
-    /// When the next lease is due; `None`, and the task ends, if there is none.
+    /// The time at which the next lease is due. `None` if there is no lease; then the task ends.
     fn next_due(&self) -> Option<Instant> {
         let mut state = self.state();
         state.next = state.leases.values().map(|entry| entry.due).min();
+        // Under the same lock as `add`: a lease added from now on starts a new task.
         state.running = state.next.is_some();
         state.next
     }
 
-    /// What is due or soon will be; asked again after another interval if nothing is heard.
+    /// Takes the renewals that are due or will be soon. They become due again after an interval,
+    /// unless an answer comes first.
     fn take_due(&self) -> Vec<Renewal> {
         let now = Instant::now();
         let mut state = self.state();
         let due = state.leases.values_mut().filter(|entry| entry.due <= now + entry.interval / 8);
         due.map(|entry| {
+            // Set before the answer: a call that hangs must not stop the next try.
             entry.due = now + entry.interval;
             entry.renewal.clone()
         })
@@ -90,6 +94,7 @@ impl Renewer {
 
     async fn renew(self: Arc<Self>, batch: Vec<Renewal>) {
         let started = Instant::now();
+        // Half of the shortest lease, so that a second try still comes in time.
         let limit = batch.iter().map(|renewal| renewal.lease).min().unwrap_or_default() / 2;
         match self.ask(batch.clone(), limit).await {
             Ok(outcomes) => self.note(&batch, &outcomes, started),
@@ -103,7 +108,7 @@ impl Renewer {
         }
     }
 
-    /// Makes the renewals that failed due in a quarter of their interval.
+    /// Makes renewals that failed due again in a quarter of their interval.
     fn try_again(&self, batch: &[Renewal]) {
         let now = Instant::now();
         let mut state = self.state();
@@ -116,7 +121,7 @@ impl Renewer {
         self.wake.notify_one();
     }
 
-    /// Asks the store in a task of its own, which is left behind when it takes too long.
+    /// Calls the store in a task of its own, which is left behind when it takes too long.
     async fn ask(&self, batch: Vec<Renewal>, limit: Duration) -> Result<Vec<RenewOutcome>, StoreError> {
         let store = Arc::clone(&self.store);
         self.tasks.call(limit, async move { store.renew(&batch).await }).await
@@ -125,25 +130,29 @@ impl Renewer {
     fn note(&self, batch: &[Renewal], outcomes: &[RenewOutcome], started: Instant) {
         let mut state = self.state();
         for (renewal, outcome) in batch.iter().zip(outcomes) {
+            // Its attempt has ended while the call was under way.
             let Some(entry) = state.leases.get_mut(&renewal.attempt.id) else { continue };
-            // A row that is locked, by a transaction of its handler for example, may be unlocked with an old lease.
+            // A row may be locked by its handler's transaction, and have an old lease when it is unlocked.
             let wait = if *outcome == RenewOutcome::Skipped { entry.interval / 4 } else { entry.interval };
+            // From the start of the call: the store may have renewed at any moment since.
             entry.due = started + wait;
             if *outcome == RenewOutcome::Lost {
                 entry.lost.cancel();
                 state.leases.remove(&renewal.attempt.id);
                 let attempt = &renewal.attempt;
+                // The record may have a new owner elsewhere: a duplicate must ask the store again.
                 self.running.leave(attempt);
                 tracing::warn!(
                     target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
-                    "lease lost: another attempt or an operator has taken the record"
+                    "lease lost: another attempt or an operator has taken the record over"
                 );
             }
         }
     }
 }
 
-/// The task. The runtime may go down under it: then the next attempt, on another runtime, must start it anew.
+/// The renewing task. If its runtime shuts down, the next attempt on another runtime must start a
+/// new one.
 struct Alive {
     renewer: Arc<Renewer>,
     ended: bool,
@@ -154,7 +163,7 @@ impl Alive {
         while let Some(next) = self.renewer.next_due() {
             let _ = timeout_at(next, self.renewer.wake.notified()).await;
             for batch in self.renewer.take_due().chunks(MAX_BATCH) {
-                // In a task of its own: one that hangs must not keep the others from being sent.
+                // In a task of its own: a call that hangs must not delay the others.
                 tokio::spawn(Arc::clone(&self.renewer).renew(batch.to_vec()));
             }
         }
@@ -170,7 +179,8 @@ impl Drop for Alive {
     }
 }
 
-/// The lease of one attempt, renewed while it [`keep`](Self::keep)s it and until it is dropped.
+/// The lease of one attempt. It is renewed from [`keep`](Self::keep) to [`leave`](Self::leave), or
+/// until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Lease {
     renewer: Arc<Renewer>,
@@ -190,7 +200,7 @@ impl Lease {
         Self { renewer: Arc::clone(renewer), renewal: Renewal::new(attempt, duration), interval, lost }
     }
 
-    /// Renews from now on, the first time after `delay`.
+    /// Starts to renew, the first time after `delay`.
     pub(crate) fn keep(&self, delay: Duration) {
         self.renewer.add(Entry {
             renewal: self.renewal.clone(),
@@ -200,7 +210,7 @@ impl Lease {
         });
     }
 
-    /// Stops renewing; the lease runs on until its end.
+    /// Stops renewing. The lease then runs to its end.
     pub(crate) fn leave(&self) {
         self.renewer.state().leases.remove(&self.renewal.attempt.id);
     }
@@ -216,5 +226,5 @@ impl Drop for Lease {
     }
 }
 
-/// Leases renewed by one call of the store.
+/// The number of leases that one call of the store renews.
 const MAX_BATCH: usize = 500;

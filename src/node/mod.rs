@@ -1,4 +1,4 @@
-//! One process over a store: what runs here and must not be cut off.
+//! One process over a store: the work that runs here and must not be cut off.
 
 mod claims;
 pub(crate) mod ends;
@@ -20,7 +20,7 @@ use crate::{
     store::{Store, recovery::RecoveryStore},
 };
 
-/// Shared by a layer, its clones, its services and its handles.
+/// The state that a layer, its clones, its services and its handles share.
 pub(crate) struct Node {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) tasks: Tasks,
@@ -37,10 +37,10 @@ impl Node {
         Arc::new(Self { store, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
     }
 
-    /// What keeps intents, phases and requests beside the records.
+    /// The part of the store that keeps intents, phases and requests; an error if it has none.
     pub(crate) fn recovery(&self) -> Result<Arc<dyn RecoveryStore>, StoreError> {
         self.store.recovery().ok_or_else(|| {
-            let message = "this store keeps no intents, phases and requests: use a store of this crate";
+            let message = "this store keeps no intents, phases or requests: use a store of this crate";
             StoreError::new(StoreErrorKind::Misconfigured, message)
         })
     }
@@ -52,8 +52,9 @@ impl fmt::Debug for Node {
     }
 }
 
-/// For how long it is tried to undo what was claimed or opened in vain.
+/// The time for which the release of a claim, or the undoing of an opening, is tried.
 pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+/// The pause before a release is repeated whose claim may still arrive; it grows from there.
 pub(crate) const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
-/// Between two tries of a call to the store.
+/// Pauses between two tries of a call to the store.
 pub(crate) const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));

@@ -1,4 +1,5 @@
-//! Purges records that count as absent, and what has hung on records that are gone.
+//! Purges records that count as absent, and the intents, phases and requests of records that are
+//! gone.
 
 use std::{
     sync::{Arc, Weak, atomic::Ordering},
@@ -16,11 +17,18 @@ use crate::{
     retry::jittered,
 };
 
-/// Whether and how often expired records are purged in the background.
+/// Purges expired records in the background. Default: every 60 s, in batches of 1000.
 ///
-/// The task starts with the first request that has a key, survives errors of the store, may run on many nodes at once
-/// and ends when the layer is drained or dropped. Purging frees space only: whether a record has expired is decided by
-/// each claim itself.
+/// Purging only frees space: each claim decides whether a record has expired. The task starts with
+/// the first request that has a key, and ends when the layer is drained or dropped. It continues
+/// after errors of the store, and many nodes may run one simultaneously.
+///
+/// ```
+/// # use std::time::Duration;
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Reaper};
+/// let layer = IdempotencyLayer::new(MemoryStore::new())
+///     .with_reaper(Reaper::every(Duration::from_secs(300), 500));
+/// ```
 #[derive(Clone, Debug)]
 pub struct Reaper(Option<Schedule>);
 
@@ -38,27 +46,35 @@ impl Default for Reaper {
 }
 
 impl Reaper {
-    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records until none is left.
-    /// Default: every 60 s, 1000 records.
+    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` rows
+    /// until no more are due. Default: 60 s and 1000 rows.
     ///
     /// # Panics
     ///
-    /// If one of them is zero.
+    /// Panics if one of them is zero.
     #[must_use]
     #[track_caller]
     pub fn every(interval: Duration, batch: u32) -> Self {
         assert!(
             !interval.is_zero() && batch > 0,
-            "a reaper needs an interval and a batch above zero; or use Reaper::off()"
+            "a reaper needs an interval and a batch above zero; to turn it off, use Reaper::off()"
         );
         Self(Some(Schedule { interval, batch, intent_retention: INTENT_RETENTION }))
     }
 
-    /// For how long settled intents and finished phases whose record is gone are kept, counted from when they were opened or
-    /// finished: they tell what was done in the name of a request. Those whose record is there always stay, and so do those
-    /// that are open or need attention. Default: 90 days.
+    /// Sets the time for which settled intents and finished phases stay after their record is gone,
+    /// counted from when they were opened or finished. Default: 90 days.
     ///
-    /// A reaper that is off stays so.
+    /// They prove which calls were made for a request. They always stay while their record exists,
+    /// while they are open and while they need attention. No effect on a reaper that is
+    /// [`off`](Self::off).
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Reaper;
+    /// let year = Duration::from_secs(365 * 24 * 60 * 60);
+    /// let reaper = Reaper::default().with_intent_retention(year);
+    /// ```
     #[must_use]
     pub fn with_intent_retention(mut self, retention: Duration) -> Self {
         if let Some(schedule) = &mut self.0 {
@@ -67,8 +83,16 @@ impl Reaper {
         self
     }
 
-    /// Purges nothing by itself: a job calls [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
-    /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled).
+    /// Turns the background purge off.
+    ///
+    /// A job must then call [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
+    /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled); without one,
+    /// the tables grow.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reaper;
+    /// let reaper = Reaper::off();
+    /// ```
     #[must_use]
     pub fn off() -> Self {
         Self(None)
@@ -78,14 +102,14 @@ impl Reaper {
     pub(crate) fn ensure_running(&self, node: &Arc<Node>) {
         let Some(schedule) = self.0 else { return };
         if !node.reaper_runs.load(Ordering::Relaxed) && !node.reaper_runs.swap(true, Ordering::Relaxed) {
-            // Made here, because a runtime that goes down may drop the task before it has begun.
+            // Made outside of the task: a runtime that shuts down may drop the task before its first poll.
             let alive = Alive(Arc::downgrade(node));
             node.tasks.spawn_background(alive.run(schedule, node.tasks.stopped.clone()));
         }
     }
 }
 
-/// Purges what is left over, as long as there is any.
+/// Purges records, then the intents, phases and requests of records that are gone.
 async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
     let Schedule { batch, intent_retention, .. } = schedule;
     let store = &node.store;
@@ -94,16 +118,17 @@ async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
         async move { store.purge(batch).await }
     })
     .await;
-    // After the records, on which intents and phases hang.
+    // After the records: while its record exists, an intent is not purged.
     let Some(recovery) = store.recovery() else { return records };
     let settled = purge_by(node, batch, Purged::Settled, || {
         let recovery = Arc::clone(&recovery);
         async move { recovery.purge_settled(intent_retention, batch).await }
     });
+    // An error of the records is reported only now: it must not stop the purge of the rest.
     settled.await.and(records)
 }
 
-/// Purges in batches until there is nothing left.
+/// Purges in batches until one is not full.
 async fn purge_by<F>(node: &Node, batch: u32, what: Purged, purge: impl Fn() -> F) -> Result<(), StoreError>
 where
     F: Future<Output = Result<u64, StoreError>> + Send + 'static,
@@ -112,6 +137,7 @@ where
     while matches!(last, Ok(count) if count >= u64::from(batch)) && !node.tasks.stopped.is_cancelled() {
         last = node.tasks.run_to_end(purge()).await;
         purged += last.as_ref().copied().unwrap_or_default();
+        // A store that answers without waiting would otherwise keep its thread for the whole purge.
         tokio::task::yield_now().await;
     }
     metrics::purged(what, purged);
@@ -121,20 +147,21 @@ where
     last.map(drop)
 }
 
-/// The task. When it ends with its runtime, the next request starts another.
+/// The purging task. When it ends with its runtime, the next request starts another.
 struct Alive(Weak<Node>);
 
 impl Alive {
     async fn run(self, schedule: Schedule, stopped: CancellationToken) {
-        // Nodes that start together part before their first pass.
+        // Nodes that start together must not purge together.
         if timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
             return;
         }
         let pass = || {
+            // Held during a pass only: the task must not keep a dropped layer alive.
             let node = self.0.upgrade();
             async move { Some(purge_all(&*node?, schedule).await) }
         };
-        repeat(stopped, schedule.interval, "what has expired could not be purged", pass).await;
+        repeat(stopped, schedule.interval, "expired records could not be purged", pass).await;
     }
 }
 

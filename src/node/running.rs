@@ -1,6 +1,7 @@
-//! What this process is running: a duplicate of it is refused without asking the store.
+//! The records that this process is running: a duplicate is refused without asking the store.
 //!
-//! After an outage longer than a lease the store would let a duplicate take over what still runs here.
+//! After an outage that is longer than a lease, the store would let a duplicate take over a record
+//! whose attempt still runs here.
 
 use std::{
     collections::HashMap,
@@ -24,33 +25,34 @@ impl Running {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a record whose claim was won, until the answer is dropped.
+    /// Adds a record whose claim was won, until the returned guard is dropped.
     pub(crate) fn enter(self: &Arc<Self>, attempt: Attempt, record: Record) -> Entered {
         self.records().insert((record.consumer.clone(), record.key.clone()), record);
         Entered { running: Arc::clone(self), attempt }
     }
 
-    /// The record as it was claimed, if the key is that of a running attempt.
+    /// The record as it was claimed, if an attempt of this process has the key.
     pub(crate) fn find(&self, consumer: &Consumer, key: &IdempotencyKey) -> Option<Record> {
         self.records().get(&(consumer.clone(), key.clone())).cloned()
     }
 
-    /// The attempt does not own its record any more.
+    /// Removes the record of an attempt that does not own it any more.
     pub(crate) fn leave(&self, attempt: &Attempt) {
         let identity = (attempt.consumer.clone(), attempt.key.clone());
         let mut records = self.records();
+        // The key may have been evicted and claimed again by a newer attempt of this process.
         if records.get(&identity).is_some_and(|record| record.attempt == Some(attempt.id)) {
             records.remove(&identity);
         }
     }
 
-    /// An operator has ended the record.
+    /// Removes a record that an operator has ended.
     pub(crate) fn forget(&self, consumer: &Consumer, key: &IdempotencyKey) {
         self.records().remove(&(consumer.clone(), key.clone()));
     }
 }
 
-/// Leaves when dropped.
+/// Removes the record when dropped.
 #[derive(Debug)]
 pub(crate) struct Entered {
     running: Arc<Running>,

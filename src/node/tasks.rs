@@ -1,4 +1,4 @@
-//! Tasks of a node: what must run to its end, and what runs in the background.
+//! The tasks of a node: work that must run to its end, and work in the background.
 
 use std::{fmt, future::Future, time::Duration};
 
@@ -24,18 +24,18 @@ use crate::{
 /// The tasks of a node. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Tasks {
-    /// Everything that must not be cut off: attempts, claims, the ends of attempts.
+    /// Work that must not be cut off: attempts, claims, the ends of attempts.
     tracked: TaskTracker,
-    /// What runs for as long as the layer does.
+    /// Work that runs for as long as the layer exists.
     background: TaskTracker,
-    /// Guarded requests are refused.
+    /// Cancelled when guarded requests are refused.
     pub(crate) draining: CancellationToken,
-    /// Background tasks end.
+    /// Cancelled when background tasks must end.
     pub(crate) stopped: CancellationToken,
 }
 
 impl Tasks {
-    /// Runs to its end, whoever stops waiting.
+    /// Spawns work that runs to its end, even if the caller stops waiting.
     pub(crate) fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -43,7 +43,7 @@ impl Tasks {
         self.tracked.spawn(work)
     }
 
-    /// The same, on another runtime than the current one.
+    /// Spawns the same on another runtime than the current one.
     pub(crate) fn spawn_on<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -52,12 +52,12 @@ impl Tasks {
         self.tracked.spawn_on(work, runtime)
     }
 
-    /// Work that draining waits for, in whatever task it runs.
+    /// Makes draining wait for work that runs in a task of someone else.
     pub(crate) fn track<F: Future>(&self, work: F) -> TrackedFuture<F> {
         self.tracked.track_future(work)
     }
 
-    /// Draining waits until it is dropped.
+    /// Makes draining wait until the token is dropped.
     pub(crate) fn token(&self) -> TaskTrackerToken {
         self.tracked.token()
     }
@@ -66,7 +66,7 @@ impl Tasks {
         self.draining.is_cancelled()
     }
 
-    /// Runs work of the store to its end and waits for it.
+    /// Runs a call of the store to its end and waits for it.
     pub(crate) async fn run_to_end<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -74,7 +74,7 @@ impl Tasks {
         self.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
 
-    /// The same, waiting at most `limit`.
+    /// Runs a call of the store to its end and waits at most `limit`.
     pub(crate) async fn call<T: Send + 'static>(
         &self,
         limit: Duration,
@@ -83,7 +83,7 @@ impl Tasks {
         answer_of(self.spawn(work), limit).await
     }
 
-    /// Starts what runs for as long as the layer does.
+    /// Spawns work that runs for as long as the layer exists.
     pub(crate) fn spawn_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -91,7 +91,7 @@ impl Tasks {
         self.background.spawn(work)
     }
 
-    /// Runs to its end as a background task, whoever stops waiting.
+    /// Runs a pass to its end as a background task and waits for it.
     pub(crate) async fn in_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -99,8 +99,10 @@ impl Tasks {
         self.spawn_background(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
 
-    /// Refuses new work and waits for all tasks, the background tasks last. After `limit`: how many are left.
+    /// Refuses new work and waits for all tasks, the background tasks last. The error is the number
+    /// of tasks left after `limit`.
     pub(crate) async fn drain(&self, limit: Duration) -> Result<(), usize> {
+        // A closed tracker still takes tasks, and waits for them: a running attempt may need some to end.
         self.draining.cancel();
         self.tracked.close();
         self.background.close();
@@ -110,6 +112,7 @@ impl Tasks {
             self.background.wait().await;
         });
         let drained = drained.await;
+        // Also after the limit, so that no background task outlives the drain.
         self.stopped.cancel();
         drained.map_err(|_| self.tracked.len() + self.background.len())
     }
@@ -121,8 +124,11 @@ impl fmt::Debug for Tasks {
     }
 }
 
-/// The shape of a background task: a pass, then a pause with a jitter of a quarter, which doubles up to eight times while
-/// passes fail. Ends with the token, or when a pass finds that there is nothing to run for.
+/// Runs a pass again and again, as each background task does.
+///
+/// Between two passes it pauses, with a jitter of a quarter. While passes fail, the pause doubles,
+/// up to eight times the interval. It ends with the token, or when a pass finds that its node is
+/// gone.
 pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     ended: CancellationToken,
     interval: Duration,
@@ -146,7 +152,8 @@ pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     }
 }
 
-/// The answer of a task that works with the store. After `limit` the task goes on, and its effect is not known.
+/// Waits at most `limit` for a task that calls the store. After that the task goes on, and its
+/// effect is not known.
 pub(crate) async fn answer_of<T>(
     task: JoinHandle<Result<T, StoreError>>,
     limit: Duration,

@@ -1,4 +1,4 @@
-//! Sends requests again that were abandoned and whose client does not come back.
+//! Sends abandoned requests again whose client does not come back.
 
 mod pass;
 mod send;
@@ -14,18 +14,20 @@ pub use self::pass::CompleterPass;
 use self::send::{SendRequest, erased};
 use crate::{consumer::Consumer, retry::Backoff};
 
-/// Puts back into a request that is sent again what the authentication layer had set, which is never kept: an extension, an
-/// internal header.
+/// Restores in a request that is sent again the extensions and internal headers that the
+/// authentication layer had set.
 ///
-/// The request goes through the whole application, the authentication layer included: let that accept what is put back
-/// here. Nothing that comes from a network can set an extension. The [`Consumer`] need not be put back: the idempotency
+/// They are never kept with the request. The request goes through the whole application, so the
+/// authentication layer must accept what is restored here. An extension is safe for this, because
+/// nothing from the network can set one. The [`Consumer`] need not be restored: the idempotency
 /// layer takes it from the record.
 ///
-/// The attribute of its implementations is that of the crate `async-trait`. A closure cannot do it: its future would borrow the request that it changes, and no bound says of such a future that it
-/// is [`Send`].
+/// Implementations carry the attribute of the crate `async-trait`. A closure cannot implement it:
+/// its future would borrow the request, and no bound can say that such a future is [`Send`].
 #[async_trait]
 pub trait Restore: Send + Sync + 'static {
-    /// Puts it back, for the consumer of the request's record, or refuses: the user may have been revoked since.
+    /// Restores them for the consumer of the request's record, or refuses: the user may have been
+    /// revoked since.
     ///
     /// # Errors
     ///
@@ -33,7 +35,7 @@ pub trait Restore: Send + Sync + 'static {
     async fn restore(&self, request: &mut Request<()>, consumer: &Consumer) -> Result<(), Refused>;
 }
 
-/// Why a request is not sent again.
+/// A request is not sent again, with the reason.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct Refused {
@@ -42,13 +44,13 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// It must not be sent: it needs the attention of an operator, who is told the reason.
+    /// Refuses for good: the request needs the attention of an operator, who sees the reason.
     #[must_use]
     pub fn new(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), for_now: false }
     }
 
-    /// It cannot be told yet, because the user database is away, for example. It counts as a try.
+    /// Refuses this try, for example because the user database is away. It counts as a try.
     #[must_use]
     pub fn for_now(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), for_now: true }
@@ -61,19 +63,29 @@ impl Refused {
     }
 }
 
-/// Sends [kept requests](crate::KeptRequests) again that were abandoned: their process has died, or the handler failed after
-/// a call of an [intent](crate::Idempotency::intent) or a finished phase, and the client did not come back.
+/// Sends [kept requests](crate::KeptRequests) again whose client did not come back.
 ///
-/// It is given the whole application, and a [`Restore`] without which it cannot be built. A request that is sent again
-/// takes its record over like a retry of the client: it runs once, its response is stored, and the client gets it when it
-/// does come back. Not sent are those whose record is held or was claimed under a policy that
-/// [holds abandoned attempts](crate::AbandonedAttempts::Hold), and those whose client was answered with a failure on which
-/// no intent and no phase hangs: nothing of them is left to complete.
+/// A request is abandoned if its process died, or if its handler failed after a call of an
+/// [intent](crate::Idempotency::intent) or a finished phase. Sent again, it takes its record over
+/// like a retry of the client: it runs once, its response is stored, and the client gets that
+/// response when it does come back.
 ///
-/// A request waits for an operator ([`list_requests`](crate::IdempotencyHandle::list_requests)) when [`Restore`] has
-/// refused it, when its record is still not completed after the last try, and when it cannot be sent: it cannot be read, it
-/// has another fingerprint than its record, or no idempotency layer guards its route any more. Its record stays claimable
-/// by the client's retry until it expires; then both are gone.
+/// Some requests are not sent. Those whose record is held, or was claimed under a policy that
+/// [holds abandoned attempts](crate::AbandonedAttempts::Hold), wait for an operator. Those that
+/// failed before any intent or phase have nothing left to complete.
+///
+/// # When an operator is needed
+///
+/// A request waits in [`list_requests`](crate::IdempotencyHandle::list_requests) if:
+///
+/// * [`Restore`] refused it for good,
+/// * its record is still not completed after the last try,
+/// * it cannot be read, or has another fingerprint than its record, or
+/// * no idempotency layer guards its route any more.
+///
+/// The client can still retry it until the record expires; then request and record are gone.
+///
+/// # Example
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "sqlite"))] {
@@ -90,7 +102,11 @@ impl Refused {
 ///
 /// #[async_trait::async_trait]
 /// impl Restore for RestoreUser {
-///     async fn restore(&self, request: &mut Request<()>, consumer: &Consumer) -> Result<(), Refused> {
+///     async fn restore(
+///         &self,
+///         request: &mut Request<()>,
+///         consumer: &Consumer,
+///     ) -> Result<(), Refused> {
 ///         if consumer.as_str() == "revoked" {
 ///             return Err(Refused::new("the user was revoked"));
 ///         }
@@ -99,7 +115,8 @@ impl Refused {
 ///     }
 /// }
 ///
-/// layer.handle().start_completer(Completer::new(app.into_service::<Body>(), RestoreUser))?;
+/// let completer = Completer::new(app.into_service::<Body>(), RestoreUser).with_max_tries(3);
+/// layer.handle().start_completer(completer)?;
 /// # Ok(()) }
 /// # }
 /// ```
@@ -116,8 +133,11 @@ pub struct Completer {
 }
 
 impl Completer {
-    /// A completer that sends to this service: the whole application, with everything that a request from the network
-    /// passes. An axum `Router` is turned into one by `into_service::<Body>()`, which says what bodies are made of.
+    /// Makes a completer that sends requests to this service.
+    ///
+    /// The service is the whole application, with every layer that a request from the network
+    /// passes. Turn an axum `Router` into one with `into_service::<Body>()`, which names the type
+    /// of the bodies.
     #[must_use]
     pub fn new<S, B, R>(service: S, restore: impl Restore) -> Self
     where
@@ -138,31 +158,47 @@ impl Completer {
         }
     }
 
-    /// Sets the pause between two looks for abandoned requests, with a jitter of a quarter. Default: 30 s.
+    /// Sets the pause between two passes, with a jitter of a quarter. Default: 30 s. The pause
+    /// doubles, up to eight times, while the store fails.
     ///
-    /// A request is sent at the first look after its lease is over and
-    /// [`with_abandoned_after`](crate::KeptRequests::with_abandoned_after) has passed; and again at the first look after the
-    /// [backoff](Self::with_backoff), also where it was not sent because an attempt was running.
+    /// A request is sent in the first pass after its lease is over and
+    /// [`with_abandoned_after`](crate::KeptRequests::with_abandoned_after) has passed. It is sent
+    /// again in the first pass after the [backoff](Self::with_backoff), also if it was not sent
+    /// because an attempt was running.
+    ///
+    /// ```
+    /// # use tower_idempotency::Completer;
+    /// # fn set(completer: Completer) -> Completer {
+    /// completer.with_interval(std::time::Duration::from_secs(60))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_interval(mut self, interval: Duration) -> Self {
         assert!(
             !interval.is_zero(),
-            "a completer needs a pause between two looks: use an interval above zero"
+            "a completer needs a pause between two passes: use an interval above zero"
         );
         self.interval = interval;
         self
     }
 
-    /// Sets how many requests it sends at most each time it looks. Default: 20.
+    /// Sets the greatest number of requests that one pass sends. Default: 20.
+    ///
+    /// ```
+    /// # use tower_idempotency::Completer;
+    /// # fn set(completer: Completer) -> Completer {
+    /// completer.with_batch(100)
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_batch(mut self, requests: u32) -> Self {
@@ -171,25 +207,40 @@ impl Completer {
         self
     }
 
-    /// Sets how many requests it has under way at once. Default: 4.
+    /// Sets the greatest number of requests under way simultaneously. Default: 4.
+    ///
+    /// ```
+    /// # use tower_idempotency::Completer;
+    /// # fn set(completer: Completer) -> Completer {
+    /// completer.with_concurrency(8)
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_concurrency(mut self, requests: u32) -> Self {
-        assert!(requests > 0, "a completer that has no request under way sends none: use at least 1");
+        assert!(requests > 0, "a completer with a concurrency of zero sends nothing: use at least 1");
         self.concurrency = requests;
         self
     }
 
-    /// Sets after what time a request is sent again that was not completed: `first`, and twice as long each time, but not
-    /// longer than `max`. Default: 1 min, and at most 1 h.
+    /// Sets the pause before a request that was not completed is sent again: `first`, then twice as
+    /// long each time, up to `max`. Defaults: 1 min and 1 h.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Completer;
+    /// # fn set(completer: Completer) -> Completer {
+    /// completer.with_backoff(Duration::from_secs(10), Duration::from_secs(600))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If `first` is zero or longer than `max`.
+    /// Panics if `first` is zero or longer than `max`.
     #[must_use]
     #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
@@ -197,11 +248,19 @@ impl Completer {
         self
     }
 
-    /// Sets how often a request is sent at most before it needs the attention of an operator. Default: 5.
+    /// Sets the number of tries after which a request needs the attention of an operator. Default:
+    /// 5.
+    ///
+    /// ```
+    /// # use tower_idempotency::Completer;
+    /// # fn set(completer: Completer) -> Completer {
+    /// completer.with_max_tries(3)
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_max_tries(mut self, tries: u32) -> Self {
@@ -210,12 +269,21 @@ impl Completer {
         self
     }
 
-    /// Sets for how long it waits for [`Restore`] and for the response, each. An attempt that was begun goes on all the
-    /// same. Default: 15 min, more than the layer's `max_execution`.
+    /// Sets the longest wait for [`Restore`], and for the response of the application. Default: 15
+    /// min, which is longer than the layer's `max_execution`.
+    ///
+    /// An attempt that has begun continues after that, and its response is stored.
+    ///
+    /// ```
+    /// # use tower_idempotency::Completer;
+    /// # fn set(completer: Completer) -> Completer {
+    /// completer.with_timeout(std::time::Duration::from_secs(20 * 60))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_timeout(mut self, limit: Duration) -> Self {
@@ -223,9 +291,7 @@ impl Completer {
         self.timeout = limit;
         self
     }
-}
 
-impl Completer {
     pub(super) fn interval(&self) -> Duration {
         self.interval
     }

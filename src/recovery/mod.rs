@@ -1,4 +1,4 @@
-//! What nobody came back for: dangling intents and abandoned requests.
+//! Recovery of work that no client came back for: dangling intents and abandoned requests.
 
 pub(crate) mod completer;
 pub(crate) mod reconciler;

@@ -1,4 +1,4 @@
-//! Finds out what became of dangling intents.
+//! Finds out whether the calls of dangling intents arrived.
 
 mod pass;
 
@@ -12,14 +12,15 @@ use crate::{
     stored::intent::{Intent, Resource},
 };
 
-/// Asks upstream services what became of calls.
+/// Asks upstream services about calls whose outcome is unknown.
 ///
 /// ```
 /// # use tower_idempotency::{Intent, Lookup, Reconcile, Resource};
-/// # #[derive(Debug)] struct Error;
 /// # struct Bank;
 /// # impl Bank {
-/// #     async fn transfer_by_reference(&self, _: String) -> Result<Option<String>, std::io::Error> { Ok(None) }
+/// #     async fn transfer_by_reference(&self, _: String) -> std::io::Result<Option<String>> {
+/// #         Ok(None)
+/// #     }
 /// # }
 /// struct Upstreams {
 ///     bank: Bank,
@@ -27,7 +28,10 @@ use crate::{
 ///
 /// #[async_trait::async_trait]
 /// impl Reconcile for Upstreams {
-///     async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn std::error::Error + Send + Sync>> {
+///     async fn reconcile(
+///         &self,
+///         intent: &Intent,
+///     ) -> Result<Lookup, Box<dyn std::error::Error + Send + Sync>> {
 ///         Ok(match intent.name.as_str() {
 ///             "bank.transfer" => {
 ///                 match self.bank.transfer_by_reference(intent.upstream_key.to_string()).await? {
@@ -41,16 +45,19 @@ use crate::{
 /// }
 /// ```
 ///
-/// The attribute is that of the crate `async-trait`. A closure that returns a future does it too:
-/// `|intent: Intent| async move { Ok(Lookup::Unknown) }`.
+/// Implementations carry the attribute of the crate `async-trait`. A closure that returns a future
+/// implements it too: `|intent: Intent| async move { Ok(Lookup::Unknown) }`.
 #[async_trait]
 pub trait Reconcile: Send + Sync + 'static {
-    /// Looks one call up, by its [upstream key](Intent::upstream_key) or by what the upstream offers instead. It must not
-    /// change anything, and not make the call again: that is the next attempt's.
+    /// Looks up one call by its [upstream key](Intent::upstream_key), or by whatever the upstream
+    /// offers instead.
+    ///
+    /// It must not change anything, and it must not make the call again: the next attempt does
+    /// that.
     ///
     /// # Errors
     ///
-    /// An error, a panic and a time-out count as [`Lookup::Unknown`], and are logged.
+    /// An error, a panic and a time-out are logged and count as [`Lookup::Unknown`].
     async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn Error + Send + Sync>>;
 }
 
@@ -65,46 +72,63 @@ where
     }
 }
 
-/// What an upstream service says of a call.
+/// The answer of an upstream service about a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "nothing else can be said of a call")]
 pub enum Lookup {
-    /// It has made this resource.
+    /// The upstream has made this resource.
     Found(Resource),
-    /// It has certainly not processed the call, and the call cannot still be under way to it.
+    /// The upstream has certainly not processed the call, and the call cannot still be on its way.
+    ///
+    /// If you are not sure, answer [`Unknown`](Self::Unknown): after two such answers the next
+    /// attempt calls again.
     NotFound,
-    /// It cannot tell at the moment.
+    /// The upstream cannot tell at the moment.
     Unknown,
 }
 
-/// Looks up what became of dangling intents: those that are open past their grace period and whose attempt does not own
-/// their record any more. Started with [`start_reconciler`](crate::IdempotencyHandle::start_reconciler).
+/// Finds out whether the calls of dangling intents arrived: intents that are open past their grace
+/// period and whose attempt does not own their record any more.
 ///
-/// | the look-up | what becomes of the intent |
+/// Start it with [`start_reconciler`](crate::IdempotencyHandle::start_reconciler). Every node may
+/// run one: each intent is taken by one node at a time.
+///
+/// | answer of the look-up | effect on the intent |
 /// |---|---|
-/// | [`Found`](Lookup::Found) | finalized: the next attempt gets the resource, without a call |
-/// | [`NotFound`](Lookup::NotFound) | looked up once more [after a pause](Self::with_confirmation_after); not found again: dead, and the next attempt calls again with the same upstream key |
-/// | [`Unknown`](Lookup::Unknown), an error, a panic, a time-out | looked up again, after [longer and longer pauses](Self::with_backoff); after [so many look-ups](Self::with_max_lookups) it needs attention |
+/// | [`Found`] | finalized: the next attempt gets the resource without a call |
+/// | [`NotFound`] | looked up again [after a pause](Self::with_confirmation_after) |
+/// | [`NotFound`] again | dead: the next attempt calls again with the same upstream key |
+/// | [`Unknown`], error, panic, time-out | looked up again after [growing pauses][backoff] |
+/// | the same, for the [last time](Self::with_max_lookups) | needs attention |
 ///
-/// An intent whose call was certainly not sent is dead without a look-up. One that was not found is looked up a last time
-/// [later](Self::with_recheck_after). If the resource has turned up by then the intent is finalized and needs attention,
-/// because a retry in between may have made another one.
+/// [`Found`]: Lookup::Found
+/// [`NotFound`]: Lookup::NotFound
+/// [`Unknown`]: Lookup::Unknown
+/// [backoff]: Self::with_backoff
 ///
-/// An intent that needs attention is never looked up again by itself: see
+/// An intent whose call was certainly not sent is dead without a look-up.
+///
+/// A dead intent that was not found is looked up a last time [later](Self::with_recheck_after). If
+/// its resource is found then, the intent is finalized and needs attention, because a retry in
+/// between may have made a second resource.
+///
+/// An intent that needs attention is looked up again only when an operator asks for it: see
 /// [`list_intents`](crate::IdempotencyHandle::list_intents) and
 /// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent).
 ///
-/// Every node may run one: an intent is taken by one at a time. What one node had taken and not looked up when it died or
-/// was drained is taken by another once the time for a whole batch is over, some 8 min with the defaults.
+/// If a node dies or is drained, another node takes the intents it had taken after the time for a
+/// whole batch, about 8 min with the defaults.
 ///
 /// ```
-/// # #[cfg(feature = "sqlite")] {
-/// # use std::time::Duration;
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreError};
+/// # async fn start(layer: IdempotencyLayer) -> Result<(), StoreError> {
+/// use std::time::Duration;
 /// use tower_idempotency::{Intent, Lookup, Reconciler};
 ///
 /// let ask = |intent: Intent| async move { Ok(Lookup::Unknown) };
 /// let reconciler = Reconciler::new(ask).with_timeout(Duration::from_secs(10));
-/// # }
+/// layer.handle().start_reconciler(reconciler)?;
+/// # Ok(()) }
 /// ```
 #[derive(Clone)]
 pub struct Reconciler {
@@ -140,18 +164,25 @@ impl Default for Settings {
 }
 
 impl Reconciler {
-    /// A reconciler that asks this.
+    /// Makes a reconciler that asks these upstreams.
     #[must_use]
     pub fn new(upstreams: impl Reconcile) -> Self {
         Self { upstreams: Arc::new(upstreams), settings: Settings::default() }
     }
 
-    /// Sets the pause between two passes, with a jitter of a quarter; it doubles up to eight times while the store fails.
-    /// Default: 30 s.
+    /// Sets the pause between two passes, with a jitter of a quarter. Default: 30 s. The pause
+    /// doubles, up to eight times, while the store fails.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_interval(std::time::Duration::from_secs(60))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_interval(mut self, interval: Duration) -> Self {
@@ -163,11 +194,18 @@ impl Reconciler {
         self
     }
 
-    /// Sets how many intents are taken at once. Default: 100.
+    /// Sets the greatest number of intents that one call of the store takes. Default: 100.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_batch(20)
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_batch(mut self, intents: u32) -> Self {
@@ -176,24 +214,38 @@ impl Reconciler {
         self
     }
 
-    /// Sets how many look-ups run at once. Default: 8.
+    /// Sets the greatest number of look-ups that run simultaneously. Default: 8.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_concurrency(2)
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_concurrency(mut self, lookups: u32) -> Self {
-        assert!(lookups > 0, "a reconciler that runs no look-up at once settles nothing: use at least 1");
+        assert!(lookups > 0, "a reconciler with a concurrency of zero settles nothing: use at least 1");
         self.settings.concurrency = lookups;
         self
     }
 
-    /// Sets how long a look-up may take. Default: 30 s.
+    /// Sets the longest time that a look-up may take. Default: 30 s.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_timeout(std::time::Duration::from_secs(10))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_timeout(mut self, limit: Duration) -> Self {
@@ -205,29 +257,47 @@ impl Reconciler {
         self
     }
 
-    /// Sets after what time a call that was not found is looked up again, to be sure. It must be longer than the upstream
-    /// takes to show what it has made. Default: 1 min.
+    /// Sets the pause after which a call that was not found is looked up again, to confirm that it
+    /// is absent. Default: 1 min.
+    ///
+    /// It must be longer than the upstream takes to show a resource it has made. If it is shorter,
+    /// a call that did arrive is made again.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_confirmation_after(std::time::Duration::from_secs(300))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_confirmation_after(mut self, pause: Duration) -> Self {
         assert!(
             !pause.is_zero(),
-            "a look-up at once confirms nothing: use a pause longer than the upstream takes to show what it has made"
+            "an immediate look-up confirms nothing: wait longer than the upstream takes to show a resource"
         );
         self.settings.confirm_after = pause;
         self
     }
 
-    /// Sets after what time a call is looked up again of which nothing was learned: `first`, and twice as long each time,
-    /// but not longer than `max`; with a jitter of a quarter. Default: 30 s, and at most 1 h.
+    /// Sets the pause after a look-up that learned nothing: `first`, then twice as long each time,
+    /// up to `max`, with a jitter of a quarter. Defaults: 30 s and 1 h.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_backoff(Duration::from_secs(10), Duration::from_secs(600))
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If `first` is zero or longer than `max`.
+    /// Panics if `first` is zero or longer than `max`.
     #[must_use]
     #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
@@ -235,11 +305,19 @@ impl Reconciler {
         self
     }
 
-    /// Sets after how many look-ups without an answer an intent needs attention. Default: 10.
+    /// Sets the number of look-ups without an answer after which an intent needs attention.
+    /// Default: 10.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_max_lookups(20)
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// Panics if it is zero.
     #[must_use]
     #[track_caller]
     pub fn with_max_lookups(mut self, lookups: u32) -> Self {
@@ -248,15 +326,21 @@ impl Reconciler {
         self
     }
 
-    /// Sets after what time a call that was declared absent is looked up for the last time; zero: never. Default: 1 h.
+    /// Sets the pause after which a dead intent that was not found is looked up for the last time;
+    /// zero turns that off. Default: 1 h.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_recheck_after(std::time::Duration::from_secs(24 * 60 * 60))
+    /// # }
+    /// ```
     #[must_use]
     pub fn with_recheck_after(mut self, pause: Duration) -> Self {
         self.settings.recheck_after = pause;
         self
     }
-}
 
-impl Reconciler {
     pub(super) fn interval(&self) -> Duration {
         self.settings.interval
     }
@@ -269,14 +353,15 @@ impl fmt::Debug for Reconciler {
 }
 
 impl Settings {
-    /// For how long nobody else may take a batch: until its last look-up has come to its time-out and is recorded.
+    /// The time for which no other node may take a batch: until its last look-up has ended and is
+    /// recorded.
     fn taken_for(&self) -> Duration {
         let rounds = self.batch.div_ceil(self.concurrency);
         self.timeout.saturating_mul(rounds.saturating_add(1)).saturating_add(TO_RECORD)
     }
 }
 
-/// How long it is tried to record a look-up.
+/// The time for which the outcome of a look-up is tried to be recorded.
 const TO_RECORD: Duration = Duration::from_secs(15);
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Where records live: the [`Store`] trait, its contract, and the stores of this crate.
+//! The [`Store`] trait with its contract, and the stores of this crate.
 
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -51,127 +51,142 @@ pub use crate::{
 /// (feature `conformance`) checks.
 ///
 /// ```text
-///             claim                     complete (attempt = mine)
-///   absent ───────────▶ in progress ─────────────────────────────▶ completed ──▶ purged after expiry
-///                        │   │   ▲  ▲                                  ▲
-///         release (mine) │   │   │  └ renew (mine)                     │ late completion (same attempt),
-///                        ▼   │   │                                     │ resolve
-///             claimable now  │   └ lease over, running again allowed:  │
-///                   ▲        │     new attempt takes over              │
-///                   │        └ lease over, not allowed; hold (mine): held
-///                   │                                                  │
-///                   └──────────── release (mine), resolve ─────────────┘
+///             claim                   complete (attempt = mine)
+///   absent ─────────▶ in progress ────────────────────────────▶ completed ──▶ purged after expiry
+///                       │  │  ▲ ▲                                   ▲
+///        release (mine) │  │  │ └ renew (mine)                      │ late completion
+///                       ▼  │  │                                     │ (same attempt), resolve
+///            claimable now │  └ lease over, running again           │
+///                  ▲       │    allowed: a new attempt takes over   │
+///                  │       └ lease over, not allowed; hold (mine): held
+///                  │                                                │
+///                  └─────────── release (mine), resolve ────────────┘
 /// ```
 ///
 /// # Rules
 ///
-/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces matter.
-/// * **A claim is atomic.** Of any number of claims of an absent key, over any number of processes, exactly one is
-///   won. Reading first is fine, deciding by what was read is not.
-/// * **Absent** is also a record past its expiry, purged or not, unless its lease is alive, it is held, or it is in progress
-///   with an open intent. A claim of such a record makes a new one: new id, attempt number 1, any fingerprint. A
-///   response that is stored past the expiry gives the record its whole retention anew; what else does, see
-///   [`RecoveryStore`].
-/// * **A lease that ran out** is taken over by a claim with the *same* fingerprint: same record id, next attempt
-///   number, one more abandoned attempt. When that would be abandoned attempt number `max_abandoned`, as the record
-///   was claimed with, the record becomes held instead, and stays so past its expiry.
-/// * **Fencing.** `renew`, `complete`, `release` and `hold` change a record only while it carries the id of the
-///   attempt that asks, however old its lease is: a lapsed lease that nobody took is still its owner's.
-/// * **A repeated claim by the same attempt** is won again, with the same number: the reply to the first may have been
-///   lost.
-/// * **Completed records never change**, and a claim that finds one writes nothing at all.
-/// * **Time** is the clock of the store alone. Claims and renewals carry durations.
-/// * **Nobody waits.** A claim that finds the key taken answers at once. No call that serves more than one request
-///   waits for a lock on one of its rows: such a row is skipped.
-/// * **Durability.** When a call has answered, its effect survives a crash of the process and, for a store that
-///   promises it, of the machine.
+/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces
+///   matter.
+/// * **A claim is atomic.** Of any number of claims of an absent key, in any number of processes,
+///   exactly one is won. A store may read first, but it must not decide by what it read.
+/// * **Absent** is also a record past its expiry, purged or not, unless its lease is alive, it is
+///   held, or it is in progress with an open intent. A claim of such a record makes a new one: new
+///   id, attempt number 1, any fingerprint. A response that is stored past the expiry gives the
+///   record its whole retention again; so do the cases that [`RecoveryStore`] names.
+/// * **A lease that ran out** is taken over by a claim with the *same* fingerprint: same record id,
+///   next attempt number, one more abandoned attempt. If that reaches `max_abandoned`, as the
+///   record was claimed with, the record becomes held instead, and stays held past its expiry.
+/// * **Fencing.** `renew`, `complete`, `release` and `hold` change a record only while it carries
+///   the id of the attempt that asks. The age of the lease does not matter: a lease that ran out
+///   and was not taken over still belongs to its owner.
+/// * **A repeated claim by the same attempt** is won again, with the same number, because the reply
+///   to the first may have been lost.
+/// * **Completed records never change**, and a claim that finds one writes nothing.
+/// * **Time** is the clock of the store. Claims and renewals carry durations.
+/// * **No waiting.** A claim that finds the key taken answers immediately. A call that serves more
+///   than one request never waits for a lock on one of its rows: it skips that row.
+/// * **Durability.** After a call has answered, its effect survives a crash of the process and, for
+///   a store that promises it, of the machine.
 /// * **Errors** say by their [kind](crate::store::StoreErrorKind) what is known about the effect.
 ///
 /// # Implementing it
 ///
-/// The methods are those of an `#[async_trait]`: an implementation carries the same attribute, of the crate
-/// `async-trait`. The source of the `MemoryStore`, in `src/store/memory.rs` and beside it, is the contract as a program and
-/// a model to begin with: what may be done with a record is in `entry.rs`, with an intent in `intents.rs`.
+/// The trait is an `#[async_trait]`: an implementation carries the same attribute, from the crate
+/// `async-trait`. The source of the `MemoryStore`, in `src/store/memory/`, is the contract as a
+/// program and a model to begin with: `entry.rs` says what may be done with a record, `intents.rs`
+/// with an intent.
 ///
-/// Calls may be cancelled by dropping their future only if the store is not harmed by it; the layer awaits them in
-/// tasks that are not cancelled. A store is shared: clones and handles to the same tables see the same records.
+/// The layer awaits every call in a task that is not cancelled, so a store need not survive that
+/// the future of a call is dropped. Other callers await it the same way, unless the store's docs
+/// allow more. A store is shared: clones and handles to the same tables see the same records.
 #[async_trait]
 pub trait Store: Debug + Send + Sync + 'static {
-    /// Makes the store ready: creates or migrates its tables unless told not to, and checks that the store can be
-    /// trusted. Every other call does this by itself once.
+    /// Prepares the store: creates or migrates its tables unless told not to, and checks that the
+    /// store can be trusted. Every other call does this once.
     ///
-    /// Returns what an operator should know, one sentence each, for example that the server does not flush its log.
+    /// Returns what an operator should know, one sentence each, for example that the server does
+    /// not flush its log.
     ///
     /// # Errors
     ///
-    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store cannot keep the contract: a read-only
-    /// replica, missing tables or rights.
+    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store cannot keep the
+    /// contract: a read-only replica, missing tables or rights.
     async fn prepare(&self) -> Result<Vec<String>, StoreError>;
 
     /// Claims a key, or shows the record that has it.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the key may have been won: claim again with the same
-    /// attempt, or release.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the key may have been won:
+    /// claim again with the same attempt, or release.
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError>;
 
-    /// Extends leases, in one round trip where the store can. Answers in the order of `renewals`.
+    /// Extends leases, in one round trip if the store can. Answers in the order of `renewals`.
     ///
     /// # Errors
     ///
-    /// Any; some of the leases may have been extended.
+    /// After any error, some of the leases may have been extended.
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError>;
 
     /// Stores the encoded response of an attempt whose record is in progress or held.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the response may be stored; calling again tells.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the response may be stored; the
+    /// same call again tells.
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
 
-    /// Gives the key back: the record of the attempt, in progress or held, is claimable at once. It is gone, and any
-    /// fingerprint may claim it, unless something hangs on it: see [`RecoveryStore`]. (A claim whose reply came too late is released even if it has become held by then.)
+    /// Releases the key: the record of the attempt, in progress or held, is claimable immediately.
+    ///
+    /// The record is deleted, and any fingerprint may claim the key, unless the record is retained
+    /// for a reason that [`RecoveryStore`] names. A held record is included, because a claim whose
+    /// reply came too late must be released even if its record has become held in the meantime.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be released; calling again is harmless.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be released; calling
+    /// again is harmless.
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError>;
 
     /// Makes the record of the attempt held.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be held; calling again is harmless.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be held; calling again
+    /// is harmless.
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError>;
 
-    /// Looks one record up, expired or not. Purged ones are gone.
+    /// Looks up one record, expired or not. Purged records are gone.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError>;
 
     /// Lists records, the oldest first, at most `limit`.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError>;
 
-    /// Deletes a record in whatever state. Returns whether there was one.
+    /// Deletes a record in any state. Returns `true` if there was one.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be deleted; calling again is harmless.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be deleted; calling
+    /// again is harmless.
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError>;
 
-    /// Ends a record that is held or whose lease ran out. A completion by this call gives the record its whole
-    /// retention anew, so that the waiting client can still fetch it, and takes it from its attempt.
+    /// Ends a record that is held or whose lease ran out.
+    ///
+    /// A completion by this call takes the record from its attempt. It also gives the record its
+    /// whole retention again, so that the waiting client can still fetch the response.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be resolved; [`get`](Self::get) tells.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be resolved;
+    /// [`get`](Self::get) tells.
     async fn resolve(
         &self,
         consumer: &Consumer,
@@ -179,9 +194,11 @@ pub trait Store: Debug + Send + Sync + 'static {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError>;
 
-    /// Offers the handler of an attempt a transaction that its record can be completed in: puts something into the
-    /// request's extensions that the handler gets it from. Nothing is begun before the handler asks. `None` if the store
-    /// has no transactions: those of this crate, which `Tx` takes, are for its own stores.
+    /// Offers the handler of an attempt a transaction in which its record can be completed.
+    ///
+    /// The store puts something into the request's extensions from which the handler gets the
+    /// transaction. The transaction begins only when the handler asks for it. `None` if the store
+    /// has no transactions; the extractor `Tx` takes those of this crate's stores only.
     fn transaction(
         &self,
         attempt: &Attempt,
@@ -189,22 +206,27 @@ pub trait Store: Debug + Send + Sync + 'static {
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>>;
 
-    /// What keeps intents, finished phases and kept requests beside these records. `None` if the store cannot.
+    /// Returns the part of the store that keeps intents, finished phases and requests. `None` if it
+    /// keeps none.
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>>;
 
-    /// Deletes at most `limit` records that count as absent, and returns how many. Held ones and those that the next
-    /// claim would find held stay, and so do those with open intents. Safe on many nodes at once.
+    /// Deletes at most `limit` records that count as absent, and returns their number.
+    ///
+    /// Records stay if they are held, if the next claim would find them held, or if they have open
+    /// intents. Many nodes may purge simultaneously.
     ///
     /// # Errors
     ///
-    /// Any; some records may have been deleted.
+    /// After any error, some records may have been deleted.
     async fn purge(&self, limit: u32) -> Result<u64, StoreError>;
 }
 
-/// What [`IdempotencyLayer::new`](crate::IdempotencyLayer::new) takes: a store, or a pool that a store is made of.
+/// A store, or a pool that a store can be made of: the argument of
+/// [`IdempotencyLayer::new`](crate::IdempotencyLayer::new).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a store for idempotency records",
-    note = "a `sqlx::PgPool` needs the feature `postgres` of tower-idempotency, a `sqlx::SqlitePool` the feature `sqlite`",
+    note = "a `sqlx::PgPool` needs the feature `postgres` of tower-idempotency",
+    note = "a `sqlx::SqlitePool` needs the feature `sqlite` of tower-idempotency",
     note = "both must come from the same version of sqlx that tower-idempotency uses"
 )]
 pub trait IntoStore {

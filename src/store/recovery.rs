@@ -1,4 +1,4 @@
-//! What a store keeps for recovery: intents, finished phases and kept requests.
+//! The contract of recovery: intents, finished phases and requests beside the records of a store.
 
 use std::{fmt::Debug, time::Duration};
 
@@ -18,41 +18,48 @@ use crate::{
     },
 };
 
-/// Keeps intents, finished phases and kept requests beside the records of a [`Store`](crate::store::Store).
+/// Keeps intents, finished phases and requests beside the records of a
+/// [`Store`](crate::store::Store).
 ///
 /// # Rules
 ///
-/// * **The record knows.** Whatever changes an intent changes, in the same transaction, how many open ones its record has
-///   and until when they may all be called again. Claims, takeovers, releases and the purge look at the record only, so
-///   that none of them slips past an intent that is being opened.
-/// * **A record whose lease ran out or that was released, and that has an open intent that may not be called again, is
-///   held** until that intent is settled. One that may be called again is taken over as usual.
-/// * **A record on which an intent or a finished phase hangs stays when it is released**: its id, fingerprint and attempt
-///   number go on. It is not purged while an intent is open. What was open or held past the record's expiry and then ends
-///   gives it its whole retention anew, and so does a lease that outlives the expiry, so that a retry finds what was recorded.
-/// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and repeatable: an opening
-///   with the id of the last call is won again.
-/// * **An intent may be called** if it is new; if it is open and was certainly not sent; if it is open and the upstream
-///   still recognizes its key; if it is dead because the upstream does not know it. Never with other arguments.
-/// * **Intents outlive their record.** Those whose record has gone are settled alone.
-/// * **Kept requests do not.** One is sent again only while its record waits for the next attempt, and is purged once its
-///   record is completed or gone.
+/// * **The record knows.** Every change of an intent also writes to its record, in the same
+///   transaction, the number of its open intents and the time until which they may all be called
+///   again. Claims, takeovers, releases and the purge read the record only, so none of them misses
+///   an intent that is just being opened.
+/// * **An open intent that may not be called again holds its record** once the lease has run out or
+///   the record was released, until that intent is settled. If every open intent may be called
+///   again, the record is taken over as usual.
+/// * **A record with an intent or a finished phase is retained when it is released.** Its id,
+///   fingerprint and attempt number continue. It is not purged while an intent is open. If it was
+///   open or held past its expiry and that ends, or if its lease outlived the expiry, it gets its
+///   whole retention again, so that a retry finds the outcome.
+/// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and
+///   repeatable: an opening with the id of the last call is won again.
+/// * **An intent may be called** in four cases: it is new; it is open and was certainly not sent;
+///   it is open and the upstream still recognizes its key; it is dead because the upstream does not
+///   know it. It is never called with other arguments.
+/// * **Intents outlive their record.** Without their record, they can still be settled.
+/// * **Kept requests do not.** A request is sent again only while its record waits for the next
+///   attempt, and is purged after its record is completed or gone.
 #[async_trait]
 pub trait RecoveryStore: Debug + Send + Sync {
     /// Opens an intent before its call.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be open: open it again with the same call, or record
-    /// that it was not sent.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be open: open it again
+    /// with the same call, or record that it was not sent.
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError>;
 
-    /// Records something of an intent. `attention` is what an operator must know; an open intent that needs attention is
-    /// not looked up any more. Lost if there is no such intent or its fence does not hold.
+    /// Changes an intent while its fence holds.
+    ///
+    /// `attention` is a message for the operator. An open intent that needs attention is not looked
+    /// up any more. [`Lost`](Fenced::Lost) if there is no such intent or its fence does not hold.
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) it may be recorded.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the change may be recorded.
     async fn update_intent(
         &self,
         intent: UpstreamKey,
@@ -61,41 +68,46 @@ pub trait RecoveryStore: Debug + Send + Sync {
         attention: Option<&str>,
     ) -> Result<Fenced, StoreError>;
 
-    /// Takes intents that are to be looked up, at most `limit`, the most overdue first: those whose attempt does not own
-    /// their record any more. Nobody else takes them for `pause`, and each counts a look-up more.
+    /// Takes intents that are due for a look-up, at most `limit`, the most overdue first.
+    ///
+    /// Only intents whose attempt does not own their record any more are taken. No other call takes
+    /// them for `pause`, and each take counts as one more look-up.
     ///
     /// # Errors
     ///
-    /// Any; some may be taken.
+    /// After any error, some may be taken.
     async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError>;
 
-    /// Looks one intent up.
+    /// Looks up one intent.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError>;
 
     /// Lists intents, at most `limit`.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError>;
 
-    /// Counts the intents that somebody has to look at, in a time that does not depend on how many are settled.
+    /// Counts the intents that are not settled or that need attention. The time it takes does not
+    /// depend on the number of settled intents.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn count_intents(&self) -> Result<IntentCounts, StoreError>;
 
-    /// The result of a finished phase, which only the stores of this crate can have. Waits for a transaction that is finishing
-    /// it. `None` if it was not finished.
+    /// Returns the result of a finished phase; `None` if the phase was not finished.
+    ///
+    /// Waits for a transaction that is finishing the phase. Only the stores of this crate can have
+    /// phases.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn find_phase(
         &self,
         attempt: &Attempt,
@@ -103,9 +115,11 @@ pub trait RecoveryStore: Debug + Send + Sync {
         name: &str,
     ) -> Result<Option<Bytes>, StoreError>;
 
-    /// Keeps the encoded request of an attempt that owns its record with a live lease, to be sent again if nobody has completed
-    /// it after this time. Lost for any other attempt. The first one of a record counts: a later call of an attempt that owns
-    /// the record is applied and changes nothing.
+    /// Keeps the encoded request of an attempt that owns its record with a live lease. The request
+    /// is sent again if its record is not completed `after` this time.
+    ///
+    /// The first request of a record counts: a later call of an attempt that owns the record is
+    /// applied and changes nothing. [`Lost`](Fenced::Lost) for any other attempt.
     ///
     /// # Errors
     ///
@@ -118,12 +132,14 @@ pub trait RecoveryStore: Debug + Send + Sync {
         after: Duration,
     ) -> Result<Fenced, StoreError>;
 
-    /// Makes a record stay when it is released, as if an intent hung on it, because its request is about to be sent again.
-    /// Lost if there is no such record any more, or it is completed.
+    /// Retains a record when it is released, as if it had an intent, because its request is about
+    /// to be sent again.
+    ///
+    /// [`Lost`](Fenced::Lost) if there is no such record any more, or if it is completed.
     ///
     /// # Errors
     ///
-    /// Any; the record may stay.
+    /// After any error, the record may be retained.
     async fn keep_record(
         &self,
         consumer: &Consumer,
@@ -131,25 +147,40 @@ pub trait RecoveryStore: Debug + Send + Sync {
         record: RecordId,
     ) -> Result<Fenced, StoreError>;
 
-    /// Takes requests that are to be sent again, at most `limit`: those whose time has come, that do not need attention, and
-    /// whose record waits for the next attempt. That is: the record is in progress, not expired, and its lease is over or it
-    /// was released and has stayed; the next claim would not find it held; and it was not claimed under a policy that holds
-    /// abandoned attempts ([`max_abandoned`](crate::store::Claim::max_abandoned) 1), however its attempt has ended. Nobody else takes
-    /// them for `pause`, and each counts a try more.
+    /// Takes requests that are due to be sent again, at most `limit`.
+    ///
+    /// A request is taken if its time has come, if it does not need attention, and if its record
+    /// waits for the next attempt:
+    ///
+    /// * The record is in progress and not expired, and its lease is over or it was released and
+    ///   retained.
+    /// * The next claim would not find it held.
+    /// * It was not claimed under a policy that holds abandoned attempts
+    ///   ([`max_abandoned`](crate::store::Claim::max_abandoned) 1), in whatever way its attempt
+    ///   ended.
+    ///
+    /// No other call takes them for `pause`, and each take counts as one more try.
     ///
     /// # Errors
     ///
-    /// Any; some may be taken.
+    /// After any error, some may be taken.
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError>;
 
-    /// Records what became of a try to send a request again. It applies only while the request has these `tries` and waits to
-    /// be sent, so that nobody who is late undoes what others have found out; `None` is the operator's, whatever it is at, and
-    /// its tries begin anew. [`Done`](RequestUpdate::Done) applies whatever it is at, too: a record that is completed or gone
-    /// stays so. A try that is given back where there is none leaves none. Lost if there is no such request.
+    /// Records the outcome of a try to send a request again.
+    ///
+    /// * With a number of `tries`, it applies only while the request has that number and waits to
+    ///   be sent: a late caller must not undo what another has found out. If the request was not
+    ///   sent, the try is not counted.
+    /// * With `None`, which is for operators, it applies in any state, and the tries are counted
+    ///   from zero again.
+    /// * [`Done`](RequestUpdate::Done) applies in any state, because a record that is completed or
+    ///   gone stays so.
+    ///
+    /// [`Lost`](Fenced::Lost) if it does not apply, or if there is no such request.
     ///
     /// # Errors
     ///
-    /// Any; it may be recorded.
+    /// After any error, it may be recorded.
     async fn update_request(
         &self,
         record: RecordId,
@@ -157,23 +188,27 @@ pub trait RecoveryStore: Debug + Send + Sync {
         update: &RequestUpdate,
     ) -> Result<Fenced, StoreError>;
 
-    /// Lists the requests that wait for an operator, because they [need attention](RequestUpdate::NeedsAttention), at most
-    /// `limit`.
+    /// Lists the requests that wait for an operator because they [need
+    /// attention](RequestUpdate::NeedsAttention), at most `limit`.
     ///
     /// # Errors
     ///
-    /// Any; nothing is changed.
+    /// After any error, nothing is changed.
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError>;
 
-    /// Deletes kept requests whose record is completed or gone, however old they are, and settled intents and finished phases
-    /// that are older than `retention` and whose record is gone; of each at most `limit`. Returns how many in all.
+    /// Deletes what is not needed any more, and returns the number of rows. At most `limit` rows
+    /// are deleted of each kind:
+    ///
+    /// * requests whose record is completed or gone, of any age
+    /// * settled intents that are older than `retention` and whose record is gone
+    /// * finished phases that are older than `retention` and whose record is gone
     ///
     /// # Errors
     ///
-    /// Any; some may be deleted.
+    /// After any error, some may be deleted.
     async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError>;
 }
 
-/// Why an intent is dead that is recorded as absent.
+/// The reason of an intent that is dead because the upstream does not know it.
 #[cfg(any(feature = "memory", feature = "sqlite", feature = "postgres"))]
 pub(super) const ABSENT: &str = "the upstream does not know it";

@@ -1,4 +1,5 @@
-//! Transactions that handlers share with the completion of their record: what a store offers and what the layer asks.
+//! Transactions that a handler shares with the completion of its record: settings, contract and
+//! errors.
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
@@ -10,9 +11,16 @@ use crate::{
     rejection::{Rejection, RejectionCode},
 };
 
-/// How transactions of handlers are begun and ended. Set on the layer:
-/// [`with_transactions`](crate::IdempotencyLayer::with_transactions); or on a log:
-/// [`with_transactions`](crate::IntentLog::with_transactions).
+/// Settings of the transactions of handlers.
+///
+/// ```
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, TransactionOptions};
+/// # use std::time::Duration;
+/// let options = TransactionOptions::default().with_statement_timeout(Duration::from_secs(5));
+/// let layer = IdempotencyLayer::new(MemoryStore::new()).with_transactions(options);
+/// ```
+///
+/// An [`IntentLog`](crate::IntentLog::with_transactions) takes them too.
 #[derive(Clone, Debug, Default)]
 pub struct TransactionOptions {
     isolation: Option<IsolationLevel>,
@@ -23,25 +31,25 @@ pub struct TransactionOptions {
     pub(crate) reruns: u32,
 }
 
-/// What a store keeps to in a transaction: [`TransactionOptions`] with the defaults of the layer filled in.
+/// The limits of one transaction: [`TransactionOptions`], completed with the defaults of the layer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TransactionLimits {
     /// The lease of the attempt.
     pub lease: Duration,
-    /// The isolation level; `None`: the database's default.
+    /// The isolation level; `None` for the default of the database.
     pub isolation: Option<IsolationLevel>,
-    /// For how long the transaction may be open without a statement running.
+    /// The time for which the transaction may be open without a running statement.
     pub idle_timeout: Duration,
-    /// How long one statement of the handler may take.
+    /// The time that one statement of the handler may take.
     pub statement_timeout: Duration,
-    /// For how long the transaction may be open, on a store with one writer.
+    /// The time for which the transaction may be open, on a store with one writer.
     pub time_limit: Duration,
-    /// How long the handler waits for its transaction to begin.
+    /// The time for which the handler waits for its transaction to begin.
     pub begin_timeout: Duration,
 }
 
-/// How far a transaction is isolated from those beside it.
+/// Isolation of a transaction from those that run beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum IsolationLevel {
@@ -54,62 +62,107 @@ pub enum IsolationLevel {
 }
 
 impl TransactionOptions {
-    /// Sets the isolation level. Default: the database's. SQLite knows one level only, the strictest.
+    /// Sets the isolation level. Default: that of the database. No effect on SQLite, which has one
+    /// level, the strictest.
     ///
-    /// A handler cannot choose it by `SET TRANSACTION`: when it gets the transaction, the record is locked already.
+    /// A handler cannot choose it with `SET TRANSACTION`, because the record is already locked when
+    /// the handler gets the transaction.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IsolationLevel, TransactionOptions};
+    /// let options = TransactionOptions::default().with_isolation(IsolationLevel::Serializable);
+    /// ```
     #[must_use]
     pub fn with_isolation(mut self, level: IsolationLevel) -> Self {
         self.isolation = Some(level);
         self
     }
 
-    /// Sets for how long the server lets a transaction be open without a statement running, as PostgreSQL's
-    /// `idle_in_transaction_session_timeout`. Default: the lease. A shorter setting of the server stays. It bounds for
-    /// how long a frozen process keeps its locks, and for how long a handler may wait for something else between two
-    /// statements.
+    /// Sets the time for which the server lets a transaction be open without a running statement,
+    /// like PostgreSQL's `idle_in_transaction_session_timeout`. Default: the lease.
+    ///
+    /// It ends the locks of a frozen process. It also ends a handler that waits longer for
+    /// something else between two statements. A shorter setting of the server takes precedence. No
+    /// effect on SQLite.
+    ///
+    /// ```
+    /// # use tower_idempotency::TransactionOptions;
+    /// let options = TransactionOptions::default()
+    ///     .with_idle_timeout(std::time::Duration::from_secs(10));
+    /// ```
     #[must_use]
     pub fn with_idle_timeout(mut self, limit: Duration) -> Self {
         self.idle_timeout = Some(limit);
         self
     }
 
-    /// Sets for how long one statement of the handler may take, as PostgreSQL's `statement_timeout`. Default: the lease.
-    /// A shorter setting of the server stays. No effect on SQLite.
+    /// Sets the time that one statement of the handler may take, like PostgreSQL's
+    /// `statement_timeout`. Default: the lease.
+    ///
+    /// A shorter setting of the server takes precedence. No effect on SQLite.
+    ///
+    /// ```
+    /// # use tower_idempotency::TransactionOptions;
+    /// let options = TransactionOptions::default()
+    ///     .with_statement_timeout(std::time::Duration::from_secs(5));
+    /// ```
     #[must_use]
     pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
         self.statement_timeout = Some(limit);
         self
     }
 
-    /// Sets for how long a transaction may be open on a store with one writer (SQLite), which nobody else can write to
-    /// meanwhile. After that the handler is cancelled and its transaction rolled back. Default: a third of the lease. With
-    /// a limit over the lease, duplicates at other processes may get 503 `store-unavailable` instead of 409. No effect on
-    /// PostgreSQL, where the other two limits and `with_max_execution` hold.
+    /// Sets the time for which a transaction may be open on a store with one writer (SQLite).
+    /// Default: a third of the lease.
+    ///
+    /// No other transaction can write in that time. After it, the handler is cancelled and its
+    /// transaction is rolled back. With a limit longer than the lease, duplicates at other
+    /// processes may get 503 `store-unavailable` instead of 409. No effect on PostgreSQL, where the
+    /// other two limits and `with_max_execution` hold.
+    ///
+    /// ```
+    /// # use tower_idempotency::TransactionOptions;
+    /// let options = TransactionOptions::default()
+    ///     .with_time_limit(std::time::Duration::from_secs(5));
+    /// ```
     #[must_use]
     pub fn with_time_limit(mut self, limit: Duration) -> Self {
         self.time_limit = Some(limit);
         self
     }
 
-    /// Keeps what a handler has written when its response is a 4xx that is stored. Default: it is rolled back.
+    /// Commits what a handler has written even if its response is a stored 4xx. Default: the writes
+    /// are rolled back.
+    ///
+    /// ```
+    /// # use tower_idempotency::TransactionOptions;
+    /// let options = TransactionOptions::default().keep_writes_of_client_errors();
+    /// ```
     #[must_use]
     pub fn keep_writes_of_client_errors(mut self) -> Self {
         self.keep_writes_of_client_errors = true;
         self
     }
 
-    /// Performs a request again, at once, when its transaction collided with another one, at most this many times.
-    /// Default: 0, the client is asked to send it again. For handlers whose only effects are in the transaction.
+    /// Performs a request again, immediately and at most this many times, if its transaction
+    /// collided with another one. Default: 0, and the client is asked to send the request again.
     ///
-    /// A collision is known at COMMIT, and by a `TxError` that the handler returns: an answer of its own
-    /// is not performed again. On SQLite transactions do not collide.
+    /// Use it only for handlers whose effects are all in the transaction: every other effect would
+    /// happen again. A collision is found at COMMIT, or by a `TxError` that the handler returns. If
+    /// the handler answers a collision with a response of its own, it is not performed again. On
+    /// SQLite, transactions do not collide.
+    ///
+    /// ```
+    /// # use tower_idempotency::TransactionOptions;
+    /// let options = TransactionOptions::default().with_reruns(3);
+    /// ```
     #[must_use]
     pub fn with_reruns(mut self, reruns: u32) -> Self {
         self.reruns = reruns;
         self
     }
 
-    /// Fills in what depends on the settings of the layer.
+    /// Adds the defaults that depend on the settings of the layer.
     pub(crate) fn limits(&self, lease: Duration, store_timeout: Duration) -> TransactionLimits {
         TransactionLimits {
             lease,
@@ -122,51 +175,58 @@ impl TransactionOptions {
     }
 }
 
-/// The transaction of one attempt, as the layer sees it. A store that offers transactions puts something into the
-/// request's extensions that the handler gets it from, and returns this from
+/// The transaction of one attempt, as the layer sees it.
+///
+/// A store that offers transactions puts something into the request's extensions from which the
+/// handler gets the transaction, and returns this from
 /// [`Store::transaction`](crate::store::Store::transaction).
 ///
 /// # Rules
 ///
-/// * Beginning fails unless the record is in progress and the attempt's. From then until the end of the transaction no
-///   other attempt takes the record over, even if its lease runs out.
-/// * Duplicates do not wait for it: their claims are answered at once.
-/// * `commit` completes the record and commits what the handler wrote in one step, or neither.
-/// * A transaction that the handler has ended itself is noticed.
+/// * Beginning fails unless the record is in progress and belongs to the attempt. From then until
+///   the end of the transaction, no other attempt takes the record over, even if its lease runs
+///   out.
+/// * Duplicates do not wait for the transaction: their claims are answered immediately.
+/// * `commit` completes the record and commits the writes of the handler in one step, or does
+///   neither.
+/// * The store notices if the handler has ended the transaction.
 #[async_trait]
 pub trait StoreTransaction: fmt::Debug + Send + Sync + 'static {
-    /// Where it stands.
+    /// State of the transaction.
     fn usage(&self) -> TransactionUsage;
 
-    /// Returns when the transaction has been open for longer than it may be; never for one that is not begun or has no
-    /// limit.
+    /// Returns when the transaction has been open for longer than its limit. Never returns if it
+    /// has not begun or has no limit.
     async fn overdue(&self);
 
-    /// Completes the record with the encoded response as the last statement of the transaction, and commits.
+    /// Completes the record with the encoded response, as the last statement of the transaction,
+    /// and commits.
     ///
     /// # Errors
     ///
-    /// The [kind](TransactionError::kind) says what is known. Only after
-    /// [`Unconfirmed`](TransactionErrorKind::Unconfirmed) and [`Ended`](TransactionErrorKind::Ended) anything may have
-    /// been committed.
+    /// The [kind](TransactionError::kind) says what is known. Something may have been committed
+    /// only after [`Unconfirmed`](TransactionErrorKind::Unconfirmed) and
+    /// [`Ended`](TransactionErrorKind::Ended).
     async fn commit(&self, response: Bytes) -> Result<(), TransactionError>;
 
-    /// Rolls the transaction back. One that the handler still has is taken from it as far as the database allows.
+    /// Rolls the transaction back. If the handler still has it, it is taken from the handler as far
+    /// as the database allows.
     ///
     /// # Errors
     ///
-    /// [`Ended`](TransactionErrorKind::Ended) if the handler has ended it, so that its writes may be committed. After any
-    /// other error it is rolled back too, for example because its connection was lost.
+    /// [`Ended`](TransactionErrorKind::Ended) if the handler has ended it: its writes may be
+    /// committed. After any other error, the transaction is rolled back too, for example because
+    /// its connection was lost.
     async fn roll_back(&self) -> Result<(), TransactionError>;
 }
 
-/// Where the transaction of an attempt stands.
+/// State of the transaction of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TransactionUsage {
-    /// The handler has not asked for it: nothing was begun.
+    /// The handler has not asked for it. Nothing was begun.
     Unused,
-    /// The handler has asked for it, and does not have it now.
+    /// The handler has asked for it, and does not have it at the moment.
     Open,
     /// The handler has it.
     InUse,
@@ -176,7 +236,7 @@ pub enum TransactionUsage {
 
 /// A transaction could not be begun, committed or rolled back.
 ///
-/// [`source`](StdError::source) keeps the cause.
+/// [`source`](StdError::source) holds the cause.
 #[derive(Debug)]
 pub struct TransactionError {
     kind: TransactionErrorKind,
@@ -184,54 +244,55 @@ pub struct TransactionError {
     source: Option<BoxError>,
 }
 
-/// What is known of a transaction that failed.
+/// The state of a transaction that failed, as far as it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TransactionErrorKind {
-    /// It could not be begun: the database is away or busy. Trying again makes sense.
+    /// It could not begin: the database is unreachable or busy. A retry makes sense.
     Unavailable,
-    /// It was lost before it was committed: another attempt has the record, the connection broke, or the server ended it.
-    /// Rolled back.
+    /// It was lost before the commit: another attempt has the record, the connection broke, or the
+    /// server ended it. It is rolled back.
     Lost,
-    /// It collided with another one: a serialization failure or a deadlock. Rolled back; running again may succeed.
+    /// It collided with another transaction: a serialization failure or a deadlock. It is rolled
+    /// back; running again may succeed.
     Conflict,
-    /// The database would not commit it: a statement had failed before, or a constraint is violated. Rolled back.
+    /// The database would not commit it: an earlier statement had failed, or a constraint is
+    /// violated. It is rolled back.
     Failed,
     /// The handler has it, or had not given it back when it returned. Nothing of it is committed.
     InUse,
-    /// The handler has ended it itself. What it wrote may be committed.
+    /// The handler has ended it. Its writes may be committed.
     Ended,
-    /// It was told to commit and the answer did not come. It may be committed.
+    /// The commit was sent and its answer did not arrive. It may be committed.
     Unconfirmed,
 }
 
 impl TransactionErrorKind {
-    /// What the client is told.
+    /// The refusal that the client gets.
     pub(crate) fn rejection(self) -> Rejection {
         let (code, detail) = match self {
             Self::Unavailable => (
                 RejectionCode::StoreUnavailable,
-                "The transaction could not begin; send the request again with the same key.",
+                "The transaction could not begin. Send the request again with the same key.",
             ),
-            Self::Lost => (
-                RejectionCode::TransactionLost,
-                "The transaction was lost, and what it wrote is rolled back.",
-            ),
+            Self::Lost => {
+                (RejectionCode::TransactionLost, "The transaction was lost, and its writes are rolled back.")
+            }
             Self::Conflict => (
                 RejectionCode::TransactionConflict,
-                "The transaction collided with another one, and what it wrote is rolled back.",
+                "The transaction collided with another one, and its writes are rolled back.",
             ),
             Self::Failed => (
                 RejectionCode::TransactionFailed,
-                "A statement failed, or the database did not accept the changes; what the transaction wrote is rolled back.",
+                "A statement failed, or the database refused the changes. All writes are rolled back.",
             ),
             Self::InUse => (
                 RejectionCode::TransactionInUse,
-                "The handler kept its transaction, or asked for it twice at once; nothing of it is committed.",
+                "The handler did not return its transaction, or asked for it twice. Nothing is committed.",
             ),
             Self::Ended => (
                 RejectionCode::TransactionEnded,
-                "The handler ended its transaction itself. The request is not performed again.",
+                "The handler ended its transaction. The request is not performed again.",
             ),
             Self::Unconfirmed => (
                 RejectionCode::OutcomePending,
@@ -243,7 +304,7 @@ impl TransactionErrorKind {
 }
 
 impl TransactionError {
-    /// An error of a kind, with a message that says what was tried.
+    /// Makes an error of this kind. The message says what was tried.
     pub fn new(kind: TransactionErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), source: None }
     }
@@ -255,7 +316,7 @@ impl TransactionError {
         self
     }
 
-    /// What is known of the transaction.
+    /// The state of the transaction, as far as it is known.
     #[must_use]
     pub fn kind(&self) -> TransactionErrorKind {
         self.kind
@@ -264,7 +325,7 @@ impl TransactionError {
 
 impl From<StoreError> for TransactionError {
     fn from(error: StoreError) -> Self {
-        Self::new(TransactionErrorKind::Unavailable, "the store does not answer").with_source(error)
+        Self::new(TransactionErrorKind::Unavailable, "the store is not available").with_source(error)
     }
 }
 

@@ -17,12 +17,13 @@ use crate::{
     stored::record::{Attempt, AttemptId, RecordId, uuid_newtype},
 };
 
-/// Names an intent, and is the idempotency key that its call is sent with to the upstream service.
+/// Names an intent. Send it to the upstream service as the idempotency key of the call.
 ///
-/// A UUID (version 8 of [RFC 9562]), derived from the id of the record and the identity of the intent: the same on every
-/// attempt of a request, and another one when the client's key has expired and is used anew.
+/// It is a UUID (version 8 of [RFC 9562]), derived from the id of the record and the identity of
+/// the intent. So it is the same in every attempt of a request, and another one when the client's
+/// key has expired and is used again.
 ///
-/// [RFC 9562]: https://www.rfc-editor.org/rfc/rfc9562
+/// [RFC 9562]: https://www.rfc-editor.org/rfc/rfc9562#name-uuid-version-8
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct UpstreamKey(Uuid);
 
@@ -35,6 +36,7 @@ impl UpstreamKey {
             digest.update(u64::try_from(bytes.len()).unwrap_or(u64::MAX).to_be_bytes());
             digest.update(bytes);
         };
+        // If these fields changed, an open intent would get another key, and the upstream would not know it.
         field(b"tower-idempotency intent 1");
         field(record.as_uuid().as_bytes());
         field(name.as_bytes());
@@ -46,7 +48,8 @@ impl UpstreamKey {
     }
 }
 
-/// Name of one call of an intent: random, the fence of what is recorded of its outcome.
+/// Names one call of an intent: random. It is the fence of every write about the outcome of that
+/// call.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CallId(Uuid);
 
@@ -58,7 +61,7 @@ impl CallId {
     }
 }
 
-/// What tells the intents of one name apart.
+/// Tells the intents of one name apart.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Place {
     Discriminator(String),
@@ -86,20 +89,27 @@ impl Place {
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Resource {
-    /// What the upstream calls it.
+    /// Its id at the upstream.
     pub id: String,
-    /// What else is to be recorded of it, for later attempts of the request.
+    /// Further data about it, for later attempts of the request.
     pub payload: Option<Bytes>,
 }
 
 impl Resource {
-    /// A resource with this id of the upstream.
+    /// Makes a resource with this id of the upstream.
     #[must_use]
     pub fn new(id: impl Into<String>) -> Self {
         Self { id: id.into(), payload: None }
     }
 
-    /// Records more of it. It is stored as it is: keep it small, and free of secrets.
+    /// Adds data that later attempts of the request get together with the id.
+    ///
+    /// It is stored as it is: keep it small and free of secrets.
+    ///
+    /// ```
+    /// # use tower_idempotency::Resource;
+    /// let charge = Resource::new("ch_123").with_payload(r#"{"fee":"0.30"}"#);
+    /// ```
     #[must_use]
     pub fn with_payload(mut self, payload: impl Into<Bytes>) -> Self {
         self.payload = Some(payload.into());
@@ -119,7 +129,7 @@ impl From<&str> for Resource {
     }
 }
 
-/// Shows how long a payload is, and nothing of it.
+/// Shows the length of a payload, and none of its bytes.
 impl fmt::Debug for Resource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let payload = self.payload.as_ref().map(Length);
@@ -127,45 +137,48 @@ impl fmt::Debug for Resource {
     }
 }
 
-/// How a call to an upstream service failed.
+/// The way in which a call to an upstream service failed.
+///
+/// It decides whether the call may be made again. If you are not sure, answer
+/// [`Unknown`](Self::Unknown): a wrong [`NotSent`](Self::NotSent) can make a second payment.
 ///
 /// | what happened | variant |
 /// |---|---|
 /// | no connection: DNS, TCP or TLS failed; 425, 429 | [`NotSent`](Self::NotSent) |
-/// | 4xx, but 408, 409, 425 and 429 | [`Refused`](Self::Refused) |
+/// | 4xx except 408, 409, 425 and 429 | [`Refused`](Self::Refused) |
 /// | anything else: time-out, reset, 5xx, 408, 409 | [`Unknown`](Self::Unknown) |
 #[derive(Debug, thiserror::Error)]
 #[expect(clippy::exhaustive_enums, reason = "nothing else can happen to a call")]
 pub enum CallFailure {
-    /// Refused for good, with the reason to be recorded: the same call will never be accepted.
-    #[error("refused: {0}")]
+    /// The upstream refused for good, with this reason. It will never accept the same call.
+    #[error("the call was refused: {0}")]
     Refused(String),
-    /// Certainly not processed: it did not leave, or was turned away at the door.
-    #[error("not sent")]
+    /// The upstream has certainly not processed the call: it was not sent, or it was turned away.
+    #[error("the call was not sent")]
     NotSent(#[source] Box<dyn Error + Send + Sync>),
-    /// Nobody knows whether it was processed.
-    #[error("the outcome is unknown")]
+    /// The upstream may have processed the call.
+    #[error("the outcome of the call is unknown")]
     Unknown(#[source] Box<dyn Error + Send + Sync>),
 }
 
 impl CallFailure {
-    /// Refused for good.
+    /// Makes a failure that is final, with the reason to record.
     pub fn refused(reason: impl Into<String>) -> Self {
         Self::Refused(reason.into())
     }
 
-    /// Certainly not processed.
+    /// Makes a failure before the upstream processed anything.
     pub fn not_sent(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::NotSent(cause.into())
     }
 
-    /// Nobody knows whether it was processed.
+    /// Makes a failure after which the upstream may have processed the call.
     pub fn unknown(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::Unknown(cause.into())
     }
 
-    /// By the status of an answer that is no success: 425 and 429 were turned away, other 4xx but 408 and 409 are refusals
-    /// with this reason, of everything else nobody knows.
+    /// Makes the failure from the status of an answer that is not a success, as the table above
+    /// says.
     pub fn from_status(status: http::StatusCode, reason: impl Into<String>) -> Self {
         let reason = reason.into();
         match status.as_u16() {
@@ -181,7 +194,7 @@ impl CallFailure {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Intent {
-    /// Its name, and the key of the call.
+    /// Name of the intent, and the key of its call.
     pub upstream_key: UpstreamKey,
     /// The record whose request makes the call.
     pub record_id: RecordId,
@@ -189,94 +202,96 @@ pub struct Intent {
     pub consumer: Consumer,
     /// The key of that record.
     pub key: IdempotencyKey,
-    /// What is called, as given to [`intent`](crate::Idempotency::intent).
+    /// Name of the call, as given to [`intent`](crate::Idempotency::intent).
     pub name: String,
-    /// What tells it from others of its name; `None` where their order does.
+    /// Tells the intent from others of the same name; `None` if their order does.
     pub discriminator: Option<String>,
-    /// Its place among those of its name, from 1; 0 with a discriminator.
+    /// Its place among the intents of the same name, from 1; 0 with a discriminator.
     pub ordinal: u32,
-    /// Digest of what the call is made with.
+    /// Digest of the arguments of the call.
     pub arguments: Bytes,
-    /// The application's own row that it belongs to.
+    /// The application's own row that the intent belongs to.
     pub subject: Option<String>,
-    /// Where it stands.
+    /// State of the intent.
     pub state: IntentState,
     /// The attempt that called last.
     pub attempt: AttemptId,
     /// The last call.
     pub call: CallId,
-    /// How often it was called.
+    /// The number of calls.
     pub calls: u32,
-    /// When it was opened first, by the clock of the store.
+    /// The time at which it was first opened, by the clock of the store.
     pub created_at: SystemTime,
-    /// When it was opened last.
+    /// The time at which it was last opened.
     pub opened_at: SystemTime,
-    /// When its outcome was recorded.
+    /// The time at which its outcome was recorded.
     pub settled_at: Option<SystemTime>,
-    /// How long ago it was opened first.
+    /// The time since it was first opened.
     pub age: Duration,
-    /// Whether it is open past its grace period.
+    /// `true` if it is open past its grace period.
     pub dangling: bool,
-    /// How often it was looked up since it was opened last, or since an operator wanted it to be looked up again.
+    /// The number of look-ups since it was last opened, or since an operator asked for new
+    /// look-ups.
     pub looks: u32,
-    /// How often it was taken for a look-up since it was opened last, whatever operators wanted: the fence of look-ups.
+    /// The number of times it was taken for a look-up since it was last opened. Operators do not
+    /// reset it: it is the fence of look-ups.
     pub takes: u32,
-    /// How often in a row the upstream did not know it.
+    /// The number of look-ups in a row in which the upstream did not know it.
     pub absences: u32,
-    /// What an operator must know.
+    /// A message for the operator, if the intent needs attention.
     pub attention: Option<String>,
 }
 
-/// Where an intent stands.
+/// State of an intent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum IntentState {
-    /// The call was to be made, and its outcome is not known.
+    /// The call was about to be made, and its outcome is not known.
     Open {
-        /// Whether a call may have arrived.
+        /// `true` if a call may have arrived.
         sent: bool,
     },
     /// The upstream has made the resource.
     Finalized(Resource),
     /// There is no resource.
     Dead {
-        /// Why.
+        /// The reason.
         reason: String,
-        /// Whether that was found out afterwards, so that it may be called again with the same key. Otherwise the upstream
-        /// has refused.
+        /// `true` if a look-up or an operator found no resource: then the call may be made again
+        /// with the same key. `false` if the upstream refused.
         absent: bool,
     },
 }
 
-/// Which intents an operator wants to see.
+/// Selects the intents to list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum IntentFilter {
-    /// Open ones, the oldest first.
+    /// Open intents, the oldest first.
     Open,
-    /// Open ones past their grace period, the oldest first.
+    /// Open intents past their grace period, the oldest first.
     Dangling,
-    /// Those that wait for an operator, the oldest first.
+    /// Intents that wait for an operator, the oldest first.
     NeedsAttention,
-    /// Dead ones, the newest first.
+    /// Dead intents, the newest first.
     Dead,
 }
 
-/// How many intents somebody has to look at.
+/// The numbers of intents that are not settled or that need attention.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IntentCounts {
-    /// Open ones, those included whose call is being made.
+    /// Open intents, also those whose call is being made.
     pub open: u64,
-    /// Open ones past their grace period.
+    /// Open intents past their grace period.
     pub dangling: u64,
-    /// Those that wait for an operator.
+    /// Intents that wait for an operator.
     pub need_attention: u64,
-    /// How long ago the oldest open one was opened first.
+    /// The time since the oldest open intent was first opened.
     pub oldest: Option<Duration>,
 }
 
-/// An intent that is to be opened before its call is made.
+/// The opening of an intent, before its call is made.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Opening {
@@ -286,27 +301,28 @@ pub struct Opening {
     pub record_id: RecordId,
     /// Name of the intent.
     pub upstream_key: UpstreamKey,
-    /// What is called.
+    /// Name of the call.
     pub name: String,
-    /// What tells it from others of its name, or empty.
+    /// Tells the intent from others of the same name; empty if their order does.
     pub discriminator: String,
-    /// Its place among those of its name, or 0.
+    /// Its place among the intents of the same name; 0 with a discriminator.
     pub ordinal: u32,
-    /// Digest of what the call is made with.
+    /// Digest of the arguments of the call.
     pub arguments: Bytes,
-    /// The application's own row that it belongs to.
+    /// The application's own row that the intent belongs to.
     pub subject: Option<String>,
-    /// This call.
+    /// Id of this call.
     pub call: CallId,
-    /// For how long the call may be made again with the same key: zero if the upstream does not deduplicate.
+    /// The time for which the call may be made again with the same key; zero if the upstream does
+    /// not deduplicate.
     pub repeatable_for: Duration,
-    /// After what time it dangles unless it is settled.
+    /// The time after which the intent dangles unless it is settled.
     pub dangling_after: Duration,
 }
 
 impl Opening {
-    /// An opening by the order of calls, the first of its name: without arguments and subject, not repeatable, and dangling
-    /// at once.
+    /// Makes the opening of the first intent of this name: no arguments, no subject, not
+    /// repeatable, dangling immediately.
     #[must_use]
     pub fn first(attempt: Attempt, record_id: RecordId, name: impl Into<String>) -> Self {
         Self::new(attempt, record_id, name.into(), &Place::Ordinal(1))
@@ -329,69 +345,74 @@ impl Opening {
     }
 }
 
-/// What became of an [`Opening`].
+/// The outcome of an [`Opening`].
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "the layer must handle every one")]
 pub enum OpenOutcome {
     /// The intent is committed: make the call.
     Opened,
-    /// The call must not be made; this is what is known of it.
+    /// The call must not be made. This is the intent as it is recorded.
     Recorded(Box<Intent>),
     /// The attempt does not own the record with a live lease: make no call.
     Lost,
 }
 
-/// What is recorded of an intent.
+/// A change of an intent.
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum IntentUpdate {
-    /// It is finalized.
+    /// Finalizes the intent with this resource.
     Finalize(Resource),
-    /// It is dead for good, with the reason.
+    /// Makes the intent dead for good, with this reason.
     Refuse(String),
-    /// The last call has certainly not arrived; it stays open.
+    /// Records that the last call has certainly not arrived. The intent stays open.
     NotSent,
-    /// It is dead because the upstream does not know it, and may be called again; look once more after this time.
+    /// Makes the intent dead because the upstream does not know it. The call may be made again. The
+    /// intent is looked up once more after this time, if there is one.
     Absent(Option<Duration>),
-    /// It stays as it is and is looked up again.
+    /// Leaves the intent as it is, to be looked up again.
     LookAgain {
-        /// After this time.
+        /// The time until the next look-up.
         after: Duration,
-        /// How often in a row the upstream did not know it.
+        /// The number of look-ups in a row in which the upstream did not know it.
         absences: u32,
     },
-    /// It stays as it is, which is not open, and is not looked up any more.
+    /// Leaves an intent that is not open as it is, and ends its look-ups.
     Close,
 }
 
-/// Whose update of an intent it is: it applies only while this holds.
+/// The condition of a change of an intent. The change applies only while the condition holds.
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum IntentFence {
     /// The intent is open and this is its last call.
     Call(CallId),
-    /// The intent is dead as [absent](IntentUpdate::Absent) and this is its last call: it turned up after all.
+    /// The intent is dead as [absent](IntentUpdate::Absent) and this is its last call: its resource
+    /// was found after all.
     AbsentCall(CallId),
-    /// Nothing has changed since it was taken for a look-up: the call, how often it was taken, and the state.
+    /// The call, the number of takes and the state have not changed since the intent was taken for
+    /// a look-up.
     Lookup {
         /// Its last call.
         call: CallId,
-        /// How often it was [taken](Intent::takes).
+        /// The number of times it was [taken](Intent::takes).
         takes: u32,
-        /// Whether it was open, and not dead.
+        /// `true` if it was open, `false` if it was dead.
         open: bool,
     },
-    /// The attempt that called last does not own the record with a live lease, and the intent is not finalized. What is to
-    /// be [looked up again](IntentUpdate::LookAgain), as if for the first time, is open or dead as
-    /// [absent](IntentUpdate::Absent).
+    /// The attempt that called last does not own the record with a live lease, and the intent is
+    /// not finalized.
+    ///
+    /// For [`LookAgain`](IntentUpdate::LookAgain), which begins the look-ups again, the intent must
+    /// also be open, or dead as [absent](IntentUpdate::Absent).
     Operator,
     /// The intent is finalized or dead, and needs attention.
     Attention,
 }
 
 impl Intent {
-    /// What an opening makes at this time: open and called once, never looked up. A store sets the other fields from what it
-    /// keeps.
+    /// Makes the intent of an opening at this time: open, called once, never looked up. A store
+    /// then sets the other fields from its row.
     #[must_use]
     pub fn opened(opening: &Opening, at: SystemTime) -> Self {
         Self {

@@ -1,4 +1,4 @@
-//! What is stored for a key: the record, its states and the messages that change them.
+//! The record of a key: its states, and the messages that change them.
 
 use std::{fmt, time::Duration, time::SystemTime};
 
@@ -13,14 +13,16 @@ use crate::{
     stored::response::{StoredResponse, UnreadableResponse},
 };
 
-/// Name of a record.
+/// Names a record.
 ///
-/// It stays the same over attempts that take over from each other. A release ends the record, unless an intent or a
-/// finished phase hangs on it; a key that is used anew after its expiry gets a new record and so a new id.
+/// The id stays the same when one attempt takes over from another. A release ends the record and
+/// its id, unless the record has an intent or a finished phase. A key that is used again after its
+/// expiry gets a new record and a new id.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RecordId(Uuid);
 
-/// Name of one attempt: random, 128 bits, the fencing token of every write that the attempt makes to its record.
+/// Names one attempt: random, 128 bits. It is the fencing token of every write that the attempt
+/// makes to its record.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AttemptId(Uuid);
 
@@ -40,7 +42,7 @@ macro_rules! uuid_newtype {
             }
         }
 
-        /// From its text, as it stands in logs.
+        /// Reads the id as logs show it.
         impl std::str::FromStr for $name {
             type Err = uuid::Error;
 
@@ -67,7 +69,7 @@ uuid_newtype!(RecordId);
 uuid_newtype!(AttemptId);
 
 impl RecordId {
-    /// Makes a fresh random id.
+    /// Makes a random id.
     #[must_use]
     pub fn random() -> Self {
         Self(Uuid::new_v4())
@@ -75,14 +77,14 @@ impl RecordId {
 }
 
 impl AttemptId {
-    /// Makes a fresh random id.
+    /// Makes a random id.
     #[must_use]
     pub fn random() -> Self {
         Self(Uuid::new_v4())
     }
 }
 
-/// One execution of the handler for a record: whose key, and which attempt.
+/// One execution of the handler for a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Attempt {
@@ -95,7 +97,7 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// A new attempt, with a random id, for the key of a consumer.
+    /// Makes an attempt with a random id for the key of a consumer.
     #[must_use]
     pub fn new(consumer: Consumer, key: IdempotencyKey) -> Self {
         Self { consumer, key, id: AttemptId::random() }
@@ -104,26 +106,28 @@ impl Attempt {
 
 /// A claim of a key.
 ///
-/// It carries durations and never instants: leases and expiry are judged by the clock of the store alone.
+/// It carries durations and never instants: only the clock of the store judges leases and expiry.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Claim {
-    /// Who claims what.
+    /// The attempt that claims, with its consumer and key.
     pub attempt: Attempt,
     /// Digest of the request.
     pub fingerprint: Fingerprint,
-    /// The id that the record gets if this claim makes a new one.
+    /// The id of the record, if this claim makes a new one.
     pub record_id: RecordId,
-    /// For how long the attempt owns the record without renewing. At least one millisecond.
+    /// The time for which the attempt owns the record without a renewal. At least one millisecond.
     pub lease: Duration,
-    /// For how long the record is kept, counted from the claim that makes it.
+    /// The time until the record expires, counted from the claim that makes it.
     pub retention: Duration,
-    /// How many abandoned attempts (leases that ran out) hold the record. 1 never runs an abandoned request again.
+    /// The number of abandoned attempts, whose leases ran out, after which the record is held. With
+    /// 1, an abandoned request never runs again.
     pub max_abandoned: u16,
 }
 
 impl Claim {
-    /// A claim with the defaults of the layer: lease 30 s, retention 24 h, held after 5 abandoned attempts.
+    /// Makes a claim with the defaults of the layer: lease 30 s, retention 24 h, held after 5
+    /// abandoned attempts.
     #[must_use]
     pub fn new(attempt: Attempt, fingerprint: Fingerprint) -> Self {
         Self {
@@ -137,7 +141,7 @@ impl Claim {
     }
 }
 
-/// What became of a [`Claim`].
+/// The outcome of a [`Claim`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum ClaimOutcome {
@@ -149,15 +153,15 @@ pub enum ClaimOutcome {
         /// 1 for the first attempt of a record, then counting up.
         attempt_number: u32,
     },
-    /// The key is taken; this is its record, which the claim left as it was. One change is allowed: a record whose
-    /// last permitted attempt was abandoned has become held.
+    /// The key is taken. This is its record, which the claim left unchanged, with one exception: a
+    /// record whose last permitted attempt was abandoned has become held.
     Exists(Box<Record>),
-    /// Somebody else was changing the record at this very moment. The store has asked again and gave up.
+    /// Another call was changing the record. The store asked again and gave up.
     Contended,
 }
 
 impl ClaimOutcome {
-    /// The key was won.
+    /// Makes the outcome of a claim that won the key.
     #[must_use]
     pub fn won(record_id: RecordId, attempt_number: u32) -> Self {
         Self::Won { record_id, attempt_number }
@@ -176,25 +180,27 @@ pub struct Record {
     pub key: IdempotencyKey,
     /// Digest of the request that made the record.
     pub fingerprint: Fingerprint,
-    /// Where the record stands.
+    /// State of the record.
     pub state: RecordState,
-    /// The attempt that owns the record or has completed it; none after an operator resolved it or an attempt gave it back.
+    /// The attempt that owns the record or has completed it. `None` after an operator resolved the
+    /// record or an attempt released it.
     pub attempt: Option<AttemptId>,
     /// Number of that attempt.
     pub attempt_number: u32,
-    /// How many attempts of this record were abandoned, that is, let their lease run out.
+    /// The number of attempts of this record that were abandoned: their leases ran out.
     pub abandoned: u16,
-    /// How many of its intents are open. A record with one that may not be called again shows as held.
+    /// The number of its open intents. A record with an open intent that may not be called again
+    /// shows as held.
     pub unresolved: u32,
-    /// When the record was made, by the clock of the store.
+    /// The time at which the record was made, by the clock of the store.
     pub created_at: SystemTime,
-    /// When the record expires, by the clock of the store.
+    /// The time at which the record expires, by the clock of the store.
     pub expires_at: SystemTime,
 }
 
 impl Record {
-    /// A record with no attempt, number 1, nothing abandoned or unresolved and both times 1970: a store sets these fields from what
-    /// it keeps.
+    /// Makes a record without an attempt: number 1, nothing abandoned or unresolved, both times at
+    /// the Unix epoch. A store then sets these fields from its row.
     #[must_use]
     pub fn new(
         id: RecordId,
@@ -218,7 +224,7 @@ impl Record {
         }
     }
 
-    /// The record as a claim that was won has made it.
+    /// The record as a claim has just made it.
     pub(crate) fn won(
         attempt: &Attempt,
         fingerprint: &Fingerprint,
@@ -235,7 +241,8 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// [`UnreadableResponse`] if the stored bytes are damaged or were written by an unknown version.
+    /// [`UnreadableResponse`] if the stored bytes are damaged or were written by an unknown
+    /// version.
     pub fn response(&self) -> Result<Option<StoredResponse>, UnreadableResponse> {
         match &self.state {
             RecordState::Completed { response } => StoredResponse::decode(response).map(Some),
@@ -244,18 +251,22 @@ impl Record {
     }
 }
 
-/// Where a record stands.
+/// State of a record.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RecordState {
-    /// An attempt owns the record; or it was released, and stays because an intent or a finished phase hangs on it.
+    /// An attempt owns the record. Or the record was released, and stays because it has an intent
+    /// or a finished phase.
     #[non_exhaustive]
     InProgress {
-        /// What is left of the lease; zero once it ran out or was given back.
+        /// The rest of the lease; zero after it ran out or was released.
         lease_remaining: Duration,
     },
-    /// The outcome is unknown and running again is not allowed. Ends by a late completion or release of the same
-    /// attempt or by an operator; one that only waits for an open intent also when that is settled. Never by time.
+    /// The outcome is unknown, and running again is not allowed.
+    ///
+    /// The state ends when the same attempt completes or releases the record late, or when an
+    /// operator resolves it. If the record only waits for an open intent, it also ends when that
+    /// intent is settled. It never ends by time.
     Held,
     /// The response is stored.
     #[non_exhaustive]
@@ -266,20 +277,20 @@ pub enum RecordState {
 }
 
 impl RecordState {
-    /// In progress, with what is left of the lease.
+    /// Makes the state of a record in progress, with the rest of its lease.
     #[must_use]
     pub fn in_progress(lease_remaining: Duration) -> Self {
         Self::InProgress { lease_remaining }
     }
 
-    /// Completed, with the encoded response.
+    /// Makes the state of a completed record, with its encoded response.
     #[must_use]
     pub fn completed(response: Bytes) -> Self {
         Self::Completed { response }
     }
 }
 
-/// Shows how long a stored response is, and nothing of it.
+/// Shows the length of a stored response, and none of its bytes.
 impl fmt::Debug for RecordState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -300,71 +311,74 @@ impl fmt::Debug for RecordState {
 pub struct Renewal {
     /// The attempt that asks.
     pub attempt: Attempt,
-    /// The new lease, counted from the moment at which the store carries the renewal out.
+    /// The new lease, counted from the moment at which the store carries out the renewal.
     pub lease: Duration,
 }
 
 impl Renewal {
-    /// Renew the lease of `attempt` to `lease` from then on.
+    /// Makes a renewal of the lease of this attempt.
     #[must_use]
     pub fn new(attempt: Attempt, lease: Duration) -> Self {
         Self { attempt, lease }
     }
 }
 
-/// What became of a [`Renewal`].
+/// The outcome of a [`Renewal`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RenewOutcome {
     /// The lease was extended.
     Renewed,
-    /// Nothing was written, but the attempt may still complete: the row was locked, or the record is held.
+    /// Nothing was written, but the attempt may still complete: the row was locked, or the record
+    /// is held.
     Skipped,
     /// The attempt does not own the record any more.
     Lost,
 }
 
-/// What became of a completion.
+/// The outcome of a completion.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum CompleteOutcome {
-    /// The response is stored, now or by an earlier call of the same attempt whose reply was lost.
+    /// The response is stored, by this call or by an earlier call of the same attempt whose reply
+    /// was lost.
     Completed,
-    /// The record belongs to another attempt or to an operator's resolution; nothing was written.
+    /// The record belongs to another attempt, or an operator resolved it. Nothing was written.
     Lost(Box<Record>),
-    /// There is no record; nothing was written.
+    /// There is no record. Nothing was written.
     Absent,
 }
 
-/// Whether a fenced write was applied.
+/// The outcome of a fenced write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fenced {
-    /// Its fence held, and it was changed.
+    /// The fence held, and the write was applied.
     Applied,
-    /// It did not, or no longer: the record is not the attempt's, for example. Nothing was changed.
+    /// The fence did not hold: for example, the record belongs to another attempt. Nothing was
+    /// changed.
     Lost,
 }
 
-/// How an operator ends a record whose outcome was unknown.
+/// The decision of an operator about a record whose outcome was unknown.
 #[derive(Clone)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum Resolution {
-    /// Give the key back: the next request runs.
+    /// Releases the key: the next request runs.
     Release,
-    /// Store this encoded response (see [`StoredResponse::encode`]): the next request gets it.
+    /// Stores this encoded response (see [`StoredResponse::encode`]): the next request gets it.
     Complete(Bytes),
 }
 
 impl Resolution {
-    /// Store this response: the next request gets it.
+    /// Makes the resolution that stores this response: the next request gets it.
     #[must_use]
     pub fn complete(response: &StoredResponse) -> Self {
         Self::Complete(response.encode())
     }
 }
 
-/// Shows how long a response is, and nothing of it.
+/// Shows the length of a response, and none of its bytes.
 impl fmt::Debug for Resolution {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -374,32 +388,32 @@ impl fmt::Debug for Resolution {
     }
 }
 
-/// What became of a [`Resolution`].
+/// The outcome of a [`Resolution`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResolveOutcome {
-    /// The record was held, or its lease had run out; it is resolved.
+    /// The record was held, or its lease had run out. It is resolved.
     Resolved,
-    /// An attempt with a live lease owns the record; nothing was changed.
+    /// An attempt with a live lease owns the record. Nothing was changed.
     InProgress,
-    /// An intent of the record is open and may not be called again: resolve that one first, see
+    /// An intent of the record is open and may not be called again. Resolve the intent first, with
     /// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent). Nothing was changed.
     UnresolvedIntents,
-    /// The record is completed already, and completed records do not change.
+    /// The record is completed, and completed records do not change.
     AlreadyCompleted,
     /// There is no record for the key.
     Absent,
 }
 
-/// Which records an operator wants to see.
+/// Selects the records to list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RecordFilter {
     /// Every record.
     All,
-    /// Records in progress, among them those whose lease ran out and which the next request takes over.
+    /// Records in progress, also those whose lease ran out and that the next request takes over.
     InProgress,
-    /// Held records, among them those that the next request would find held.
+    /// Held records, also those that the next request would find held.
     Held,
     /// Completed records.
     Completed,

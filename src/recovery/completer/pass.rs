@@ -1,15 +1,15 @@
-//! One look for abandoned requests.
+//! One pass of the completer over abandoned requests.
 
 use std::sync::Arc;
 
 use http::StatusCode;
 use tokio::task::JoinSet;
 
-use crate::recovery::completer::{Completer, send::Passed};
 use crate::{
     error::StoreError,
     metrics,
     node::Node,
+    recovery::completer::{Completer, send::Passed},
     redact::TRACING_TARGET,
     rejection::RejectionCode,
     stored::{
@@ -18,32 +18,33 @@ use crate::{
     },
 };
 
-/// What one pass of a [`Completer`] came to: how many requests each.
+/// The number of requests with each outcome in one pass of a [`Completer`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CompleterPass {
-    /// Were taken.
+    /// Requests that were taken.
     pub taken: u64,
-    /// Are completed.
+    /// Requests that are completed.
     pub completed: u64,
-    /// Are not completed, and are sent again later.
+    /// Requests that are not completed and are sent again later.
     pub again: u64,
-    /// Are held until an intent is settled or an operator resolves them.
+    /// Requests whose record is held until an intent is settled or an operator resolves it.
     pub held: u64,
-    /// Had lost their record: it had expired and was purged, or its key is used for another request.
+    /// Requests that had lost their record: it had expired and was purged, or its key is used for
+    /// another request.
     pub gone: u64,
-    /// Need attention now: an operator must look at them.
+    /// Requests that need the attention of an operator from now on.
     pub need_attention: u64,
-    /// Could not be looked after because of an error of the store, and are taken again later.
+    /// Requests that met an error of the store and are taken again later.
     pub failed: u64,
 }
 
-/// What became of one request.
+/// The outcome of one request.
 #[derive(Debug)]
 enum Fate {
     Completed,
     SendAgain(String),
-    /// It was not sent, or an attempt is running.
+    /// The request was not sent, or an attempt is running.
     Later(String),
     Held,
     Gone,
@@ -59,10 +60,12 @@ impl Completer {
             let running = u32::try_from(under_way.len()).unwrap_or(u32::MAX);
             let free = self.concurrency.saturating_sub(running).min(left);
             if free > 0 && !node.tasks.is_draining() {
+                // As many as can begin now: a request that waited here for the pause would be taken twice.
                 let taken = self.take(node, free).await.unwrap_or_else(|error| {
                     failure = Some(error);
                     Vec::new()
                 });
+                // Fewer than asked for: none is left that is due.
                 left = if taken.len() < free as usize { 0 } else { left - free };
                 for request in taken {
                     counts.taken += 1;
@@ -83,7 +86,8 @@ impl Completer {
         node.tasks.run_to_end(async move { recovery.take_abandoned(limit, pause).await }).await
     }
 
-    /// Sends one request, and writes down what became of it. `None` after an error of the store: then it is taken again.
+    /// Sends one request and records the outcome. `None` after an error of the store: the request
+    /// is then taken again later.
     async fn complete(&self, node: &Arc<Node>, request: &KeptRequest) -> Option<Fate> {
         let completed = match self.fate(node, request).await {
             Ok(fate) => self.note(node, request, &fate).await.map(|()| fate),
@@ -94,33 +98,35 @@ impl Completer {
                 let error = error as &dyn std::error::Error;
                 tracing::warn!(
                     target: TRACING_TARGET, consumer = %request.consumer, record = %request.record_id, error,
-                    "an abandoned request could not be looked after; trying again later"
+                    "an abandoned request could not be completed: the store failed; trying again later"
                 );
             })
             .ok()
     }
 
     async fn fate(&self, node: &Arc<Node>, request: &KeptRequest) -> Result<Fate, StoreError> {
+        // Taking counts as a try: the last one was taken before, and its outcome was never recorded.
         if request.tries > self.max_tries {
-            let what = format!("it was sent {} times and nothing is known of the last one", self.max_tries);
+            let what = format!("sent {} times, and the outcome of the last try is unknown", self.max_tries);
             return Ok(Fate::NeedsAttention(what));
         }
         if node.tasks.is_draining() {
             return Ok(Fate::Later("the server is shutting down".to_owned()));
         }
-        // From now on a failure does not delete the record, which nobody but the completer would then perform again.
+        // Before it is sent: a failure would release and delete the record, and with it this request.
         let (recovery, kept) = (node.recovery()?, request.clone());
         let keep = async move { recovery.keep_record(&kept.consumer, &kept.key, kept.record_id).await };
         if node.tasks.run_to_end(keep).await? == Fenced::Lost {
             let record = record_of(node, request).await?;
             return Ok(ended(record.as_ref()).unwrap_or(Fate::Later("its record was changed".to_owned())));
         }
+        // The record says what happened, and not the answer, which a layer outside may have changed.
         let passed = self.pass_on(request).await;
         let record = record_of(node, request).await?;
         Ok(ended(record.as_ref()).unwrap_or_else(|| self.not_completed(request, record.as_ref(), passed)))
     }
 
-    /// What becomes of a request whose record is still in progress.
+    /// Decides about a request whose record is still in progress.
     fn not_completed(&self, request: &KeptRequest, record: Option<&Record>, passed: Passed) -> Fate {
         let (passage, status, what) = match passed {
             Passed::Never(what) => return Fate::NeedsAttention(what),
@@ -128,20 +134,22 @@ impl Completer {
             Passed::Through { passage, status, what } => (passage, status, what),
         };
         if !passage.was_reached() && !status.is_some_and(is_turned_away) {
-            let unguarded = "no idempotency layer guards its route any more: it may be performed without one";
-            return Fate::NeedsAttention(format!("{unguarded}; {what}"));
+            let unguarded = "no idempotency layer guards its route any more";
+            return Fate::NeedsAttention(format!(
+                "{unguarded}: it may have been performed without one; {what}"
+            ));
         }
         match passage.refusal() {
             Some(RejectionCode::KeyReused) => {
-                let what = "it is not the request of its record any more: its fingerprint is another one";
+                let what = "its fingerprint differs from the one of its record";
                 Fate::NeedsAttention(what.to_owned())
             }
             _ if is_owned(record) => Fate::Later("an attempt is running".to_owned()),
             Some(RejectionCode::ShuttingDown) => Fate::Later(what),
             Some(code) => self.again_or_not(request, format!("{what}: {code}")),
             None if passage.was_reached() && status.is_some_and(|status| status.is_client_error()) => {
-                let what = "answered before any intent or phase, and not stored: it may lack a header, see KeptRequests";
-                Fate::NeedsAttention(format!("{what} ({})", shown(status)))
+                let (what, status) = ("answered before any intent or phase, and not stored", shown(status));
+                Fate::NeedsAttention(format!("{what}: it may lack a header, see KeptRequests ({status})"))
             }
             None => self.again_or_not(request, what),
         }
@@ -159,24 +167,37 @@ impl Completer {
     async fn note(&self, node: &Arc<Node>, request: &KeptRequest, fate: &Fate) -> Result<(), StoreError> {
         let (consumer, record, tries) = (&request.consumer, request.record_id, request.tries);
         let update = match fate {
+            // Nothing to record: a request is not taken while its record is held.
             Fate::Held => return Ok(()),
             Fate::Completed | Fate::Gone => RequestUpdate::Done,
             Fate::SendAgain(what) => {
                 let pause = self.backoff.after(tries);
-                tracing::warn!(target: TRACING_TARGET, %consumer, %record, tries, what, ?pause, "not completed; sent again later");
+                tracing::warn!(
+                    target: TRACING_TARGET, %consumer, %record, tries, what, ?pause,
+                    "an abandoned request was not completed; it is sent again later"
+                );
                 RequestUpdate::SendAgain { after: pause, tried: true }
             }
             Fate::Later(what) => {
-                tracing::debug!(target: TRACING_TARGET, %consumer, %record, tries, what, "not sent; sent again later");
+                tracing::debug!(
+                    target: TRACING_TARGET, %consumer, %record, tries, what,
+                    "an abandoned request was not sent, or is running; it is looked at again later"
+                );
                 RequestUpdate::SendAgain { after: self.backoff.first(), tried: false }
             }
             Fate::NeedsAttention(what) => {
-                tracing::error!(target: TRACING_TARGET, %consumer, %record, tries, what, "an abandoned request needs attention");
+                tracing::error!(
+                    target: TRACING_TARGET, %consumer, %record, tries, what,
+                    "an abandoned request needs attention: an operator must look at it"
+                );
                 RequestUpdate::NeedsAttention(what.clone())
             }
         };
         if matches!(fate, Fate::Completed) {
-            tracing::info!(target: TRACING_TARGET, %consumer, %record, tries, "an abandoned request is completed");
+            tracing::info!(
+                target: TRACING_TARGET, %consumer, %record, tries,
+                "an abandoned request is completed"
+            );
         }
         let recovery = node.recovery()?;
         node.tasks
@@ -201,14 +222,14 @@ impl CompleterPass {
     }
 }
 
-/// The record that the request was kept for, if it is still there.
+/// The record that the request was kept for; `None` if it is gone.
 async fn record_of(node: &Arc<Node>, request: &KeptRequest) -> Result<Option<Record>, StoreError> {
     let (store, kept) = (Arc::clone(&node.store), request.clone());
     let found = node.tasks.run_to_end(async move { store.get(&kept.consumer, &kept.key).await }).await?;
     Ok(found.filter(|record| record.id == request.record_id))
 }
 
-/// What became of a request, if its record says so.
+/// The outcome of a request, if its record says so.
 fn ended(record: Option<&Record>) -> Option<Fate> {
     match record.map(|record| &record.state) {
         None => Some(Fate::Gone),
@@ -223,7 +244,8 @@ fn is_owned(record: Option<&Record>) -> bool {
     matches!(state, Some(RecordState::InProgress { lease_remaining }) if !lease_remaining.is_zero())
 }
 
-/// Answers of layers outside, which have not performed it.
+/// Statuses with which layers outside the idempotency layer answer a request that they did not pass
+/// on.
 fn is_turned_away(status: StatusCode) -> bool {
     matches!(status.as_u16(), 401 | 403 | 407 | 408 | 413 | 421 | 425 | 429 | 503)
 }

@@ -1,4 +1,4 @@
-//! Sends one request through the application, whatever its services do.
+//! Sends one request through the application and survives panics and hangs.
 
 use std::{
     future::poll_fn,
@@ -11,24 +11,24 @@ use http::{Request, Response, StatusCode};
 use tokio::{task::JoinError, time::timeout};
 use tower_service::Service;
 
-use crate::recovery::completer::{Completer, Refused};
 use crate::{
     error::BoxError,
     layer::resent::{Passage, Resent},
+    recovery::completer::{Completer, Refused},
     stored::request::KeptRequest,
 };
 
-/// A service, whatever its types are.
+/// A service of any type.
 pub(super) type SendRequest = dyn Fn(Request<Bytes>) -> Sent + Send + Sync;
 type Sent = Pin<Box<dyn Future<Output = Result<StatusCode, BoxError>> + Send>>;
 
-/// What became of a request that was sent, before its record is looked at.
+/// The outcome of sending a request, before its record is read.
 pub(super) enum Passed {
-    /// It went through the application, or not, as this says.
+    /// The request was sent to the application; `passage` says whether it reached the layer.
     Through { passage: Arc<Passage>, status: Option<StatusCode>, what: String },
-    /// It cannot be told yet whether it may be sent.
+    /// The request was not sent, and may be sent later.
     NotYet(String),
-    /// It must not be sent.
+    /// The request must not be sent.
     Never(String),
 }
 
@@ -42,6 +42,7 @@ where
     let service = Mutex::new(service);
     Arc::new(move |request| {
         let mut service = service.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // A clone of its own, polled ready before its call, as the contract of `Service` demands.
         Box::pin(async move {
             poll_fn(|cx| service.poll_ready(cx)).await.map_err(Into::into)?;
             let response = service.call(request.map(B::from)).await.map_err(Into::into)?;
@@ -84,7 +85,7 @@ impl Completer {
         sent.map_err(|error| format!("the application failed: {error}"))
     }
 
-    /// Runs code of the user, which may panic or hang.
+    /// Runs code of the application, which may panic or hang.
     async fn in_time<T: Send + 'static>(
         &self,
         who: &str,
@@ -97,6 +98,7 @@ impl Completer {
                 false => format!("{who} was cut off"),
             }),
             Err(_) => {
+                // Cuts off what is outside the layer; the attempt runs in a task of its own and goes on.
                 task.abort();
                 Err(format!("{who} took longer than {:?}", self.timeout))
             }

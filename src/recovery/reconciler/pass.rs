@@ -1,4 +1,4 @@
-//! One pass: takes intents, looks them up, records what was learned.
+//! One pass of the reconciler: takes intents, looks them up and records the answers.
 
 use std::{
     sync::{
@@ -14,12 +14,12 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::recovery::reconciler::{Lookup, Reconciler, Settings, TO_RECORD};
 use crate::{
     attempt::settle::{TURNED_UP, report_turned_up},
     error::{BoxError, StoreError, StoreErrorKind},
     metrics,
     node::Node,
+    recovery::reconciler::{Lookup, Reconciler, Settings, TO_RECORD},
     redact::TRACING_TARGET,
     retry::{Backoff, retry_until},
     store::recovery::RecoveryStore,
@@ -29,29 +29,32 @@ use crate::{
     },
 };
 
-/// What one pass of a [`Reconciler`] came to: how many intents each.
+/// The number of intents with each outcome in one pass of a [`Reconciler`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReconcilerPass {
-    /// Were taken. Those that the pass did not come to are in none of the other counts, and are taken again later.
+    /// Intents that were taken. Those that the pass did not reach are in no other count and are
+    /// taken again later.
     pub taken: u64,
-    /// Were found, and are finalized now.
+    /// Intents whose resource was found: they are finalized.
     pub found: u64,
-    /// Were not found twice or certainly not sent, and may be called again now.
+    /// Intents that were not found twice, or whose call was certainly not sent: the call may be
+    /// made again.
     pub absent: u64,
-    /// Are looked up again later.
+    /// Intents that are looked up again later.
     pub again: u64,
-    /// Need attention now.
+    /// Intents that need the attention of an operator from now on.
     pub need_attention: u64,
-    /// Were not found a last time.
+    /// Intents that were looked up for the last time and not found.
     pub closed: u64,
-    /// Were called again, settled or looked up by others meanwhile.
+    /// Intents that were called again, settled or looked up by others in the meantime.
     pub lost: u64,
-    /// Could not be recorded because of an error of the store, and are looked up again later.
+    /// Intents whose look-up could not be recorded because the store failed. They are looked up
+    /// again later.
     pub failed: u64,
 }
 
-/// What a look-up came to.
+/// The outcome of a look-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Found,
@@ -102,11 +105,12 @@ impl Reconciler {
         let mut pass = ReconcilerPass::default();
         let pause = self.settings.taken_for();
         while !node.tasks.is_draining() {
+            // Before the call: the store starts `pause` at some moment after this.
             let begun = Instant::now();
             let taken = recovery.take_dangling(self.settings.batch, pause).await?;
             pass.taken += taken.len() as u64;
             let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch);
-            // Whoever is late leaves the rest to those who take it next.
+            // After `pause` another node may take the rest: no look-up begins too late to be recorded.
             let in_time =
                 || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout.saturating_add(TO_RECORD);
             let may_begin = || !node.tasks.is_draining() && in_time();
@@ -161,7 +165,8 @@ impl Reconciler {
                 let lookup = self.ask(&intent).await.unwrap_or_else(|error| {
                     tracing::warn!(
                         target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
-                        looks = intent.looks, error = &*error as &dyn std::error::Error, "a look-up failed"
+                        looks = intent.looks, error = &*error as &dyn std::error::Error,
+                        "a look-up failed; the outcome of the call stays unknown"
                     );
                     Lookup::Unknown
                 });
@@ -174,7 +179,8 @@ impl Reconciler {
             Err(error) => {
                 tracing::warn!(
                     target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
-                    error = &error as &dyn std::error::Error, "a look-up could not be recorded; it is done again"
+                    error = &error as &dyn std::error::Error,
+                    "a look-up could not be recorded; the intent is looked up again later"
                 );
                 Outcome::Failed
             }
@@ -183,7 +189,7 @@ impl Reconciler {
         outcome
     }
 
-    /// Asks the user's code, in a task of its own: it may panic.
+    /// Calls the application's code in a task of its own, because it may panic.
     async fn ask(&self, intent: &Arc<Intent>) -> Result<Lookup, BoxError> {
         let (upstreams, intent) = (Arc::clone(&self.upstreams), Arc::clone(intent));
         let asked = tokio::spawn(async move { upstreams.reconcile(&intent).await });
@@ -191,7 +197,7 @@ impl Reconciler {
     }
 }
 
-/// What is to be recorded of a look-up.
+/// The change that a look-up makes to its intent.
 #[derive(Debug)]
 struct Decision {
     update: IntentUpdate,
@@ -210,12 +216,13 @@ impl Decision {
 }
 
 impl Settings {
-    /// What needs no look-up: a call that was not sent, and one that nobody has come to the end of looking up.
+    /// Decides without a look-up: for a call that was not sent, and for an intent whose look-ups
+    /// are used up.
     fn without_asking(&self, intent: &Intent) -> Option<Decision> {
         if intent.state == (IntentState::Open { sent: false }) {
             return Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent));
         }
-        // The last permitted look-up may be the first that did not find it. What was declared absent is looked up once more.
+        // One more to confirm an absence, and one more for the last look at what was declared absent.
         let last = if matches!(intent.state, IntentState::Open { .. }) { 1 } else { 2 };
         let permitted = self.max_lookups.saturating_add(last);
         (intent.looks > permitted).then(|| self.nothing_learned(intent))
@@ -227,10 +234,12 @@ impl Settings {
             Lookup::Found(resource) if open => {
                 Decision::new(IntentUpdate::Finalize(resource), Outcome::Found)
             }
+            // It was declared absent, so a retry may have called again and made a second resource.
             Lookup::Found(resource) => {
                 Decision::attention(IntentUpdate::Finalize(resource), TURNED_UP, Outcome::TurnedUp)
             }
             Lookup::NotFound if !open => Decision::new(IntentUpdate::Close, Outcome::Closed),
+            // Not found twice, with a pause in between: the first may have come before the call arrived.
             Lookup::NotFound if intent.absences > 0 => {
                 let recheck = Some(self.recheck_after).filter(|pause| !pause.is_zero());
                 Decision::new(IntentUpdate::Absent(recheck), Outcome::Absent)
@@ -247,7 +256,7 @@ impl Settings {
         }
     }
 
-    /// Never a guess. What was declared absent stays so.
+    /// Never guesses: asks for attention. An intent that was declared absent stays absent.
     fn nothing_learned(&self, intent: &Intent) -> Decision {
         if matches!(intent.state, IntentState::Dead { .. }) {
             return Decision::new(IntentUpdate::Close, Outcome::Closed);
@@ -258,7 +267,8 @@ impl Settings {
     }
 }
 
-/// Records it, unless the intent was called again, settled or looked up by others meanwhile.
+/// Records the decision, unless the intent was called again, settled or looked up by others in the
+/// meantime.
 async fn record(
     recovery: &dyn RecoveryStore,
     intent: &Intent,
@@ -274,12 +284,13 @@ async fn record(
     if recorded.await? == Fenced::Applied {
         return Ok(Fenced::Applied);
     }
+    // After a lost reply the fence fails because of the own update: then it was applied.
     let own = may_be_recorded.into_inner()
         && recovery.get_intent(key).await?.is_some_and(|found| is_recorded(&found, intent, &decision.update));
     Ok(if own { Fenced::Applied } else { Fenced::Lost })
 }
 
-/// Whether the intent is what the update makes of it.
+/// Returns `true` if the intent is as the update makes it.
 fn is_recorded(found: &Intent, taken: &Intent, update: &IntentUpdate) -> bool {
     let says_so = match (update, &found.state) {
         (IntentUpdate::Finalize(resource), IntentState::Finalized(recorded)) => resource == recorded,
@@ -303,18 +314,20 @@ fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {
         }
         (Outcome::Found | Outcome::Absent, ..) => {
             tracing::info!(
-                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, outcome = outcome.label(),
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer,
+                outcome = outcome.label(),
                 "a dangling intent is settled"
             );
         }
         _ => {
             tracing::debug!(
-                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, outcome = outcome.label(),
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer,
+                outcome = outcome.label(),
                 "an intent was looked up"
             );
         }
     }
 }
 
-/// Between two tries to record a look-up.
+/// The pause between two tries to record a look-up.
 const PAUSE: Duration = Duration::from_secs(1);
