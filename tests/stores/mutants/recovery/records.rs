@@ -28,7 +28,8 @@ impl Store for Faulty {
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
         let renewed = self.inner.renew(renewals).await;
-        let expired = "UPDATE idempotency_records SET expires_at = created_at + 8000";
+        // Four and a half leases of the fixture, which is the retention of the rule.
+        let expired = "UPDATE idempotency_records SET expires_at = created_at + 4500";
         self.spoil(RecoveryFault::RenewalKeepsTheExpiry, expired).await;
         renewed
     }
