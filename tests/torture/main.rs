@@ -83,8 +83,7 @@ impl Run {
     /// `None` if nothing is to be done.
     fn parse(arguments: &[String]) -> Result<Option<Self>, String> {
         let mut run = Self { seed: u64::from(std::process::id()), full: false, parts: Vec::new() };
-        let (mut included, mut skipped) = (false, false);
-        let (mut words, mut arguments) = (Vec::new(), arguments.iter());
+        let (mut included, mut words, mut arguments) = (false, Vec::new(), arguments.iter());
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--include-ignored" | "--ignored" => included = true,
@@ -99,18 +98,15 @@ impl Run {
                     run.parts.push(part.ok_or_else(|| format!("--part takes one of {}", PARTS.join(", ")))?);
                 }
                 "--list" => return Ok(None),
-                "--skip" => {
-                    skipped |= arguments.next().is_some_and(|word| NAME.contains(word.as_str()));
-                }
-                "--test-threads" | "--format" | "--color" => {
+                "--test-threads" | "--skip" | "--format" | "--color" => {
                     arguments.next();
                 }
                 option if option.starts_with('-') => {}
                 word => words.push(word),
             }
         }
-        let selected = words.is_empty() || words.iter().any(|word| NAME.contains(word));
-        Ok((included && selected && !skipped).then_some(run))
+        let selected = words.is_empty() || words.iter().any(|word| "torture".contains(word));
+        Ok((included && selected).then_some(run))
     }
 
     fn wants(&self, part: &str) -> bool {
@@ -146,7 +142,5 @@ impl Random {
     }
 }
 
-/// The name of the one test.
-const NAME: &str = "torture";
 const SERVE: &str = "--serve";
 const PARTS: [&str; 7] = ["kills", "storm", "mutant", "commits", "freezes", "upstream", "phases"];
