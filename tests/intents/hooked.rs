@@ -5,22 +5,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use bytes::Bytes;
-use http::Extensions;
 use tokio::sync::Notify;
 use tower_idempotency::{
     StoreError, UpstreamKey,
-    store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome,
-        Opening, RecoveryStore, RenewOutcome, Renewal, Store, StoreErrorKind, StoreTransaction,
-        TransactionLimits,
-    },
+    store::{Fenced, IntentFence, IntentUpdate, OpenOutcome, Opening, RecoveryStore, Store, StoreErrorKind},
 };
 
-use crate::{
-    bank::Gate,
-    support::forward::{forward_recovery, forward_store},
-};
+use crate::{bank::Gate, support::forward::forward};
 
 /// What becomes of a call that opens or settles an intent.
 #[derive(Clone, Debug)]
@@ -68,36 +59,11 @@ impl Hooked {
 
 #[async_trait::async_trait]
 impl Store for Hooked {
-    forward_store!(store);
-
-    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
-        self.store.claim(claim).await
-    }
-
-    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
-        self.store.renew(renewals).await
-    }
-
-    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
-        self.store.complete(attempt, response).await
-    }
-
-    fn transaction(
-        &self,
-        attempt: &Attempt,
-        limits: &TransactionLimits,
-        extensions: &mut Extensions,
-    ) -> Option<Arc<dyn StoreTransaction>> {
-        self.store.transaction(attempt, limits, extensions)
-    }
+    forward!(store: prepare claim renew complete release hold get list evict resolve transaction purge);
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
         let store = self.store.recovery()?;
         Some(Arc::new(HookedRecovery { store, hooks: Arc::clone(&self.hooks) }))
-    }
-
-    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        self.store.purge(limit).await
     }
 }
 
@@ -109,7 +75,11 @@ struct HookedRecovery {
 
 #[async_trait::async_trait]
 impl RecoveryStore for HookedRecovery {
-    forward_recovery!(store);
+    forward!(store:
+        take_dangling get_intent list_intents count_intents
+        find_phase keep_request keep_record take_abandoned update_request
+        list_requests purge_settled
+    );
 
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
         carry_out(&self.hooks.opening, self.store.open_intent(opening)).await

@@ -14,6 +14,7 @@ mod hooked;
 mod intent_log;
 mod kept_requests;
 mod late;
+mod lost_replies;
 mod memory;
 mod network;
 mod payouts;

@@ -2,17 +2,13 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use http::Extensions;
 use tower_idempotency::{
-    MemoryStore, StoreError,
-    store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, RecoveryStore, RenewOutcome, Renewal, Store,
-        StoreTransaction, TransactionLimits,
-    },
+    MemoryStore,
+    store::{Attempt, RecoveryStore, Store, StoreTransaction, TransactionLimits},
 };
 
-use crate::support::forward::forward_store;
+use crate::support::forward::forward;
 
 #[derive(Debug, Default)]
 pub(crate) struct RecordsAlone {
@@ -21,19 +17,7 @@ pub(crate) struct RecordsAlone {
 
 #[async_trait::async_trait]
 impl Store for RecordsAlone {
-    forward_store!(store);
-
-    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
-        self.store.claim(claim).await
-    }
-
-    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
-        self.store.renew(renewals).await
-    }
-
-    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
-        self.store.complete(attempt, response).await
-    }
+    forward!(store: prepare claim renew complete release hold get list evict resolve purge);
 
     fn transaction(
         &self,
@@ -46,9 +30,5 @@ impl Store for RecordsAlone {
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
         None
-    }
-
-    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        self.store.purge(limit).await
     }
 }

@@ -2,10 +2,6 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use crate::support::{
-    http::{Client, RawConnection, RawResponse, exchange, post as charge},
-    served::{Count, layer, serve},
-};
 use axum::{
     BoxError, Extension, Router,
     error_handling::HandleErrorLayer,
@@ -21,6 +17,11 @@ use tokio::time::{Instant, sleep};
 use tower::{ServiceBuilder, ServiceExt, service_fn};
 use tower_http::timeout::TimeoutLayer;
 use tracing::{Instrument, Span};
+
+use crate::support::{
+    http::{Client, RawConnection, RawResponse, exchange, post as charge},
+    served::{Count, layer, serve},
+};
 
 /// How long the handler works, and when its client has had enough.
 const WORK: Duration = Duration::from_secs(1);

@@ -10,10 +10,6 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{
-    http::{RawResponse, exchange, post as charge, post_chunked, request},
-    served::{Count, layer, serve},
-};
 use axum::{
     Router,
     http::{HeaderName, Request, Response, StatusCode},
@@ -33,6 +29,11 @@ use tower_http::{
     trace::TraceLayer,
 };
 use tower_idempotency::{Rejection, RejectionCode, layer::RequestBody};
+
+use crate::support::{
+    http::{RawResponse, exchange, post as charge, post_chunked, request},
+    served::{Count, layer, serve},
+};
 
 fn router(runs: &Count) -> Router {
     let counter = runs.clone();

@@ -2,16 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tower_idempotency::{
+    IdempotencyKey, Reaper, SqliteStore,
+    store::{Attempt, Claim, ClaimOutcome, ConnectionMode, IntoStore, RecordState, Store},
+};
+
 use crate::support::{
     app::{Answer, App, assert_one_run, at_once, consumer, layer, over, send_until_not},
     database::Database,
     schema::Schema,
     sqlite::SqliteFile,
     watched::Watched,
-};
-use tower_idempotency::{
-    IdempotencyKey, Reaper, SqliteStore,
-    store::{Attempt, Claim, ClaimOutcome, ConnectionMode, IntoStore, RecordState, Store},
 };
 
 const MANY: usize = 100;

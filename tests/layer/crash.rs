@@ -2,15 +2,16 @@
 
 use std::{process::Command, time::Duration};
 
+use tower_idempotency::{
+    Consumer, IdempotencyKey,
+    store::{RecordState, Resolution, ResolveOutcome, StoredBody, StoredResponse},
+};
+
 use crate::support::{
     app::{Answer, send_until_not},
     database::Database,
     http::{RawConnection, request},
     server::Server,
-};
-use tower_idempotency::{
-    Consumer, IdempotencyKey,
-    store::{RecordState, Resolution, ResolveOutcome, StoredBody, StoredResponse},
 };
 
 /// Writes its charge at once. Long enough for its server to be killed in it, and shorter than the lease, after which

@@ -14,10 +14,6 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{
-    http::{exchange, post as charge},
-    served::{layer, serve},
-};
 use axum::{Router, extract::Request, http::StatusCode, routing::post};
 use http_body_util::BodyExt;
 use tokio::{
@@ -26,6 +22,11 @@ use tokio::{
     sync::Barrier,
     task::JoinSet,
     time::{sleep, timeout},
+};
+
+use crate::support::{
+    http::{exchange, post as charge},
+    served::{layer, serve},
 };
 
 const UPLOADS: usize = 200;

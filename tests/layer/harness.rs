@@ -2,17 +2,18 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::{Instant, timeout},
+};
+
 use crate::support::{
     http::{Client, RawConnection, exchange, request},
     postgres::Postgres,
     proxy::{Fault, Proxy},
     required_env,
     server::Server,
-};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
-    time::{Instant, timeout},
 };
 
 #[tokio::test]

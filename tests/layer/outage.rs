@@ -2,16 +2,17 @@
 
 use std::time::{Duration, Instant};
 
+use axum::http::StatusCode;
+use tower_idempotency::{
+    IdempotencyLayer, MemoryStore, PostgresStore, Reaper, ResultPolicy,
+    store::{AttemptId, Record, RecordState},
+};
+
 use crate::support::{
     app::{Answer, App, at_once, layer, send_until_not},
     postgres::Postgres,
     proxy::{Fault, Proxy},
     watched::Watched,
-};
-use axum::http::StatusCode;
-use tower_idempotency::{
-    IdempotencyLayer, MemoryStore, PostgresStore, Reaper, ResultPolicy,
-    store::{AttemptId, Record, RecordState},
 };
 
 /// A node, the server that keeps its records, and the network between them.

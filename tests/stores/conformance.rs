@@ -1,7 +1,8 @@
 //! The conformance suite, for every store and every mode of a store.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
+use tokio::runtime::{Builder, Runtime};
 use tower_idempotency::{
     MemoryStore, conformance_tests,
     store::{Store, conformance::Fixture},
@@ -12,6 +13,7 @@ use crate::support::{
     sqlite::SqliteFile,
 };
 
+/// A memory store whose tests run under a paused clock.
 #[derive(Debug, Default)]
 struct Memory(MemoryStore);
 
@@ -24,6 +26,25 @@ impl Fixture for Memory {
     async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
         self.open().await
     }
+
+    fn runtime() -> io::Result<Runtime> {
+        Builder::new_current_thread().enable_all().start_paused(true).build()
+    }
+}
+
+/// A memory store whose calls race on several threads.
+#[derive(Debug, Default)]
+struct MemoryOnThreads(Memory);
+
+#[async_trait::async_trait]
+impl Fixture for MemoryOnThreads {
+    async fn open(&self) -> Arc<dyn Store> {
+        self.0.open().await
+    }
+
+    async fn open_with_clock_ahead(&self, by: Duration) -> Arc<dyn Store> {
+        self.0.open_with_clock_ahead(by).await
+    }
 }
 
 /// Without this the rules of the suite for intents and kept requests would check nothing.
@@ -33,6 +54,7 @@ fn memory_keeps_intents() {
 }
 
 conformance_tests!(memory, Memory::default());
+conformance_tests!(memory_on_threads, MemoryOnThreads::default());
 conformance_tests!(sqlite, SqliteFile::new());
 conformance_tests!(postgres, Schema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);
 conformance_tests!(pgbouncer, PooledSchema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);

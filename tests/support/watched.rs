@@ -9,17 +9,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Extensions;
 use tokio::sync::watch;
 use tower_idempotency::{
     StoreError,
-    store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, RecoveryStore, RenewOutcome, Renewal, Store,
-        StoreErrorKind, StoreTransaction, TransactionLimits,
-    },
+    store::{Attempt, Claim, ClaimOutcome, CompleteOutcome, RenewOutcome, Renewal, Store, StoreErrorKind},
 };
 
-use super::forward::forward_store;
+use super::forward::forward;
 
 /// A store behind which another one works. Clones share everything.
 #[derive(Clone, Debug)]
@@ -93,7 +89,7 @@ impl<S: Store + Clone> Watched<S> {
 
 #[async_trait::async_trait]
 impl<S: Store + Clone> Store for Watched<S> {
-    forward_store!(store);
+    forward!(store: prepare release hold get list evict resolve transaction recovery);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         if self.state.late_claims.load(Ordering::SeqCst) {
@@ -129,19 +125,6 @@ impl<S: Store + Clone> Store for Watched<S> {
         }
         let _ = self.state.completions_hang.subscribe().wait_for(|hang| !hang).await;
         self.store.complete(attempt, response).await
-    }
-
-    fn transaction(
-        &self,
-        attempt: &Attempt,
-        limits: &TransactionLimits,
-        extensions: &mut Extensions,
-    ) -> Option<Arc<dyn StoreTransaction>> {
-        self.store.transaction(attempt, limits, extensions)
-    }
-
-    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
-        self.store.recovery()
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {

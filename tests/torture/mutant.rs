@@ -58,7 +58,6 @@ async fn without_fence(run: &Run, program: Program) {
 /// What is wrong with a crate.
 struct Mutation {
     name: &'static str,
-    file: &'static str,
     text: &'static str,
     replacement: &'static str,
 }
@@ -89,16 +88,33 @@ impl Source {
 
     /// Builds the crate with this mutation alone, as this program was built.
     fn build(&self, mutation: &Mutation) -> Program {
-        let Mutation { name, file, text, replacement } = mutation;
-        let file = self.crate_root.join(file);
-        let sane = fs::read_to_string(&file).expect("the source can be read");
-        assert_eq!(sane.matches(text).count(), 1, "{text} is not where it was: change the mutant too");
+        let Mutation { name, text, replacement } = mutation;
+        let (file, sane) = self.find(text);
         fs::write(&file, sane.replace(text, replacement)).expect("the copy can be written");
         let built = cargo(&self.crate_root, &self.target);
         fs::write(&file, sane).expect("the copy can be written");
         let program = self.target.with_file_name(name);
         fs::copy(built, &program).expect("the program can be copied");
         Program::new(program, &[SERVE])
+    }
+
+    /// The one file of the stores that holds this text, which it holds once.
+    fn find(&self, text: &str) -> (PathBuf, String) {
+        let mut files = Vec::new();
+        let mut folders = vec![self.crate_root.join("src/store")];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).expect("the copy can be read") {
+                let path = entry.expect("the copy can be read").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    let source = fs::read_to_string(&path).expect("the source can be read");
+                    files.extend(source.matches(text).map(|_| (path.clone(), source.clone())));
+                }
+            }
+        }
+        assert_eq!(files.len(), 1, "{text} is not there once: change the mutant too");
+        files.remove(0)
     }
 }
 
@@ -140,15 +156,10 @@ fn copy(from: impl IntoIterator<Item = PathBuf>, to: &Path) {
 
 const WITHOUT_FENCE: Mutation = Mutation {
     name: "without-fence",
-    file: "src/store/sql.rs",
     text: r#"("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))")"#,
     // Every statement has the attempt as a parameter, whose type has to be known.
     replacement: r#"("{mine}", "({r}.attempt = {attempt} OR TRUE)")"#,
 };
-const ALWAYS_DELETING: Mutation = Mutation {
-    name: "always-deleting",
-    file: "src/store/postgres/statements.rs",
-    text: "{mine} AND NOT r.kept",
-    replacement: "{mine}",
-};
+const ALWAYS_DELETING: Mutation =
+    Mutation { name: "always-deleting", text: "{mine} AND NOT r.kept", replacement: "{mine}" };
 const ROUNDS: usize = 5;

@@ -12,15 +12,14 @@ use bytes::Bytes;
 use http::Extensions;
 use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
-    IdempotencyKey, StoreError, UpstreamKey,
+    IdempotencyKey, StoreError,
     store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, IntentFence, IntentUpdate, OpenOutcome,
-        Opening, RecoveryStore, RenewOutcome, Renewal, Store, StoreTransaction, TransactionError,
-        TransactionLimits, TransactionUsage,
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, OpenOutcome, Opening, RecoveryStore, Store,
+        StoreTransaction, TransactionError, TransactionLimits, TransactionUsage,
     },
 };
 
-use crate::support::forward::{forward_recovery, forward_store};
+use crate::support::forward::forward;
 
 /// A point of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -157,7 +156,7 @@ impl<T> Trapped<T> {
 
 #[async_trait::async_trait]
 impl<S: Store> Store for Trapped<S> {
-    forward_store!(inner);
+    forward!(inner: prepare renew release hold get list evict resolve purge);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         let outcome = self.inner.claim(claim).await;
@@ -165,10 +164,6 @@ impl<S: Store> Store for Trapped<S> {
             self.trap.reach(claim.attempt.key.as_str(), Point::Claimed);
         }
         outcome
-    }
-
-    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
-        self.inner.renew(renewals).await
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
@@ -193,29 +188,19 @@ impl<S: Store> Store for Trapped<S> {
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
         Some(Arc::new(Trapped::new(self.inner.recovery()?, self.trap.clone())))
     }
-
-    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        self.inner.purge(limit).await
-    }
 }
 
 #[async_trait::async_trait]
 impl RecoveryStore for Trapped<Arc<dyn RecoveryStore>> {
-    forward_recovery!(inner);
+    forward!(inner:
+        update_intent take_dangling get_intent list_intents count_intents
+        find_phase keep_request keep_record take_abandoned update_request
+        list_requests purge_settled
+    );
 
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
         self.trap.reach(opening.attempt.key.as_str(), Point::Opening);
         self.inner.open_intent(opening).await
-    }
-
-    async fn update_intent(
-        &self,
-        intent: UpstreamKey,
-        fence: IntentFence,
-        update: &IntentUpdate,
-        attention: Option<&str>,
-    ) -> Result<Fenced, StoreError> {
-        self.inner.update_intent(intent, fence, update, attention).await
     }
 }
 

@@ -14,20 +14,20 @@ use crate::stored::{
 };
 
 /// A request is not taken before its time, which counts from when it was kept.
-pub async fn a_request_is_not_taken_before_its_time(fixture: &dyn Fixture) {
+pub(super) async fn a_request_is_not_taken_before_its_time(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    for (key, after) in [("soon", SHORT), ("later", LONG)] {
+    for (key, after) in [("soon", fixture.lease()), ("later", LONG)] {
         let claim = claim_of(key);
         recovery.store.win(&claim, "first claim").await;
         assert_eq!(recovery.keep(&claim, &request(), after).await, Fenced::Applied, "kept by the owner");
         recovery.abandon(&claim).await;
     }
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(recovery.keys_taken().await, ["soon"], "requests whose time has come");
 }
 
 /// A request is not taken while an attempt of its record may be running: neither the one that kept it nor a later one.
-pub async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fixture: &dyn Fixture) {
+pub(super) async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("abandoned").await;
     recovery.win_with_request(&claim_of("running")).await;
@@ -39,7 +39,7 @@ pub async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fixture: &
 }
 
 /// A request is taken once the lease of its attempt has run out, or its attempt has released a record that stays.
-pub async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture) {
+pub(super) async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let lapsed = claim_of("lapsed");
     recovery.win_with_request(&lapsed).await;
@@ -56,12 +56,12 @@ pub async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture
 }
 
 /// Whoever takes requests at the same time as others gets those that the others do not get.
-pub async fn an_abandoned_request_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
+pub(super) async fn an_abandoned_request_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for n in 0..40 {
         recovery.abandoned_request(&format!("k {n}")).await;
     }
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     let tasks = (0..6).map(|_| {
         let recovery = recovery.clone();
         async move {
@@ -81,12 +81,12 @@ pub async fn an_abandoned_request_is_taken_by_one_at_a_time(fixture: &dyn Fixtur
 }
 
 /// No more requests are taken at a time than were asked for.
-pub async fn requests_are_taken_up_to_a_limit(fixture: &dyn Fixture) {
+pub(super) async fn requests_are_taken_up_to_a_limit(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for key in ["a", "b", "c"] {
         recovery.abandoned_request(key).await;
     }
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     for count in [2, 1, 0] {
         let taken = expected(recovery.inner.take_abandoned(2, LONG).await, "take_abandoned");
         assert_eq!(taken.len(), count, "requests that are taken, at most 2");
@@ -94,28 +94,28 @@ pub async fn requests_are_taken_up_to_a_limit(fixture: &dyn Fixture) {
 }
 
 /// A request that was taken is taken again when nobody says what became of it, after the pause; each time is a try.
-pub async fn a_taken_request_is_taken_again_after_the_pause(fixture: &dyn Fixture) {
+pub(super) async fn a_taken_request_is_taken_again_after_the_pause(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("k").await;
     for tries in [1, 2] {
-        let taken = recovery.take_requests(SHORT).await;
+        let taken = recovery.take_requests(fixture.lease()).await;
         assert_eq!(taken.iter().map(|request| request.tries).collect::<Vec<_>>(), [tries], "tries");
-        run_out().await;
+        run_out(fixture).await;
     }
     assert_eq!(recovery.take_request("the pause is over").await.tries, 3, "tries");
     assert_eq!(recovery.keys_taken().await, [""; 0], "requests that are taken during the pause");
 }
 
 /// A request is not taken any more once its record is completed or gone, or counts as absent.
-pub async fn a_request_of_a_record_that_has_ended_is_not_taken(fixture: &dyn Fixture) {
+pub(super) async fn a_request_of_a_record_that_has_ended_is_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [abandoned, completed, evicted, released, expired] =
         ["abandoned", "completed", "evicted", "released", "expired"].map(claim_of);
-    let expired = Claim { retention: SHORT, ..expired };
+    let expired = Claim { retention: fixture.lease(), ..expired };
     for claim in [&abandoned, &completed, &evicted, &released, &expired] {
         recovery.win_with_request(claim).await;
     }
-    run_out().await;
+    run_out(fixture).await;
     for claim in [&abandoned, &completed, &expired] {
         recovery.lapse(claim).await;
     }
@@ -126,11 +126,11 @@ pub async fn a_request_of_a_record_that_has_ended_is_not_taken(fixture: &dyn Fix
 }
 
 /// The request of an expired record is not taken for the record that has its key now.
-pub async fn a_request_does_not_reach_the_next_record_of_its_key(fixture: &dyn Fixture) {
+pub(super) async fn a_request_does_not_reach_the_next_record_of_its_key(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let old = Claim { retention: SHORT, ..claim_of("k") };
+    let old = Claim { retention: fixture.lease(), ..claim_of("k") };
     recovery.win_with_request(&old).await;
-    run_out().await;
+    run_out(fixture).await;
     recovery.lapse(&old).await;
     let new = Claim { retention: LONG, ..other_request(&old) };
     assert_eq!(recovery.store.win(&new, "the record has expired").await, (new.record_id, 1), "a new record");
@@ -140,7 +140,7 @@ pub async fn a_request_does_not_reach_the_next_record_of_its_key(fixture: &dyn F
 }
 
 /// A request is not taken while its record is held, or would be found held by the next claim.
-pub async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixture) {
+pub(super) async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let held = claim_of("held");
     recovery.win_with_request(&held).await;
@@ -158,7 +158,7 @@ pub async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixture) {
 }
 
 /// A request is not taken while its record has an open intent that may not be called again, and is once that is settled.
-pub async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture) {
+pub(super) async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut intents = Vec::new();
     for (key, repeatable_for) in [("once", Duration::ZERO), ("deduplicated", LONG)] {
@@ -175,7 +175,9 @@ pub async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture
 }
 
 /// A request that was claimed under a policy that holds abandoned attempts is never sent again without its client.
-pub async fn a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts(fixture: &dyn Fixture) {
+pub(super) async fn a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts(
+    fixture: &dyn Fixture,
+) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [lapsed, released] = ["lapsed", "released"].map(|key| Claim { max_abandoned: 1, ..claim_of(key) });
     recovery.win_with_request(&lapsed).await;

@@ -10,7 +10,7 @@ use crate::stored::record::{
 };
 
 /// Making a store ready twice, and by two processes at once, does no harm.
-pub async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fixture) {
+pub(super) async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fixture) {
     let [left, right] = two_handles(fixture).await;
     at_once([left.clone(), right, left.clone()].map(|store| async move { store.prepare().await })).await;
     left.win(&claim_of("k"), "after three preparations").await;
@@ -19,7 +19,7 @@ pub async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fixture) {
 }
 
 /// An absent key is won, with the id that the claim brought and attempt number 1.
-pub async fn the_first_claim_of_a_key_makes_its_record(fixture: &dyn Fixture) {
+pub(super) async fn the_first_claim_of_a_key_makes_its_record(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let claim = claim_of("k");
     assert!(store.find(&claim).await.is_none(), "a fresh storage has a record");
@@ -37,7 +37,7 @@ pub async fn the_first_claim_of_a_key_makes_its_record(fixture: &dyn Fixture) {
 }
 
 /// The record of a new key expires one retention after it was made.
-pub async fn the_retention_counts_from_the_claim(fixture: &dyn Fixture) {
+pub(super) async fn the_retention_counts_from_the_claim(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claim = claim_of("k");
     store.win(&claim, "a claim of an absent key").await;
@@ -52,12 +52,13 @@ pub async fn the_retention_counts_from_the_claim(fixture: &dyn Fixture) {
 }
 
 /// The largest settings are taken as they are: a retention of a century, as many attempts and rows as can be asked for.
-pub async fn the_largest_settings_are_taken(fixture: &dyn Fixture) {
+pub(super) async fn the_largest_settings_are_taken(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let century = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-    let claim = Claim { lease: SHORT, retention: century, max_abandoned: u16::MAX, ..claim_of("k") };
+    let claim =
+        Claim { lease: fixture.lease(), retention: century, max_abandoned: u16::MAX, ..claim_of("k") };
     store.win(&claim, "with the largest settings").await;
-    run_out().await;
+    run_out(fixture).await;
     let won = store.win(&retry_of(&claim), "abandoned once of 65,535 times").await;
     assert_eq!(won, (claim.record_id, 2), "id and number of the takeover");
     let outcome = store.renew_one(&claim.attempt, century).await;
@@ -74,7 +75,7 @@ pub async fn the_largest_settings_are_taken(fixture: &dyn Fixture) {
 }
 
 /// Of many claims of an absent key at once, through several handles, exactly one is won.
-pub async fn of_many_simultaneous_claims_exactly_one_wins(fixture: &dyn Fixture) {
+pub(super) async fn of_many_simultaneous_claims_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..5 {
         let first = claim_of(&format!("round {round}"));
@@ -96,7 +97,7 @@ pub async fn of_many_simultaneous_claims_exactly_one_wins(fixture: &dyn Fixture)
 }
 
 /// Different requests that race for one absent key: one of them is the record's, wholly.
-pub async fn of_many_simultaneous_different_requests_exactly_one_wins(fixture: &dyn Fixture) {
+pub(super) async fn of_many_simultaneous_different_requests_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..5 {
         let first = claim_of(&format!("round {round}"));
@@ -117,7 +118,7 @@ pub async fn of_many_simultaneous_different_requests_exactly_one_wins(fixture: &
 }
 
 /// Claims of different keys at once are all won.
-pub async fn simultaneous_claims_of_different_keys_are_all_won(fixture: &dyn Fixture) {
+pub(super) async fn simultaneous_claims_of_different_keys_are_all_won(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let claims: Vec<Claim> = (0..64).map(|n| claim_of(&format!("key {n}"))).collect();
     let winners = race(&handles, claims).await;
@@ -126,7 +127,7 @@ pub async fn simultaneous_claims_of_different_keys_are_all_won(fixture: &dyn Fix
 }
 
 /// A claim that finds the key taken shows the record and leaves it as it was.
-pub async fn a_claim_of_a_taken_key_changes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn a_claim_of_a_taken_key_changes_nothing(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
@@ -149,7 +150,7 @@ pub async fn a_claim_of_a_taken_key_changes_nothing(fixture: &dyn Fixture) {
 }
 
 /// The same attempt may claim again and wins again, with the same record and number.
-pub async fn a_repeated_claim_by_the_same_attempt_is_won_again(fixture: &dyn Fixture) {
+pub(super) async fn a_repeated_claim_by_the_same_attempt_is_won_again(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let claim = claim_of("k");
     let won = store.win(&claim, "first claim").await;
@@ -164,7 +165,7 @@ pub async fn a_repeated_claim_by_the_same_attempt_is_won_again(fixture: &dyn Fix
 }
 
 /// The same attempt that claims many times at once is told the same each time.
-pub async fn simultaneous_claims_by_the_same_attempt_agree(fixture: &dyn Fixture) {
+pub(super) async fn simultaneous_claims_by_the_same_attempt_agree(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let claim = claim_of("k");
     let winners = race(&handles, vec![claim.clone(); 16]).await;
@@ -181,16 +182,16 @@ pub async fn simultaneous_claims_by_the_same_attempt_agree(fixture: &dyn Fixture
 }
 
 /// A repeated claim is won even if the lease ran out meanwhile, because nobody took the record.
-pub async fn a_repeated_claim_is_won_again_after_its_lease(fixture: &dyn Fixture) {
+pub(super) async fn a_repeated_claim_is_won_again_after_its_lease(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let claim = Claim { lease: SHORT, max_abandoned: 1, ..claim_of("k") };
+    let claim = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("k") };
     let won = store.win(&claim, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(store.win(&claim, "the same attempt, late").await, won, "id and number of a repeated claim");
 }
 
 /// An attempt that has completed its record, or made it held, does not win it again.
-pub async fn an_ended_attempt_does_not_win_again(fixture: &dyn Fixture) {
+pub(super) async fn an_ended_attempt_does_not_win_again(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let completed = claim_of("completed");
     store.win_and_complete(&completed, response("r")).await;
@@ -204,7 +205,7 @@ pub async fn an_ended_attempt_does_not_win_again(fixture: &dyn Fixture) {
 }
 
 /// A released key is claimable at once, also by a different request, and is a new record.
-pub async fn a_released_key_is_claimable_at_once(fixture: &dyn Fixture) {
+pub(super) async fn a_released_key_is_claimable_at_once(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = claim_of("k");
     store.win(&first, "first claim").await;

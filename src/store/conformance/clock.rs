@@ -4,7 +4,7 @@ use super::{Fixture, support::*};
 use crate::stored::record::{Claim, RenewOutcome, Resolution, ResolveOutcome};
 
 /// A machine whose clock is ahead cannot take over a lease that is alive.
-pub async fn a_clock_that_is_ahead_steals_no_lease(fixture: &dyn Fixture) {
+pub(super) async fn a_clock_that_is_ahead_steals_no_lease(fixture: &dyn Fixture) {
     let (store, ahead) = (handle(fixture).await, ahead(fixture).await);
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
@@ -16,7 +16,7 @@ pub async fn a_clock_that_is_ahead_steals_no_lease(fixture: &dyn Fixture) {
 }
 
 /// A machine whose clock is ahead finds nothing expired that is not.
-pub async fn a_clock_that_is_ahead_expires_nothing(fixture: &dyn Fixture) {
+pub(super) async fn a_clock_that_is_ahead_expires_nothing(fixture: &dyn Fixture) {
     let (store, ahead) = (handle(fixture).await, ahead(fixture).await);
     let owner = Claim { retention: LONG, ..claim_of("k") };
     store.win_and_complete(&owner, response("r")).await;
@@ -26,16 +26,20 @@ pub async fn a_clock_that_is_ahead_expires_nothing(fixture: &dyn Fixture) {
 }
 
 /// A lease or a retention given by a machine whose clock is ahead lasts no longer for it.
-pub async fn a_clock_that_is_ahead_makes_no_lease_longer(fixture: &dyn Fixture) {
+pub(super) async fn a_clock_that_is_ahead_makes_no_lease_longer(fixture: &dyn Fixture) {
     let (store, ahead) = (handle(fixture).await, ahead(fixture).await);
-    let claimed = Claim { lease: SHORT, ..claim_of("claimed") };
+    let claimed = Claim { lease: fixture.lease(), ..claim_of("claimed") };
     let renewed = claim_of("renewed");
-    let expiring = Claim { retention: SHORT, ..claim_of("expiring") };
+    let expiring = Claim { retention: fixture.lease(), ..claim_of("expiring") };
     ahead.win(&claimed, "first claim").await;
     ahead.win(&renewed, "first claim").await;
     ahead.win_and_complete(&expiring, response("r")).await;
-    assert_eq!(ahead.renew_one(&renewed.attempt, SHORT).await, RenewOutcome::Renewed, "renewal by the owner");
-    run_out().await;
+    assert_eq!(
+        ahead.renew_one(&renewed.attempt, fixture.lease()).await,
+        RenewOutcome::Renewed,
+        "renewal by the owner"
+    );
+    run_out(fixture).await;
 
     assert_eq!(store.win(&retry_of(&claimed), "the lease ran out").await.1, 2, "attempt number");
     assert_eq!(store.win(&retry_of(&renewed), "the renewed lease ran out").await.1, 2, "attempt number");

@@ -4,7 +4,7 @@ use super::{Fixture, support::*};
 use crate::stored::record::{Claim, CompleteOutcome, RecordState};
 
 /// The owner stores its response, and every handle finds it.
-pub async fn the_owner_stores_its_response(fixture: &dyn Fixture) {
+pub(super) async fn the_owner_stores_its_response(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
@@ -17,7 +17,7 @@ pub async fn the_owner_stores_its_response(fixture: &dyn Fixture) {
 }
 
 /// A completion whose reply was lost may be repeated; what is stored does not change.
-pub async fn a_repeated_completion_is_completed(fixture: &dyn Fixture) {
+pub(super) async fn a_repeated_completion_is_completed(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
     store.win_and_complete(&owner, response("first")).await;
@@ -32,13 +32,13 @@ pub async fn a_repeated_completion_is_completed(fixture: &dyn Fixture) {
 }
 
 /// A lapsed lease that nobody took does not keep its owner from completing.
-pub async fn a_lapsed_owner_still_completes(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_owner_still_completes(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let owner = Claim { lease: SHORT, ..claim_of("k") };
-    let last_permitted = Claim { lease: SHORT, max_abandoned: 1, ..claim_of("last permitted") };
+    let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
+    let last_permitted = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("last permitted") };
     store.win(&owner, "first claim").await;
     store.win(&last_permitted, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     for claim in [owner, last_permitted] {
         store.complete_as_owner(&claim.attempt, response("late"), "nobody has taken the record").await;
         let shown = store.be_refused(&retry_of(&claim), "the record is completed").await;
@@ -47,12 +47,12 @@ pub async fn a_lapsed_owner_still_completes(fixture: &dyn Fixture) {
 }
 
 /// A response that is stored after the expiry is kept for a whole retention from then on, so that its retry is answered.
-pub async fn a_completion_after_the_expiry_is_kept(fixture: &dyn Fixture) {
+pub(super) async fn a_completion_after_the_expiry_is_kept(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let owner = Claim { retention: SHORT * 4, ..claim_of("k") };
+    let owner = Claim { retention: fixture.lease() * 2, ..claim_of("k") };
     store.win(&owner, "first claim").await;
-    for _ in 0..4 {
-        run_out().await;
+    for _ in 0..2 {
+        run_out(fixture).await;
     }
     store
         .complete_as_owner(&owner.attempt, response("late"), "nobody takes a record with a live lease")
@@ -63,7 +63,7 @@ pub async fn a_completion_after_the_expiry_is_kept(fixture: &dyn Fixture) {
 }
 
 /// A completion by an attempt that does not own the record changes nothing and shows the record.
-pub async fn a_completion_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn a_completion_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("in progress");
     store.win(&owner, "first claim").await;
@@ -83,11 +83,11 @@ pub async fn a_completion_by_another_attempt_changes_nothing(fixture: &dyn Fixtu
 }
 
 /// After a takeover the earlier attempt's completion is lost, and it is shown the record as it stands.
-pub async fn a_completion_after_a_takeover_is_lost(fixture: &dyn Fixture) {
+pub(super) async fn a_completion_after_a_takeover_is_lost(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
-    let first = Claim { lease: SHORT, ..claim_of("k") };
+    let first = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win(&first, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     let second = Claim { lease: LONG, ..retry_of(&first) };
     other.win(&second, "the lease ran out").await;
 
@@ -101,7 +101,7 @@ pub async fn a_completion_after_a_takeover_is_lost(fixture: &dyn Fixture) {
 }
 
 /// A completion of a record that is gone is absent and makes none.
-pub async fn a_completion_without_a_record_is_absent(fixture: &dyn Fixture) {
+pub(super) async fn a_completion_without_a_record_is_absent(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let never_claimed = claim_of("never claimed");
     let evicted = claim_of("evicted");
@@ -121,14 +121,14 @@ pub async fn a_completion_without_a_record_is_absent(fixture: &dyn Fixture) {
 }
 
 /// Of a completion and a takeover at the same moment, one is carried out.
-pub async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
+pub(super) async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let firsts: Vec<Claim> =
-        (0..24).map(|n| Claim { lease: SHORT, ..claim_of(&format!("key {n}")) }).collect();
+        (0..24).map(|n| Claim { lease: fixture.lease(), ..claim_of(&format!("key {n}")) }).collect();
     for first in &firsts {
         handles[0].win(first, "first claim").await;
     }
-    run_out().await;
+    run_out(fixture).await;
     for (round, first) in firsts.into_iter().enumerate() {
         let retry = Claim { lease: LONG, ..retry_of(&first) };
         let completion = {

@@ -4,14 +4,14 @@ use super::{Fixture, claims::race, support::*, takeover::race_until_won};
 use crate::stored::record::{Claim, Fenced};
 
 /// An expired record counts as absent though nobody has purged it: a new record, attempt number 1, any request.
-pub async fn an_expired_record_counts_as_absent(fixture: &dyn Fixture) {
+pub(super) async fn an_expired_record_counts_as_absent(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let completed = Claim { retention: SHORT, ..claim_of("completed") };
-    let lapsed = Claim { retention: SHORT, lease: SHORT, ..claim_of("lapsed") };
+    let completed = Claim { retention: fixture.lease(), ..claim_of("completed") };
+    let lapsed = Claim { retention: fixture.lease(), lease: fixture.lease(), ..claim_of("lapsed") };
     store.win_and_complete(&completed, response("old")).await;
     store.win(&lapsed, "first claim").await;
     store.be_refused(&retry_of(&completed), "before the expiry").await;
-    run_out().await;
+    run_out(fixture).await;
 
     for old in [completed, lapsed] {
         let new = Claim { retention: LONG, lease: LONG, ..other_request(&old) };
@@ -28,11 +28,11 @@ pub async fn an_expired_record_counts_as_absent(fixture: &dyn Fixture) {
 }
 
 /// Also the same request gets a new record once the old one is expired.
-pub async fn an_expired_record_is_not_replayed(fixture: &dyn Fixture) {
+pub(super) async fn an_expired_record_is_not_replayed(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let old = Claim { retention: SHORT, ..claim_of("k") };
+    let old = Claim { retention: fixture.lease(), ..claim_of("k") };
     store.win_and_complete(&old, response("old")).await;
-    run_out().await;
+    run_out(fixture).await;
     let new = Claim { retention: LONG, ..retry_of(&old) };
     assert_eq!(store.win(&new, "the record is expired").await, (new.record_id, 1), "id and number");
     store.complete_as_owner(&new.attempt, response("new"), "by the owner of the new record").await;
@@ -41,11 +41,11 @@ pub async fn an_expired_record_is_not_replayed(fixture: &dyn Fixture) {
 }
 
 /// An expired record whose lease is alive is not absent.
-pub async fn an_expired_record_with_a_live_lease_is_not_absent(fixture: &dyn Fixture) {
+pub(super) async fn an_expired_record_with_a_live_lease_is_not_absent(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let owner = Claim { retention: SHORT, lease: LONG, ..claim_of("k") };
+    let owner = Claim { retention: fixture.lease(), lease: LONG, ..claim_of("k") };
     store.win(&owner, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     store.be_refused(&retry_of(&owner), "expired, lease alive").await;
     store.be_refused(&other_request(&owner), "expired, lease alive, a different request").await;
     assert_eq!(store.purge(100).await, 0, "a record with a live lease was purged");
@@ -55,9 +55,9 @@ pub async fn an_expired_record_with_a_live_lease_is_not_absent(fixture: &dyn Fix
 }
 
 /// Of many claims at the moment of expiry exactly one is won.
-pub async fn an_expired_key_is_won_by_exactly_one(fixture: &dyn Fixture) {
+pub(super) async fn an_expired_key_is_won_by_exactly_one(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
-    let old = Claim { retention: SHORT, ..claim_of("k") };
+    let old = Claim { retention: fixture.lease(), ..claim_of("k") };
     handles[0].win_and_complete(&old, response("old")).await;
     let claims: Vec<Claim> = (0..24)
         .map(|n| Claim {
@@ -66,7 +66,7 @@ pub async fn an_expired_key_is_won_by_exactly_one(fixture: &dyn Fixture) {
             ..retry_of(&old)
         })
         .collect();
-    let winners = race_until_won(&handles, claims.clone()).await;
+    let winners = race_until_won(fixture, &handles, claims.clone()).await;
     assert_eq!(winners.len(), 1, "winners of one expired key: {winners:?}");
     let winner = claims.iter().find(|claim| claim.attempt.id == winners[0].0);
     assert_eq!(
@@ -79,14 +79,14 @@ pub async fn an_expired_key_is_won_by_exactly_one(fixture: &dyn Fixture) {
 }
 
 /// Many claims that find a record expired long ago: exactly one is won.
-pub async fn of_many_simultaneous_claims_of_an_expired_key_exactly_one_wins(fixture: &dyn Fixture) {
+pub(super) async fn of_many_simultaneous_claims_of_an_expired_key_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let olds: Vec<Claim> =
-        (0..5).map(|n| Claim { retention: SHORT, ..claim_of(&format!("key {n}")) }).collect();
+        (0..5).map(|n| Claim { retention: fixture.lease(), ..claim_of(&format!("key {n}")) }).collect();
     for old in &olds {
         handles[0].win_and_complete(old, response("old")).await;
     }
-    run_out().await;
+    run_out(fixture).await;
     for old in &olds {
         let claims = (0..32).map(|_| Claim { retention: LONG, ..retry_of(old) }).collect();
         let winners = race(&handles, claims).await;
@@ -96,11 +96,11 @@ pub async fn of_many_simultaneous_claims_of_an_expired_key_exactly_one_wins(fixt
 }
 
 /// The attempt of an expired record writes nothing to the record that took its place.
-pub async fn an_attempt_of_an_expired_record_does_not_reach_the_next(fixture: &dyn Fixture) {
+pub(super) async fn an_attempt_of_an_expired_record_does_not_reach_the_next(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let old = Claim { lease: SHORT, retention: SHORT, ..claim_of("k") };
+    let old = Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of("k") };
     store.win(&old, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     let new = Claim { lease: LONG, retention: LONG, ..retry_of(&old) };
     assert_eq!(store.win(&new, "the record is expired").await, (new.record_id, 1), "id and number");
 

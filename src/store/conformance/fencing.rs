@@ -4,7 +4,7 @@ use super::{Fixture, support::*};
 use crate::stored::record::{Claim, Fenced, RecordState, RenewOutcome};
 
 /// A release by an attempt that does not own the record changes nothing.
-pub async fn a_release_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn a_release_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
@@ -17,7 +17,7 @@ pub async fn a_release_by_another_attempt_changes_nothing(fixture: &dyn Fixture)
 }
 
 /// A hold by an attempt that does not own the record changes nothing.
-pub async fn a_hold_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn a_hold_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
@@ -30,11 +30,11 @@ pub async fn a_hold_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
 }
 
 /// After a takeover, nothing that the earlier attempt writes has an effect.
-pub async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
-    let first = Claim { lease: SHORT, ..claim_of("k") };
+    let first = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win(&first, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     let second = Claim { lease: LONG, ..retry_of(&first) };
     other.win(&second, "the lease ran out").await;
     let before = store.get(&first, "after the takeover").await;
@@ -54,7 +54,7 @@ pub async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn Fixture
 }
 
 /// An attempt whose key was released, and claimed by another, writes nothing to the new record.
-pub async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = claim_of("k");
     store.win(&first, "first claim").await;
@@ -72,13 +72,13 @@ pub async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn Fixtur
 }
 
 /// The owner may release after its lease ran out, as long as nobody has taken the record.
-pub async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let released = Claim { lease: SHORT, ..claim_of("released") };
-    let held = Claim { lease: SHORT, ..claim_of("held") };
+    let released = Claim { lease: fixture.lease(), ..claim_of("released") };
+    let held = Claim { lease: fixture.lease(), ..claim_of("held") };
     store.win(&released, "first claim").await;
     store.win(&held, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(store.release(&released.attempt).await, Fenced::Applied, "release after the lease");
     assert_eq!(store.hold(&held.attempt).await, Fenced::Applied, "hold after the lease");
     assert_eq!(store.win(&other_request(&released), "after the release").await.1, 1, "attempt number");
@@ -86,14 +86,14 @@ pub async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixture) {
 }
 
 /// A release at the moment of a takeover never gives the new attempt's record away.
-pub async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn Fixture) {
+pub(super) async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let firsts: Vec<Claim> =
-        (0..24).map(|n| Claim { lease: SHORT, ..claim_of(&format!("key {n}")) }).collect();
+        (0..24).map(|n| Claim { lease: fixture.lease(), ..claim_of(&format!("key {n}")) }).collect();
     for first in &firsts {
         handles[0].win(first, "first claim").await;
     }
-    run_out().await;
+    run_out(fixture).await;
     for (round, first) in firsts.into_iter().enumerate() {
         let retry = Claim { lease: LONG, ..retry_of(&first) };
         let release = {
@@ -110,7 +110,7 @@ pub async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn F
 }
 
 /// Release and hold without a record do nothing.
-pub async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixture) {
+pub(super) async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let nobody = claim_of("k");
     assert_eq!(store.release(&nobody.attempt).await, Fenced::Lost, "release of an absent key");
@@ -123,7 +123,7 @@ pub async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixture) {
 }
 
 /// A record that is completed cannot be released or held, not even by the attempt that completed it.
-pub async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixture) {
+pub(super) async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
     store.win_and_complete(&owner, response("r")).await;
@@ -136,13 +136,14 @@ pub async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixtu
 }
 
 /// A held record is given back by its own attempt, which knows its outcome after all, and by no other.
-pub async fn a_held_record_is_released_by_its_attempt_alone(fixture: &dyn Fixture) {
+pub(super) async fn a_held_record_is_released_by_its_attempt_alone(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let held = claim_of("held by its owner");
     store.win_and_hold(&held).await;
-    let abandoned = Claim { lease: SHORT, max_abandoned: 1, ..claim_of("held after it was abandoned") };
+    let abandoned =
+        Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("held after it was abandoned") };
     store.win(&abandoned, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     store.be_refused(&retry_of(&abandoned), "abandoned once").await;
 
     for owner in [held, abandoned] {

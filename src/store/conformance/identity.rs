@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Keys that differ in case, in spaces or in any one byte are different keys.
-pub async fn keys_are_compared_byte_by_byte(fixture: &dyn Fixture) {
+pub(super) async fn keys_are_compared_byte_by_byte(fixture: &dyn Fixture) {
     let keys = [
         "a", "A", "a ", " a", "a  ", "aa", "%", "_", "a%", "a_", "'", "\"", "\\", "a\\", "?", "$1", "0", "00",
     ];
@@ -19,7 +19,7 @@ pub async fn keys_are_compared_byte_by_byte(fixture: &dyn Fixture) {
 }
 
 /// Consumers that differ in case, spaces, accents or normalization are different consumers.
-pub async fn consumers_are_compared_byte_by_byte(fixture: &dyn Fixture) {
+pub(super) async fn consumers_are_compared_byte_by_byte(fixture: &dyn Fixture) {
     let names = [
         "acme",
         "Acme",
@@ -51,7 +51,7 @@ pub async fn consumers_are_compared_byte_by_byte(fixture: &dyn Fixture) {
 }
 
 /// The pair (consumer, key) is not a concatenation of the two.
-pub async fn consumer_and_key_are_kept_apart(fixture: &dyn Fixture) {
+pub(super) async fn consumer_and_key_are_kept_apart(fixture: &dyn Fixture) {
     let pairs = [
         ("a", "b:c"),
         ("a:b", "c"),
@@ -71,7 +71,7 @@ pub async fn consumer_and_key_are_kept_apart(fixture: &dyn Fixture) {
 }
 
 /// The longest consumers and keys are kept whole: two that differ in the last byte only are different.
-pub async fn the_longest_names_are_kept_whole(fixture: &dyn Fixture) {
+pub(super) async fn the_longest_names_are_kept_whole(fixture: &dyn Fixture) {
     let long = "x".repeat(254);
     let wide = "\u{1f980}".repeat(63);
     let claims = [
@@ -85,7 +85,7 @@ pub async fn the_longest_names_are_kept_whole(fixture: &dyn Fixture) {
 }
 
 /// Fingerprints are bytes, not text: any bytes, any length, compared to the last one.
-pub async fn fingerprints_are_compared_byte_by_byte(fixture: &dyn Fixture) {
+pub(super) async fn fingerprints_are_compared_byte_by_byte(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let all_bytes: Vec<u8> = (0..=255).collect();
     let fingerprints: [Vec<u8>; 6] =
@@ -105,21 +105,21 @@ pub async fn fingerprints_are_compared_byte_by_byte(fixture: &dyn Fixture) {
 
     let lapsing = |key: &str, bytes: &[u8]| {
         let fingerprint = Fingerprint::from_bytes(bytes.to_vec());
-        Claim { fingerprint, lease: SHORT, ..claim_of(key) }
+        Claim { fingerprint, lease: fixture.lease(), ..claim_of(key) }
     };
     let pairs: [(&str, &[u8], &[u8]); 4] =
         [("case", b"a", b"A"), ("space", b"a", b"a "), ("nul", b"a\0b", b"a\0c"), ("length", b"a", b"a\0")];
     for (key, bytes, _) in pairs {
         store.win(&lapsing(key, bytes), "first claim").await;
     }
-    run_out().await;
+    run_out(fixture).await;
     for (key, _, bytes) in pairs {
         store.be_refused(&lapsing(key, bytes), &format!("fingerprints differ in {key}")).await;
     }
 }
 
 /// A response is kept byte by byte: none, every byte there is, and a mebibyte.
-pub async fn responses_are_kept_byte_by_byte(fixture: &dyn Fixture) {
+pub(super) async fn responses_are_kept_byte_by_byte(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let all_bytes: Bytes = (0..=255).collect();
     let mebibyte: Bytes = (0..1 << 20).map(|n: u32| (n % 251).to_le_bytes()[0]).collect();

@@ -99,7 +99,7 @@ pub(super) fn finalize() -> IntentUpdate {
 }
 
 /// An intent is shown as it was opened, and its record counts it.
-pub async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
+pub(super) async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -130,7 +130,7 @@ pub async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
 }
 
 /// The reply to an opening may have been lost.
-pub async fn a_repeated_opening_by_the_same_call_is_opened_again(fixture: &dyn Fixture) {
+pub(super) async fn a_repeated_opening_by_the_same_call_is_opened_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -143,7 +143,7 @@ pub async fn a_repeated_opening_by_the_same_call_is_opened_again(fixture: &dyn F
 }
 
 /// Only the attempt that owns the record with a live lease opens an intent, and otherwise nothing is recorded.
-pub async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn Fixture) {
+pub(super) async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.must_lose(&opening_of(&claim, "a"), "there is no record").await;
@@ -156,9 +156,9 @@ pub async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn Fixture)
     recovery.store.complete_as_owner(&claim.attempt, response("r"), "by the owner").await;
     recovery.must_lose(&opening_of(&claim, "a"), "it is completed").await;
 
-    let lapsing = Claim { lease: SHORT, ..claim_of("lapsing") };
+    let lapsing = Claim { lease: fixture.lease(), ..claim_of("lapsing") };
     recovery.store.win(&lapsing, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     recovery.must_lose(&opening_of(&lapsing, "a"), "the lease has run out").await;
     for claim in [&claim, &lapsing] {
         assert_eq!(recovery.find(opening_of(claim, "a").upstream_key).await, None, "an intent that was lost");
@@ -166,7 +166,7 @@ pub async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn Fixture)
 }
 
 /// An intent with other arguments is another call: it gets neither a call nor the outcome of the first.
-pub async fn an_opening_with_other_arguments_is_never_opened(fixture: &dyn Fixture) {
+pub(super) async fn an_opening_with_other_arguments_is_never_opened(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -182,7 +182,7 @@ pub async fn an_opening_with_other_arguments_is_never_opened(fixture: &dyn Fixtu
 }
 
 /// An intent that is open is called again as long as its upstream is said to recognize it, counted from the first call.
-pub async fn an_open_intent_is_called_again_while_its_upstream_recognizes_it(fixture: &dyn Fixture) {
+pub(super) async fn an_open_intent_is_called_again_while_its_upstream_recognizes_it(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -192,28 +192,28 @@ pub async fn an_open_intent_is_called_again_while_its_upstream_recognizes_it(fix
         let shown = recovery.must_not_call(&next_call(&opening), "the upstream does not deduplicate").await;
         assert_eq!((shown.state, shown.call), (IntentState::Open { sent: true }, opening.call));
     }
-    let opening = Opening { repeatable_for: SHORT, ..opening_of(&claim, "for a while") };
+    let opening = Opening { repeatable_for: fixture.lease(), ..opening_of(&claim, "for a while") };
     recovery.must_open(&opening, "a new intent").await;
     let again = Opening { repeatable_for: LONG, ..next_call(&opening) };
     recovery.must_open(&again, "the upstream deduplicates").await;
     let intent = recovery.get(opening.upstream_key).await;
     assert_eq!((intent.call, intent.calls), (again.call, 2), "the last call, and how many");
-    run_out().await;
+    run_out(fixture).await;
     recovery.must_not_call(&next_call(&opening), "the upstream may have forgotten the first call").await;
 }
 
 /// An intent whose call has certainly not arrived is called again, unless an earlier call of it may have.
-pub async fn an_intent_that_was_not_sent_is_called_again(fixture: &dyn Fixture) {
+pub(super) async fn an_intent_that_was_not_sent_is_called_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
-    let first = Opening { repeatable_for: SHORT, ..opening_of(&claim, "a") };
+    let first = Opening { repeatable_for: fixture.lease(), ..opening_of(&claim, "a") };
     let second = next_call(&first);
     let key = first.upstream_key;
     recovery.must_open(&first, "a new intent").await;
     recovery.must_update(key, IntentFence::Call(first.call), IntentUpdate::NotSent).await;
     assert_eq!(recovery.get(key).await.state, IntentState::Open { sent: false });
-    run_out().await;
+    run_out(fixture).await;
     recovery.must_open(&second, "the first call was not sent").await;
 
     let third = next_call(&first);
@@ -224,12 +224,12 @@ pub async fn an_intent_that_was_not_sent_is_called_again(fixture: &dyn Fixture) 
         IntentState::Open { sent: true },
         "the second may have arrived"
     );
-    run_out().await;
+    run_out(fixture).await;
     recovery.must_not_call(&next_call(&first), "the second call may have arrived").await;
 }
 
 /// What is finalized or refused is shown instead of another call, however often it is asked for.
-pub async fn a_settled_intent_is_not_called_again(fixture: &dyn Fixture) {
+pub(super) async fn a_settled_intent_is_not_called_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -249,7 +249,7 @@ pub async fn a_settled_intent_is_not_called_again(fixture: &dyn Fixture) {
 }
 
 /// What the upstream did not know is called again with the same key, as if for the first time.
-pub async fn an_absent_intent_is_called_again(fixture: &dyn Fixture) {
+pub(super) async fn an_absent_intent_is_called_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -269,7 +269,7 @@ pub async fn an_absent_intent_is_called_again(fixture: &dyn Fixture) {
 }
 
 /// What became of a call is recorded while it is the last one and the intent is open; or, if that is so, absent.
-pub async fn an_update_is_fenced_by_its_call(fixture: &dyn Fixture) {
+pub(super) async fn an_update_is_fenced_by_its_call(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;

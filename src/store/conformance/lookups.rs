@@ -14,12 +14,17 @@ use crate::stored::{
 
 impl Recovery {
     /// A record with an open intent, and with an attempt whose lease has run out.
-    async fn abandoned(&self, key: &str, repeatable_for: Duration) -> (Claim, Opening) {
-        let claim = Claim { lease: SHORT, max_abandoned: 100, ..claim_of(key) };
+    async fn abandoned(
+        &self,
+        fixture: &dyn Fixture,
+        key: &str,
+        repeatable_for: Duration,
+    ) -> (Claim, Opening) {
+        let claim = Claim { lease: fixture.lease(), max_abandoned: 100, ..claim_of(key) };
         self.store.win(&claim, "first claim").await;
         let opening = Opening { repeatable_for, ..opening_of(&claim, "a") };
         self.must_open(&opening, "a new intent").await;
-        run_out().await;
+        run_out(fixture).await;
         (claim, opening)
     }
 
@@ -44,9 +49,9 @@ impl Recovery {
 }
 
 /// What a look-up has found out is recorded unless the intent was called again, settled or taken again meanwhile.
-pub async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn Fixture) {
+pub(super) async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let (claim, opening) = recovery.abandoned("k", LONG).await;
+    let (claim, opening) = recovery.abandoned(fixture, "k", LONG).await;
     let key = opening.upstream_key;
     let taken_again =
         |seen: &Intent| IntentFence::Lookup { call: seen.call, takes: seen.takes - 1, open: true };
@@ -55,7 +60,7 @@ pub async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn 
     let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 1 };
     recovery.must_update(key, seen.lookup_fence(), again).await;
     assert_eq!(recovery.get(key).await.absences, 1, "how often it was not found");
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     let next = recovery.take_one("it is to be looked up again").await;
     assert_eq!((next.looks, next.absences), (2, 1), "look-ups, and how often it was not found");
     assert_eq!(recovery.update(key, seen.lookup_fence(), finalize()).await, Fenced::Lost, "taken again");
@@ -74,14 +79,14 @@ pub async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn 
 }
 
 /// Whatever an operator wants to have looked up again, what was found out before that does not count for it.
-pub async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixture) {
+pub(super) async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let (_, opening) = recovery.abandoned("k", Duration::ZERO).await;
+    let (_, opening) = recovery.abandoned(fixture, "k", Duration::ZERO).await;
     let key = opening.upstream_key;
     let late = recovery.take_one("it dangles").await;
     let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
     recovery.must_update(key, IntentFence::Operator, again).await;
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     let next = recovery.take_one("an operator wants it looked up").await;
     assert_eq!(next.looks, 1, "look-ups since an operator wanted them");
     let absent = || IntentUpdate::Absent(None);
@@ -90,26 +95,24 @@ pub async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixtu
 }
 
 /// What was done under a lease that outlives the expiry is not forgotten when the lease runs out.
-pub async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
+pub(super) async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claims =
-        ["called before", "called after"].map(|key| Claim { retention: SHORT * 20, ..claim_of(key) });
+    let claims = ["called before", "called after"]
+        .map(|key| Claim { retention: fixture.lease() * 9 / 2, ..claim_of(key) });
     let [before, after] = &claims;
     for claim in &claims {
         recovery.store.win(claim, "first claim").await;
     }
     recovery.call(before).await;
-    for _ in 0..8 {
-        run_out().await;
+    for _ in 0..3 {
+        run_out(fixture).await;
     }
     for claim in &claims {
-        let renewed = recovery.store.renew_one(&claim.attempt, SHORT * 10).await;
+        let renewed = recovery.store.renew_one(&claim.attempt, fixture.lease()).await;
         assert_eq!(renewed, RenewOutcome::Renewed, "renewal by the owner");
     }
     recovery.call(after).await;
-    for _ in 0..8 {
-        run_out().await;
-    }
+    run_out(fixture).await;
     for claim in &claims {
         let won = recovery.store.win(&retry_of(claim), "the lease is over").await;
         assert_eq!(won, (claim.record_id, 2), "id and number of the takeover");
@@ -117,9 +120,9 @@ pub async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixtur
 }
 
 /// An operator settles what no attempt with a live lease may be calling, and never again what is finalized.
-pub async fn an_operator_spares_calls_under_way_and_finalized_intents(fixture: &dyn Fixture) {
+pub(super) async fn an_operator_spares_calls_under_way_and_finalized_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claim = Claim { lease: SHORT, ..claim_of("k") };
+    let claim = Claim { lease: fixture.lease(), ..claim_of("k") };
     recovery.store.win(&claim, "first claim").await;
     let opening = opening_of(&claim, "a");
     let key = opening.upstream_key;
@@ -127,11 +130,11 @@ pub async fn an_operator_spares_calls_under_way_and_finalized_intents(fixture: &
     let by_hand = |update| recovery.update(key, IntentFence::Operator, update);
     assert_eq!(by_hand(finalize()).await, Fenced::Lost, "its attempt may be calling");
     assert_eq!(recovery.update(key, IntentFence::Attention, IntentUpdate::Close).await, Fenced::Lost, "open");
-    run_out().await;
+    run_out(fixture).await;
     recovery.take_one("it dangles").await;
     let again = || IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
     assert_eq!(by_hand(again()).await, Fenced::Applied, "to be looked up again");
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     assert_eq!(recovery.take_one("it is to be looked up").await.looks, 1, "look-ups since");
     assert_eq!(by_hand(IntentUpdate::Refuse("no".to_owned())).await, Fenced::Applied, "refused");
     assert_eq!(by_hand(again()).await, Fenced::Lost, "a refused one is not looked up");
@@ -142,10 +145,10 @@ pub async fn an_operator_spares_calls_under_way_and_finalized_intents(fixture: &
 }
 
 /// A record is held as long as one of its intents is open that may not be called again, and claimable by itself after.
-pub async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for (key, update) in [("found", finalize()), ("absent", IntentUpdate::Absent(None))] {
-        let (claim, opening) = recovery.abandoned(key, Duration::ZERO).await;
+        let (claim, opening) = recovery.abandoned(fixture, key, Duration::ZERO).await;
         let retry = retry_of(&claim);
         let found = recovery.store.be_refused(&retry, "the outcome of a call is unknown").await;
         assert_eq!((found.state, found.unresolved), (RecordState::Held, 1), "what a claim is shown");
@@ -160,28 +163,28 @@ pub async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled(f
 }
 
 /// An intent that may be called again does not keep the next attempt from the record; one that may not does.
-pub async fn a_lapsed_record_whose_intents_may_be_called_again_is_taken_over(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_record_whose_intents_may_be_called_again_is_taken_over(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let (claim, _) = recovery.abandoned("deduplicated", LONG).await;
+    let (claim, _) = recovery.abandoned(fixture, "deduplicated", LONG).await;
     assert_eq!(recovery.store.win(&retry_of(&claim), "it may be called again").await.1, 2);
 
-    let claim = Claim { lease: SHORT, ..claim_of("not sent") };
+    let claim = Claim { lease: fixture.lease(), ..claim_of("not sent") };
     recovery.store.win(&claim, "first claim").await;
     let opening = opening_of(&claim, "a");
     recovery.must_open(&opening, "a new intent").await;
     recovery.must_update(opening.upstream_key, IntentFence::Call(opening.call), IntentUpdate::NotSent).await;
-    let (for_a_while, other) = recovery.abandoned("for a while", SHORT * 3).await;
+    let (for_a_while, other) = recovery.abandoned(fixture, "for a while", fixture.lease() * 3).await;
     assert_eq!(recovery.store.win(&retry_of(&claim), "its call was not sent").await.1, 2);
 
     recovery.must_lose(&next_call(&other), "its lease has run out").await;
-    tokio::time::sleep(SHORT * 3).await;
+    tokio::time::sleep(fixture.lease() * 3).await;
     let found =
         recovery.store.be_refused(&retry_of(&for_a_while), "the upstream may have forgotten it").await;
     assert_eq!(found.state, RecordState::Held, "what a claim is shown");
 }
 
 /// A record with an intent stays when it is given back, with all that hangs on it. Its attempt was not abandoned.
-pub async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
+pub(super) async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = Claim { max_abandoned: 1, ..claim_of("k") };
     recovery.store.win(&claim, "first claim").await;
@@ -203,10 +206,10 @@ pub async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
 }
 
 /// Of an owner that opens an intent at the end of its lease and an attempt that takes the record over, one succeeds.
-pub async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
+pub(super) async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
     let Some(owner) = Recovery::of(fixture).await else { return };
     let Some(taker) = Recovery::of(fixture).await else { return };
-    let lease = Duration::from_millis(60);
+    let lease = fixture.lease() / 8;
     let (mut opened, mut taken) = (0, 0);
     for group in 0..10_u32 {
         let rounds = (0..20_u32).map(|n| {
@@ -249,27 +252,27 @@ pub async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture)
 
 /// A record, even a completed one, is not purged before its intents are settled. One that is not completed is then kept for
 /// its retention anew, and so is one that its attempt gives back past its expiry.
-pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
+pub(super) async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut keys = Vec::new();
     for (key, repeatable_for) in [("once", Duration::ZERO), ("deduplicated", LONG)] {
-        let claim = Claim { lease: SHORT, retention: SHORT, ..claim_of(key) };
+        let claim = Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of(key) };
         recovery.store.win(&claim, "first claim").await;
         let opening = Opening { repeatable_for, ..opening_of(&claim, "a") };
         recovery.must_open(&opening, "a new intent").await;
         keys.push(opening.upstream_key);
     }
-    let completed = Claim { retention: SHORT, ..claim_of("completed") };
+    let completed = Claim { retention: fixture.lease(), ..claim_of("completed") };
     recovery.store.win(&completed, "first claim").await;
     let open = opening_of(&completed, "a");
     recovery.must_open(&open, "a new intent").await;
     recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
-    let late = Claim { retention: SHORT, ..claim_of("late") };
+    let late = Claim { retention: fixture.lease(), ..claim_of("late") };
     recovery.store.win(&late, "first claim").await;
     let settled = opening_of(&late, "a");
     recovery.must_open(&settled, "a new intent").await;
     recovery.must_update(settled.upstream_key, IntentFence::Call(settled.call), finalize()).await;
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(recovery.store.purge(100).await, 0, "purged records with open intents");
     for key in keys {
         recovery.must_update(key, IntentFence::Operator, finalize()).await;
@@ -277,14 +280,14 @@ pub async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     assert_eq!(recovery.store.release(&late.attempt).await, Fenced::Applied, "release by the owner");
     assert_eq!(recovery.store.purge(100).await, 0, "purged records in the moment in which they are freed");
     recovery.must_update(open.upstream_key, IntentFence::Operator, finalize()).await;
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(recovery.store.purge(100).await, 4, "purged records whose intents are settled");
 }
 
 /// What hung on a record that was evicted is settled alone, and does not touch the record that has the key now.
-pub async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn Fixture) {
+pub(super) async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
-    let (old, opening) = recovery.abandoned("k", Duration::ZERO).await;
+    let (old, opening) = recovery.abandoned(fixture, "k", Duration::ZERO).await;
     assert!(recovery.store.evict(&old).await, "there was a record to evict");
     let new = Claim { lease: LONG, ..retry_of(&old) };
     recovery.store.win(&new, "it was evicted").await;
@@ -296,7 +299,7 @@ pub async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn Fixtur
 }
 
 /// Intents are taken for a look-up when they dangle and no attempt can be calling any more, each for a while.
-pub async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fixture: &dyn Fixture) {
+pub(super) async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -304,7 +307,7 @@ pub async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fix
     recovery.must_open(&due, "a new intent").await;
     let later = Opening { dangling_after: LONG, ..opening_of(&claim, "later") };
     recovery.must_open(&later, "a new intent").await;
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     assert_eq!(recovery.take().await, [], "intents that are taken from their owner");
     assert_eq!(recovery.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
     let taken = recovery.take_one("its attempt has ended").await;
@@ -314,15 +317,15 @@ pub async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fix
     recovery
         .must_update(due.upstream_key, taken.lookup_fence(), IntentUpdate::Absent(Some(Duration::ZERO)))
         .await;
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     let last = recovery.take_one("it is to be looked up a last time").await;
     recovery.must_update(due.upstream_key, last.lookup_fence(), IntentUpdate::Close).await;
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     assert_eq!(recovery.take().await, [], "intents that are taken when all is known");
 }
 
 /// Whoever takes intents at the same time as others gets those that the others do not get.
-pub async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
+pub(super) async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -330,7 +333,7 @@ pub async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
         recovery.must_open(&opening_of(&claim, &format!("a {n}")), "a new intent").await;
     }
     recovery.store.release(&claim.attempt).await;
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    fall_due().await;
     let tasks = (0..6).map(|_| {
         let recovery = recovery.clone();
         async move {
@@ -350,7 +353,7 @@ pub async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
 }
 
 /// An operator sees what is open, what dangles, what needs attention and what is dead, and how much there is.
-pub async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn Fixture) {
+pub(super) async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -371,7 +374,7 @@ pub async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn 
             "finalized" => recovery.must_update(key, fence, finalize()).await,
             _ => {}
         }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        fall_due().await;
     }
     assert_eq!(recovery.listed(IntentFilter::Open).await, ["attention", "dangling", "open"]);
     assert_eq!(recovery.listed(IntentFilter::Dangling).await, ["attention", "dangling"]);
@@ -386,7 +389,7 @@ pub async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn 
 }
 
 /// Settled intents that are old enough are purged once their record has gone; open ones never are.
-pub async fn settled_intents_are_purged_without_their_record(fixture: &dyn Fixture) {
+pub(super) async fn settled_intents_are_purged_without_their_record(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -395,11 +398,15 @@ pub async fn settled_intents_are_purged_without_their_record(fixture: &dyn Fixtu
         recovery.must_open(opening, "a new intent").await;
     }
     recovery.must_update(settled.upstream_key, IntentFence::Call(settled.call), finalize()).await;
-    run_out().await;
-    assert_eq!(recovery.purge_settled(SHORT, 100).await, 0, "purged intents whose record is there");
+    run_out(fixture).await;
+    assert_eq!(recovery.purge_settled(fixture.lease(), 100).await, 0, "purged intents whose record is there");
     assert!(recovery.store.evict(&claim).await, "there was a record to evict");
     assert_eq!(recovery.purge_settled(LONG, 100).await, 0, "purged intents that are not old enough");
-    assert_eq!(recovery.purge_settled(SHORT, 100).await, 1, "purged intents, of which one is settled");
+    assert_eq!(
+        recovery.purge_settled(fixture.lease(), 100).await,
+        1,
+        "purged intents, of which one is settled"
+    );
     assert!(recovery.find(settled.upstream_key).await.is_none(), "a purged intent");
     assert!(recovery.find(open.upstream_key).await.is_some(), "an open intent");
 }

@@ -1,12 +1,14 @@
 //! What operators call.
 
+use std::time::Duration;
+
 use super::{Fixture, support::*};
 use crate::stored::record::{
     Claim, CompleteOutcome, Fenced, RecordFilter, RecordState, Resolution, ResolveOutcome,
 };
 
 /// A key without a record has none to show.
-pub async fn an_absent_key_is_not_found(fixture: &dyn Fixture) {
+pub(super) async fn an_absent_key_is_not_found(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     store.win(&claim_of("k"), "first claim").await;
     assert!(store.find(&claim_of("another")).await.is_none(), "a record of a key that was never claimed");
@@ -14,26 +16,28 @@ pub async fn an_absent_key_is_not_found(fixture: &dyn Fixture) {
 }
 
 /// A record past its expiry is still found, as long as it is not purged.
-pub async fn an_expired_record_is_found_until_it_is_purged(fixture: &dyn Fixture) {
+pub(super) async fn an_expired_record_is_found_until_it_is_purged(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let claim = Claim { retention: SHORT, ..claim_of("k") };
+    let claim = Claim { retention: fixture.lease(), ..claim_of("k") };
     store.win_and_complete(&claim, response("r")).await;
     let before = store.get(&claim, "before the expiry").await;
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(store.get(&claim, "after the expiry").await, before, "the expired record");
     assert_eq!(store.purge(1).await, 1, "purged records");
     assert!(store.find(&claim).await.is_none(), "a purged record is found");
 }
 
 /// A list shows the records of one state, among them lapsed ones and those that the next claim would find held.
-pub async fn a_list_is_filtered_by_state(fixture: &dyn Fixture) {
+pub(super) async fn a_list_is_filtered_by_state(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     store.win(&claim_of("alive"), "first claim").await;
-    store.win(&Claim { lease: SHORT, ..claim_of("lapsed") }, "first claim").await;
+    store.win(&Claim { lease: fixture.lease(), ..claim_of("lapsed") }, "first claim").await;
     store.win_and_hold(&claim_of("held")).await;
-    store.win(&Claim { lease: SHORT, max_abandoned: 1, ..claim_of("to be held") }, "first claim").await;
+    store
+        .win(&Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("to be held") }, "first claim")
+        .await;
     store.win_and_complete(&claim_of("completed"), response("r")).await;
-    run_out().await;
+    run_out(fixture).await;
 
     let lists: [(RecordFilter, &[&str]); 4] = [
         (RecordFilter::InProgress, &["alive", "lapsed"]),
@@ -49,11 +53,11 @@ pub async fn a_list_is_filtered_by_state(fixture: &dyn Fixture) {
 }
 
 /// A list begins with the oldest and ends at its limit.
-pub async fn a_list_begins_with_the_oldest(fixture: &dyn Fixture) {
+pub(super) async fn a_list_begins_with_the_oldest(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for key in ["m", "a", "z", "B", "k"] {
         store.win(&Claim { retention: LONG, ..claim_of(key) }, "first claim").await;
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let first = claim_of("a");
     let renewed = store.be_refused(&first, "taken").await;
@@ -70,7 +74,7 @@ pub async fn a_list_begins_with_the_oldest(fixture: &dyn Fixture) {
 }
 
 /// A list shows records as they are, with everything that `get` shows.
-pub async fn a_list_shows_what_get_shows(fixture: &dyn Fixture) {
+pub(super) async fn a_list_shows_what_get_shows(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let completed = claim_of("completed");
     store.win_and_complete(&completed, response("r")).await;
@@ -83,7 +87,7 @@ pub async fn a_list_shows_what_get_shows(fixture: &dyn Fixture) {
 }
 
 /// An evicted key is absent, whatever state its record was in.
-pub async fn an_evicted_key_is_absent(fixture: &dyn Fixture) {
+pub(super) async fn an_evicted_key_is_absent(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let [alive, held, completed, bystander] = ["alive", "held", "completed", "bystander"].map(claim_of);
     assert!(!store.evict(&alive).await, "an absent key was evicted");
@@ -104,9 +108,9 @@ pub async fn an_evicted_key_is_absent(fixture: &dyn Fixture) {
 }
 
 /// Held records and lapsed ones can be given back.
-pub async fn an_operator_gives_a_key_back(fixture: &dyn Fixture) {
+pub(super) async fn an_operator_gives_a_key_back(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    for owner in unknown_outcomes(&store).await {
+    for owner in unknown_outcomes(fixture, &store).await {
         let key = owner.attempt.key.as_str();
         let outcome = store.resolve(&owner, Resolution::Release).await;
         assert_eq!(outcome, ResolveOutcome::Resolved, "{key}: release by an operator");
@@ -121,9 +125,9 @@ pub async fn an_operator_gives_a_key_back(fixture: &dyn Fixture) {
 }
 
 /// Held records and lapsed ones can be completed; that takes them from their attempt and keeps them anew.
-pub async fn an_operator_completes_a_record(fixture: &dyn Fixture) {
+pub(super) async fn an_operator_completes_a_record(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
-    for owner in unknown_outcomes(&store).await {
+    for owner in unknown_outcomes(fixture, &store).await {
         let key = owner.attempt.key.as_str();
         let before = store.get(&owner, key).await;
         let outcome = other.resolve(&owner, Resolution::Complete(response("resolved"))).await;
@@ -138,7 +142,7 @@ pub async fn an_operator_completes_a_record(fixture: &dyn Fixture) {
             "{key}: id and time of making"
         );
         let anew = record.expires_at.duration_since(before.expires_at).unwrap_or_default();
-        assert!(anew > SHORT, "{key}: the expiry moved by {anew:?} only");
+        assert!(anew > fixture.lease(), "{key}: the expiry moved by {anew:?} only");
 
         store.lose_completion(&owner.attempt, "an operator has completed the record").await;
         assert_eq!(store.release(&owner.attempt).await, Fenced::Lost, "{key}: release by the attempt");
@@ -150,25 +154,25 @@ pub async fn an_operator_completes_a_record(fixture: &dyn Fixture) {
 }
 
 /// A record that an operator completes past its expiry is kept for its whole retention again.
-pub async fn a_record_resolved_past_its_expiry_is_kept_anew(fixture: &dyn Fixture) {
+pub(super) async fn a_record_resolved_past_its_expiry_is_kept_anew(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let owner = Claim { retention: SHORT * 2, ..claim_of("k") };
+    let owner = Claim { retention: fixture.lease() * 2, ..claim_of("k") };
     store.win_and_hold(&owner).await;
-    run_out().await;
-    run_out().await;
+    run_out(fixture).await;
+    run_out(fixture).await;
     let outcome = store.resolve(&owner, Resolution::Complete(response("resolved"))).await;
     assert_eq!(outcome, ResolveOutcome::Resolved, "completion by an operator");
     let shown = store.be_refused(&retry_of(&owner), "just resolved, past its first expiry").await;
     assert_eq!(response_of(&shown), "resolved", "response after it was resolved");
     assert_eq!(store.purge(100).await, 0, "a record that was just resolved was purged");
 
-    run_out().await;
-    run_out().await;
+    run_out(fixture).await;
+    run_out(fixture).await;
     assert_eq!(store.purge(100).await, 1, "purged records after the retention anew");
 }
 
 /// A record with a live lease cannot be resolved, nor one that is absent or completed.
-pub async fn only_unknown_outcomes_are_resolved(fixture: &dyn Fixture) {
+pub(super) async fn only_unknown_outcomes_are_resolved(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let [alive, completed, absent] = ["alive", "completed", "absent"].map(claim_of);
     store.win(&alive, "first claim").await;
@@ -191,7 +195,7 @@ pub async fn only_unknown_outcomes_are_resolved(fixture: &dyn Fixture) {
 }
 
 /// Two operators at once: one resolves.
-pub async fn of_simultaneous_resolutions_exactly_one_counts(fixture: &dyn Fixture) {
+pub(super) async fn of_simultaneous_resolutions_exactly_one_counts(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..5 {
         let owner = claim_of(&format!("round {round}"));
@@ -207,7 +211,7 @@ pub async fn of_simultaneous_resolutions_exactly_one_counts(fixture: &dyn Fixtur
 }
 
 /// Of an operator's completion and the attempt's own at the same moment, one is carried out.
-pub async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixture) {
+pub(super) async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     for round in 0..12 {
         let owner = claim_of(&format!("round {round}"));
@@ -231,17 +235,17 @@ pub async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixt
 }
 
 /// Records that an operator may resolve, each with its attempt: held, lapsed, and to be held.
-async fn unknown_outcomes(store: &Handle) -> [Claim; 3] {
+async fn unknown_outcomes(fixture: &dyn Fixture, store: &Handle) -> [Claim; 3] {
     let claims = [
         claim_of("held"),
-        Claim { lease: SHORT, ..claim_of("lapsed") },
-        Claim { lease: SHORT, max_abandoned: 1, ..claim_of("to be held") },
+        Claim { lease: fixture.lease(), ..claim_of("lapsed") },
+        Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("to be held") },
     ];
     for claim in &claims {
         store.win(claim, "first claim").await;
     }
     assert_eq!(store.hold(&claims[0].attempt).await, Fenced::Applied, "the owner could not hold its record");
-    run_out().await;
+    run_out(fixture).await;
     let state = store.get(&claims[1], "lapsed").await.state;
     assert!(
         matches!(state, RecordState::InProgress { .. }),

@@ -6,18 +6,18 @@ use super::{Fixture, support::*};
 use crate::stored::record::{Claim, ClaimOutcome, RecordFilter, RenewOutcome};
 
 /// A purge deletes what is past its expiry and spares everything else.
-pub async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixture: &dyn Fixture) {
+pub(super) async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let expiring = |key: &str| Claim { lease: SHORT, retention: SHORT, ..claim_of(key) };
+    let expiring = |key: &str| Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of(key) };
     store.win_and_complete(&expiring("completed, expired"), response("r")).await;
     store.win(&expiring("lapsed, expired"), "first claim").await;
-    store.win_and_complete(&Claim { lease: SHORT, ..claim_of("completed") }, response("r")).await;
-    store.win(&Claim { lease: SHORT, ..claim_of("lapsed") }, "first claim").await;
-    store.win(&Claim { retention: SHORT, ..claim_of("lease alive, expired") }, "first claim").await;
+    store.win_and_complete(&Claim { lease: fixture.lease(), ..claim_of("completed") }, response("r")).await;
+    store.win(&Claim { lease: fixture.lease(), ..claim_of("lapsed") }, "first claim").await;
+    store.win(&Claim { retention: fixture.lease(), ..claim_of("lease alive, expired") }, "first claim").await;
     store.win_and_hold(&expiring("held, expired")).await;
     store.win(&Claim { max_abandoned: 1, ..expiring("to be held, expired") }, "first claim").await;
     assert_eq!(store.purge(100).await, 0, "purged records before any has expired");
-    run_out().await;
+    run_out(fixture).await;
 
     assert_eq!(store.purge(100).await, 2, "purged records, of which two count as absent");
     let mut left = store.keys_listed(RecordFilter::All, 100).await;
@@ -28,13 +28,13 @@ pub async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixture: &dy
 }
 
 /// A purge deletes at most as many records as it was allowed, and says how many.
-pub async fn a_purge_keeps_to_its_limit(fixture: &dyn Fixture) {
+pub(super) async fn a_purge_keeps_to_its_limit(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for n in 0..25 {
-        let expiring = Claim { retention: SHORT, ..claim_of(&format!("key {n}")) };
+        let expiring = Claim { retention: fixture.lease(), ..claim_of(&format!("key {n}")) };
         store.win_and_complete(&expiring, response("r")).await;
     }
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(store.purge(0).await, 0, "purged records of at most 0");
     for (deleted, left) in [(10, 15), (10, 5), (5, 0), (0, 0)] {
         assert_eq!(store.purge(10).await, deleted, "purged records of at most 10");
@@ -44,25 +44,25 @@ pub async fn a_purge_keeps_to_its_limit(fixture: &dyn Fixture) {
 }
 
 /// What cannot be purged does not keep a purge from what can be, however much of it is older.
-pub async fn held_records_do_not_use_up_the_limit_of_a_purge(fixture: &dyn Fixture) {
+pub(super) async fn held_records_do_not_use_up_the_limit_of_a_purge(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for n in 0..12 {
-        store.win_and_hold(&Claim { retention: SHORT / 2, ..claim_of(&format!("held {n}")) }).await;
+        store.win_and_hold(&Claim { retention: fixture.lease() / 2, ..claim_of(&format!("held {n}")) }).await;
     }
     for n in 0..3 {
-        let expiring = Claim { retention: SHORT, ..claim_of(&format!("completed {n}")) };
+        let expiring = Claim { retention: fixture.lease(), ..claim_of(&format!("completed {n}")) };
         store.win_and_complete(&expiring, response("r")).await;
     }
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(store.purge(5).await, 3, "purged records of at most 5, beside 12 held ones");
 }
 
 /// A purged key is claimable, and the attempt of the purged record has no say in the new one.
-pub async fn a_purged_key_is_claimed_anew(fixture: &dyn Fixture) {
+pub(super) async fn a_purged_key_is_claimed_anew(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let old = Claim { lease: SHORT, retention: SHORT, ..claim_of("k") };
+    let old = Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of("k") };
     store.win(&old, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(store.purge(100).await, 1, "purged records");
     assert!(store.find(&old).await.is_none(), "a purged record is found");
     let new = Claim { lease: LONG, retention: LONG, ..other_request(&old) };
@@ -76,13 +76,13 @@ pub async fn a_purged_key_is_claimed_anew(fixture: &dyn Fixture) {
 }
 
 /// Two processes that purge at once delete each record once.
-pub async fn simultaneous_purges_delete_each_record_once(fixture: &dyn Fixture) {
+pub(super) async fn simultaneous_purges_delete_each_record_once(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for n in 0..60 {
-        let expiring = Claim { retention: SHORT, ..claim_of(&format!("key {n}")) };
+        let expiring = Claim { retention: fixture.lease(), ..claim_of(&format!("key {n}")) };
         handles[n % 2].win_and_complete(&expiring, response("r")).await;
     }
-    run_out().await;
+    run_out(fixture).await;
     let tasks = handles.clone().map(|store| async move {
         let mut deleted = 0;
         for _ in 0..1000 {
@@ -99,10 +99,11 @@ pub async fn simultaneous_purges_delete_each_record_once(fixture: &dyn Fixture) 
 }
 
 /// A purge never deletes a record that was claimed anew meanwhile.
-pub async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixture) {
+pub(super) async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixture) {
     let [store, purger] = two_handles(fixture).await;
     for round in 0..3 {
-        let olds = expired(&store, round, Claim { retention: SHORT, ..claim_of("k") }).await;
+        let olds =
+            expired(fixture, &store, round, Claim { retention: fixture.lease(), ..claim_of("k") }).await;
         let purge = spawn_purge(purger.clone());
         let claims = olds.into_iter().map(|old| {
             let store = store.clone();
@@ -124,9 +125,15 @@ pub async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixture) {
 }
 
 /// A purge never deletes a record whose owner has renewed its lease meanwhile.
-pub async fn a_purge_spares_what_is_renewed_meanwhile(fixture: &dyn Fixture) {
+pub(super) async fn a_purge_spares_what_is_renewed_meanwhile(fixture: &dyn Fixture) {
     let [store, purger] = two_handles(fixture).await;
-    let olds = expired(&store, 0, Claim { retention: SHORT, lease: SHORT, ..claim_of("k") }).await;
+    let olds = expired(
+        fixture,
+        &store,
+        0,
+        Claim { retention: fixture.lease(), lease: fixture.lease(), ..claim_of("k") },
+    )
+    .await;
     let purge = spawn_purge(purger);
     let renewals = olds.into_iter().map(|old| {
         let store = store.clone();
@@ -144,7 +151,7 @@ pub async fn a_purge_spares_what_is_renewed_meanwhile(fixture: &dyn Fixture) {
 }
 
 /// Forty expired records, half of them completed unless their lease is to run out.
-async fn expired(store: &Handle, round: usize, like: Claim) -> Vec<Claim> {
+async fn expired(fixture: &dyn Fixture, store: &Handle, round: usize, like: Claim) -> Vec<Claim> {
     let claims = (0..40).map(|n| {
         let attempt = claim_of(&format!("round {round}, key {n}")).attempt;
         Claim { attempt, record_id: crate::stored::record::RecordId::random(), ..like.clone() }
@@ -152,11 +159,11 @@ async fn expired(store: &Handle, round: usize, like: Claim) -> Vec<Claim> {
     let claims: Vec<Claim> = claims.collect();
     for claim in &claims {
         store.win(claim, "first claim").await;
-        if like.lease > SHORT {
+        if like.lease == LONG {
             store.complete_as_owner(&claim.attempt, response("old"), "by the owner").await;
         }
     }
-    run_out().await;
+    run_out(fixture).await;
     claims
 }
 

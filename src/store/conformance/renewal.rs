@@ -4,7 +4,7 @@ use super::{Fixture, support::*};
 use crate::stored::record::{Claim, Fenced, RenewOutcome, Renewal, Resolution};
 
 /// A renewal counts from the moment at which it is carried out, and can also shorten a lease.
-pub async fn a_renewal_sets_the_lease_anew(fixture: &dyn Fixture) {
+pub(super) async fn a_renewal_sets_the_lease_anew(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
     store.win(&owner, "first claim").await;
@@ -23,31 +23,31 @@ pub async fn a_renewal_sets_the_lease_anew(fixture: &dyn Fixture) {
 }
 
 /// A renewed lease keeps others out for as long as it lasts, and no longer.
-pub async fn a_renewed_lease_keeps_others_out_until_it_runs_out(fixture: &dyn Fixture) {
+pub(super) async fn a_renewed_lease_keeps_others_out_until_it_runs_out(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let owner = Claim { lease: SHORT, ..claim_of("k") };
+    let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win(&owner, "first claim").await;
     assert_eq!(
-        store.renew_one(&owner.attempt, SHORT * 3).await,
+        store.renew_one(&owner.attempt, fixture.lease() * 3).await,
         RenewOutcome::Renewed,
         "renewal by the owner"
     );
-    run_out().await;
+    run_out(fixture).await;
     store.be_refused(&retry_of(&owner), "the first lease is over, the renewed one is not").await;
-    run_out().await;
-    run_out().await;
+    run_out(fixture).await;
+    run_out(fixture).await;
     let won = store.win(&retry_of(&owner), "the renewed lease is over").await;
     assert_eq!(won, (owner.record_id, 2), "id and number of the takeover");
 }
 
 /// A lapsed lease that nobody took is renewed by its owner.
-pub async fn a_lapsed_lease_that_nobody_took_is_renewed(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_lease_that_nobody_took_is_renewed(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
-    let owner = Claim { lease: SHORT, ..claim_of("k") };
-    let last_permitted = Claim { lease: SHORT, max_abandoned: 1, ..claim_of("last permitted") };
+    let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
+    let last_permitted = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("last permitted") };
     store.win(&owner, "first claim").await;
     store.win(&last_permitted, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     for claim in [owner, last_permitted] {
         assert_eq!(
             store.renew_one(&claim.attempt, LONG).await,
@@ -65,7 +65,7 @@ pub async fn a_lapsed_lease_that_nobody_took_is_renewed(fixture: &dyn Fixture) {
 }
 
 /// A renewal is lost when the record is another's, completed or gone.
-pub async fn a_renewal_without_ownership_is_lost(fixture: &dyn Fixture) {
+pub(super) async fn a_renewal_without_ownership_is_lost(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let [strangers, completed, released, evicted, resolved] =
         ["stranger's", "completed", "released", "evicted", "resolved"].map(claim_of);
@@ -99,7 +99,7 @@ pub async fn a_renewal_without_ownership_is_lost(fixture: &dyn Fixture) {
 }
 
 /// A held record is not renewed, but its attempt is told that it may still complete.
-pub async fn a_renewal_of_a_held_record_is_skipped(fixture: &dyn Fixture) {
+pub(super) async fn a_renewal_of_a_held_record_is_skipped(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
     store.win_and_hold(&owner).await;
@@ -115,7 +115,7 @@ pub async fn a_renewal_of_a_held_record_is_skipped(fixture: &dyn Fixture) {
 }
 
 /// The answers come in the order of the renewals, whatever they are.
-pub async fn renewals_are_answered_in_their_order(fixture: &dyn Fixture) {
+pub(super) async fn renewals_are_answered_in_their_order(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let mine: Vec<Claim> = ["z", "a", "m", "B", "0"].into_iter().map(claim_of).collect();
     for claim in &mine {
@@ -151,12 +151,12 @@ pub async fn renewals_are_answered_in_their_order(fixture: &dyn Fixture) {
 }
 
 /// No renewals have no answers.
-pub async fn no_renewals_have_no_answers(fixture: &dyn Fixture) {
+pub(super) async fn no_renewals_have_no_answers(fixture: &dyn Fixture) {
     assert!(handle(fixture).await.renew(&[]).await.is_empty(), "no renewals were answered");
 }
 
 /// Hundreds of leases are renewed by one call.
-pub async fn many_leases_are_renewed_by_one_call(fixture: &dyn Fixture) {
+pub(super) async fn many_leases_are_renewed_by_one_call(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claims: Vec<Claim> = (0..300).map(|n| claim_of(&format!("key {n}"))).collect();
     for claim in &claims {
@@ -171,7 +171,7 @@ pub async fn many_leases_are_renewed_by_one_call(fixture: &dyn Fixture) {
 }
 
 /// Two processes that renew the same leases in opposite order do not wait for each other, and lose none.
-pub async fn simultaneous_renewals_lose_no_lease(fixture: &dyn Fixture) {
+pub(super) async fn simultaneous_renewals_lose_no_lease(fixture: &dyn Fixture) {
     let [left, right] = two_handles(fixture).await;
     let claims: Vec<Claim> = (0..50).map(|n| claim_of(&format!("key {n}"))).collect();
     for claim in &claims {

@@ -4,7 +4,7 @@ use super::{Fixture, support::*};
 use crate::stored::record::{Claim, RenewOutcome, Resolution, ResolveOutcome};
 
 /// A claim that finds a completed record shows its response, by whichever attempt.
-pub async fn a_completed_record_is_shown_to_every_retry(fixture: &dyn Fixture) {
+pub(super) async fn a_completed_record_is_shown_to_every_retry(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
     store.win_and_complete(&owner, response("r")).await;
@@ -17,9 +17,9 @@ pub async fn a_completed_record_is_shown_to_every_retry(fixture: &dyn Fixture) {
 }
 
 /// A replay writes nothing at all.
-pub async fn a_replay_writes_nothing(fixture: &dyn Fixture) {
+pub(super) async fn a_replay_writes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
-    let owner = Claim { lease: SHORT, ..claim_of("k") };
+    let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win_and_complete(&owner, response("r")).await;
     let before = store.get(&owner, "before the replays").await;
     for _ in 0..20 {
@@ -27,13 +27,13 @@ pub async fn a_replay_writes_nothing(fixture: &dyn Fixture) {
         store.be_refused(&eager, "the record is completed").await;
         other.be_refused(&other_request(&owner), "the record is completed").await;
     }
-    run_out().await;
+    run_out(fixture).await;
     store.be_refused(&retry_of(&owner), "the record is completed and its lease is long over").await;
     assert_eq!(store.get(&owner, "after the replays").await, before, "a replay changed the record");
 }
 
 /// Whatever is tried on a completed record, it stays as it is.
-pub async fn a_completed_record_never_changes(fixture: &dyn Fixture) {
+pub(super) async fn a_completed_record_never_changes(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
     store.win_and_complete(&owner, response("r")).await;
@@ -51,7 +51,7 @@ pub async fn a_completed_record_never_changes(fixture: &dyn Fixture) {
 }
 
 /// Retries that come while the owner completes see the record in progress or completed, never in between.
-pub async fn retries_during_a_completion_see_all_of_it_or_nothing(fixture: &dyn Fixture) {
+pub(super) async fn retries_during_a_completion_see_all_of_it_or_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let body = bytes::Bytes::from(vec![7; 100_000]);
     for round in 0..5 {

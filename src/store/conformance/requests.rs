@@ -35,7 +35,7 @@ impl Recovery {
     pub(super) async fn lapse(&self, claim: &Claim) {
         let renewed = self.store.renew_one(&claim.attempt, Duration::from_millis(1)).await;
         assert_eq!(renewed, RenewOutcome::Renewed, "a renewal by the owner");
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        fall_due().await;
     }
 
     /// Releases a record by its attempt so that it stays.
@@ -54,7 +54,7 @@ impl Recovery {
 
     /// Takes at most 100 requests, after those that are due at once have become so.
     pub(super) async fn take_requests(&self, pause: Duration) -> Vec<KeptRequest> {
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        fall_due().await;
         expected(self.inner.take_abandoned(100, pause).await, "take_abandoned")
     }
 
@@ -97,7 +97,7 @@ pub(super) fn send_again(after: Duration) -> RequestUpdate {
 }
 
 /// Only the attempt that owns the record with a live lease keeps a request, and otherwise nothing is kept.
-pub async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixture: &dyn Fixture) {
+pub(super) async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [owned, completed, held] = ["owned", "completed", "held"].map(claim_of);
     recovery.must_not_keep(&owned, "there is no record").await;
@@ -126,7 +126,7 @@ pub async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixture: &dyn
 }
 
 /// A request comes back as it was kept, with the names of its record.
-pub async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture) {
+pub(super) async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let bytes: Bytes = (0..=u8::MAX).chain(*b"'; --\r\n").collect();
     let claim = Claim { attempt: Attempt::new(consumer("' ä \\"), key_of("' k \\")), ..claim_of("k") };
@@ -140,7 +140,7 @@ pub async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture) {
 }
 
 /// A request that is kept later for the same record changes nothing: not what was kept, nor when it is due, nor its tries.
-pub async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) {
+pub(super) async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.win_with_request(&claim).await;
@@ -164,7 +164,7 @@ pub async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) {
 }
 
 /// A record that is kept goes on when its attempt gives it back: its id, its fingerprint and its attempt number.
-pub async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixture) {
+pub(super) async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
@@ -177,7 +177,7 @@ pub async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixture) {
 }
 
 /// A record that is completed or gone is not kept, nor is another one that has its key.
-pub async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
+pub(super) async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [gone, completed] = ["gone", "completed"].map(claim_of);
     assert_eq!(recovery.keep_record(&gone).await, Fenced::Lost, "there is no record");
@@ -193,13 +193,13 @@ pub async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
 }
 
 /// A kept request is purged once its record is completed or gone, however old it is, and not before.
-pub async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fixture: &dyn Fixture) {
+pub(super) async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("given up").await;
     recovery.give_up("why").await;
     recovery.abandoned_request("abandoned").await;
     let [running, held, completed, evicted] = ["running", "held", "completed", "evicted"].map(claim_of);
-    let replaced = Claim { retention: SHORT, ..claim_of("replaced") };
+    let replaced = Claim { retention: fixture.lease(), ..claim_of("replaced") };
     for claim in [&running, &held, &completed, &evicted, &replaced] {
         recovery.win_with_request(claim).await;
     }
@@ -207,7 +207,7 @@ pub async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fix
     assert_eq!(recovery.store.hold(&held.attempt).await, Fenced::Applied, "hold by the owner");
     recovery.store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
     assert!(recovery.store.evict(&evicted).await, "there was a record to evict");
-    run_out().await;
+    run_out(fixture).await;
     recovery.lapse(&replaced).await;
     recovery.store.win(&retry_of(&replaced), "the record has expired").await;
     assert_eq!(recovery.purge_settled(LONG, 100).await, 3, "purged requests");
@@ -222,7 +222,7 @@ pub async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fix
 }
 
 /// No more kept requests are purged at a time than were asked for.
-pub async fn a_purge_of_kept_requests_keeps_to_its_limit(fixture: &dyn Fixture) {
+pub(super) async fn a_purge_of_kept_requests_keeps_to_its_limit(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for key in ["a", "b", "c"] {
         let claim = claim_of(key);
@@ -235,7 +235,7 @@ pub async fn a_purge_of_kept_requests_keeps_to_its_limit(fixture: &dyn Fixture) 
 }
 
 /// There is no result, not even an empty one, of a phase that was not finished.
-pub async fn a_phase_that_was_not_finished_is_not_found(fixture: &dyn Fixture) {
+pub(super) async fn a_phase_that_was_not_finished_is_not_found(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     for why in ["there is no record", "nothing was finished"] {

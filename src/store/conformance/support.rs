@@ -6,7 +6,10 @@ use bytes::Bytes;
 use tokio::{
     sync::Barrier,
     task::{JoinError, JoinHandle, JoinSet},
+    time::sleep,
 };
+
+use super::Fixture;
 
 use crate::{
     consumer::Consumer,
@@ -20,14 +23,17 @@ use crate::{
     },
 };
 
-/// A lease or a retention that runs out while the rule waits.
-pub(super) const SHORT: Duration = Duration::from_millis(400);
 /// A lease or a retention that does not run out.
-pub(super) const LONG: Duration = Duration::from_secs(60);
+pub(super) const LONG: Duration = Duration::from_secs(60 * 60);
 
-/// Waits until everything that was made [`SHORT`] has run out.
-pub(super) async fn run_out() {
-    tokio::time::sleep(SHORT + Duration::from_millis(150)).await;
+/// Waits until everything that was given one lease of the fixture has run out.
+pub(super) async fn run_out(fixture: &dyn Fixture) {
+    sleep(fixture.lease() * 5 / 4).await;
+}
+
+/// Waits until what was given no time, or a millisecond, is due.
+pub(super) async fn fall_due() {
+    sleep(Duration::from_millis(5)).await;
 }
 
 /// A claim of a key by a new attempt of one consumer, with one fingerprint, a long lease and a long retention.
@@ -191,7 +197,7 @@ pub(super) struct Recovery {
 
 impl Recovery {
     /// `None` if the store keeps nothing for recovery.
-    pub(super) async fn of(fixture: &dyn super::Fixture) -> Option<Self> {
+    pub(super) async fn of(fixture: &dyn Fixture) -> Option<Self> {
         let store = handle(fixture).await;
         let inner = store.store().recovery()?;
         Some(Self { store, inner })
@@ -295,11 +301,11 @@ fn unless_it_panicked<T>(joined: Result<T, JoinError>) -> T {
 }
 
 /// Two handles to the storage, as of two processes.
-pub(super) async fn two_handles(fixture: &dyn super::Fixture) -> [Handle; 2] {
+pub(super) async fn two_handles(fixture: &dyn Fixture) -> [Handle; 2] {
     [Handle::new(fixture.open().await), Handle::new(fixture.open().await)]
 }
 
 /// One handle to the storage.
-pub(super) async fn handle(fixture: &dyn super::Fixture) -> Handle {
+pub(super) async fn handle(fixture: &dyn Fixture) -> Handle {
     Handle::new(fixture.open().await)
 }

@@ -1,16 +1,20 @@
 //! Leases that ran out, and who takes the record over.
 
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
 use super::{Fixture, claims::race, support::*};
-use crate::stored::record::{Claim, Fenced, RecordState};
+use crate::stored::record::{AttemptId, Claim, ClaimOutcome, Fenced, RecordId, RecordState};
 
 /// A lease that ran out is taken over: same record, next attempt number, one more abandoned attempt.
-pub async fn a_lapsed_lease_is_taken_over_by_the_same_request(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_lease_is_taken_over_by_the_same_request(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
-    let first = Claim { lease: SHORT, ..claim_of("k") };
+    let first = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win(&first, "first claim").await;
     let before = store.get(&first, "before the takeover").await;
     store.be_refused(&retry_of(&first), "the lease is alive").await;
-    run_out().await;
+    run_out(fixture).await;
 
     let second = Claim { lease: LONG, retention: LONG, ..retry_of(&first) };
     let won = other.win(&second, "the lease ran out").await;
@@ -25,12 +29,12 @@ pub async fn a_lapsed_lease_is_taken_over_by_the_same_request(fixture: &dyn Fixt
 }
 
 /// Each takeover counts the attempt number and the abandoned attempts by one.
-pub async fn attempt_numbers_count_the_takeovers(fixture: &dyn Fixture) {
+pub(super) async fn attempt_numbers_count_the_takeovers(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let first = Claim { lease: SHORT, ..claim_of("k") };
+    let first = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win(&first, "first claim").await;
     for number in 2..=4 {
-        run_out().await;
+        run_out(fixture).await;
         let won = store.win(&retry_of(&first), "the lease ran out").await;
         assert_eq!(won, (first.record_id, number), "id and number after takeovers");
         let abandoned = store.get(&first, "after a takeover").await.abandoned;
@@ -39,13 +43,13 @@ pub async fn attempt_numbers_count_the_takeovers(fixture: &dyn Fixture) {
 }
 
 /// At the instant a lease runs out, one of many claims takes it over.
-pub async fn a_lapsed_lease_is_taken_over_by_exactly_one(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_lease_is_taken_over_by_exactly_one(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..2 {
-        let first = Claim { lease: SHORT, ..claim_of(&format!("round {round}")) };
+        let first = Claim { lease: fixture.lease(), ..claim_of(&format!("round {round}")) };
         handles[0].win(&first, "first claim").await;
         let claims = (0..24).map(|_| Claim { lease: LONG, ..retry_of(&first) }).collect();
-        let winners = race_until_won(&handles, claims).await;
+        let winners = race_until_won(fixture, &handles, claims).await;
         assert_eq!(winners.len(), 1, "takeovers of one lapsed lease: {winners:?}");
         assert_eq!((winners[0].1, winners[0].2), (first.record_id, 2), "id and number of the takeover");
         let record = handles[1].get(&first, "after the takeover").await;
@@ -63,14 +67,14 @@ pub async fn a_lapsed_lease_is_taken_over_by_exactly_one(fixture: &dyn Fixture) 
 }
 
 /// Many claims that find a lease lapsed long ago: one of them takes it over.
-pub async fn of_many_simultaneous_takeovers_exactly_one_wins(fixture: &dyn Fixture) {
+pub(super) async fn of_many_simultaneous_takeovers_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let firsts: Vec<Claim> =
-        (0..5).map(|n| Claim { lease: SHORT, ..claim_of(&format!("key {n}")) }).collect();
+        (0..5).map(|n| Claim { lease: fixture.lease(), ..claim_of(&format!("key {n}")) }).collect();
     for first in &firsts {
         handles[0].win(first, "first claim").await;
     }
-    run_out().await;
+    run_out(fixture).await;
     for first in &firsts {
         let claims = (0..32).map(|_| Claim { lease: LONG, ..retry_of(first) }).collect();
         let winners = race(&handles, claims).await;
@@ -80,11 +84,12 @@ pub async fn of_many_simultaneous_takeovers_exactly_one_wins(fixture: &dyn Fixtu
 }
 
 /// A different request under the same key changes nothing, whatever state the record is in.
-pub async fn a_different_request_never_gets_the_key(fixture: &dyn Fixture) {
+pub(super) async fn a_different_request_never_gets_the_key(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let alive = claim_of("alive");
-    let lapsed = Claim { lease: SHORT, ..claim_of("lapsed") };
-    let last_lapsed = Claim { lease: SHORT, max_abandoned: 1, ..claim_of("last permitted attempt lapsed") };
+    let lapsed = Claim { lease: fixture.lease(), ..claim_of("lapsed") };
+    let last_lapsed =
+        Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("last permitted attempt lapsed") };
     let held = claim_of("held");
     let completed = claim_of("completed");
     for claim in [&alive, &lapsed, &last_lapsed, &held, &completed] {
@@ -92,7 +97,7 @@ pub async fn a_different_request_never_gets_the_key(fixture: &dyn Fixture) {
     }
     assert_eq!(store.hold(&held.attempt).await, Fenced::Applied, "the owner could not hold its record");
     store.complete_as_owner(&completed.attempt, response("r"), "by the owner").await;
-    run_out().await;
+    run_out(fixture).await;
 
     for claim in [&alive, &lapsed, &last_lapsed, &held, &completed] {
         let state = claim.attempt.key.as_str();
@@ -107,13 +112,13 @@ pub async fn a_different_request_never_gets_the_key(fixture: &dyn Fixture) {
 }
 
 /// A record whose lease ran out is in progress with nothing left of the lease.
-pub async fn a_lapsed_lease_shows_nothing_remaining(fixture: &dyn Fixture) {
+pub(super) async fn a_lapsed_lease_shows_nothing_remaining(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
-    let claim = Claim { lease: SHORT, ..claim_of("k") };
+    let claim = Claim { lease: fixture.lease(), ..claim_of("k") };
     store.win(&claim, "first claim").await;
-    run_out().await;
+    run_out(fixture).await;
     let record = store.get(&claim, "after the lease").await;
-    assert_eq!(record.state, RecordState::in_progress(std::time::Duration::ZERO), "state after the lease");
+    assert_eq!(record.state, RecordState::in_progress(Duration::ZERO), "state after the lease");
     assert_eq!(
         record.attempt,
         Some(claim.attempt.id),
@@ -123,20 +128,20 @@ pub async fn a_lapsed_lease_shows_nothing_remaining(fixture: &dyn Fixture) {
 
 /// Lets each claim try again and again until one was won and the others have had time to win as well.
 pub(super) async fn race_until_won(
+    fixture: &dyn Fixture,
     handles: &[Handle; 2],
     claims: Vec<Claim>,
-) -> Vec<(crate::stored::record::AttemptId, crate::stored::record::RecordId, u32)> {
-    let until = tokio::time::Instant::now() + SHORT * 2;
+) -> Vec<(AttemptId, RecordId, u32)> {
+    let until = Instant::now() + fixture.lease() * 3 / 2;
+    sleep(fixture.lease() * 3 / 4).await;
     let tasks = claims.into_iter().enumerate().map(|(n, claim)| {
         let store = handles[n % 2].clone();
         async move {
-            while tokio::time::Instant::now() < until {
-                if let crate::stored::record::ClaimOutcome::Won { record_id, attempt_number } =
-                    store.claim(&claim).await
-                {
+            while Instant::now() < until {
+                if let ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim).await {
                     return Some((claim.attempt.id, record_id, attempt_number));
                 }
-                tokio::time::sleep(std::time::Duration::from_millis(3)).await;
+                sleep(Duration::from_millis(3)).await;
             }
             None
         }

@@ -36,7 +36,7 @@ fn not_sent() -> RequestUpdate {
 }
 
 /// What became of a try is recorded only while the request was not taken again since and waits to be sent.
-pub async fn an_update_of_a_request_is_fenced_by_its_tries(fixture: &dyn Fixture) {
+pub(super) async fn an_update_of_a_request_is_fenced_by_its_tries(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = claim_of("k").record_id;
     for tries in [None, Some(0)] {
@@ -63,7 +63,7 @@ pub async fn an_update_of_a_request_is_fenced_by_its_tries(fixture: &dyn Fixture
 }
 
 /// An operator has a request sent again whatever it is at, and its tries begin anew.
-pub async fn an_operator_begins_the_tries_of_a_request_anew(fixture: &dyn Fixture) {
+pub(super) async fn an_operator_begins_the_tries_of_a_request_anew(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = recovery.abandoned_request("k").await.record_id;
     let by_hand = |update| recovery.update_request(record, None, update);
@@ -79,7 +79,7 @@ pub async fn an_operator_begins_the_tries_of_a_request_anew(fixture: &dyn Fixtur
 }
 
 /// A request that needs attention is listed with the reason, and never taken until an operator has it sent again.
-pub async fn a_request_that_needs_attention_is_listed_and_not_taken(fixture: &dyn Fixture) {
+pub(super) async fn a_request_that_needs_attention_is_listed_and_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("a").await;
     recovery.give_up("'why'").await;
@@ -98,11 +98,11 @@ pub async fn a_request_that_needs_attention_is_listed_and_not_taken(fixture: &dy
 }
 
 /// A request that was not completed is taken again when it is said to be, however long it was taken for.
-pub async fn a_request_is_sent_again_when_it_is_said_to_be(fixture: &dyn Fixture) {
+pub(super) async fn a_request_is_sent_again_when_it_is_said_to_be(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for (key, after) in [("soon", Duration::ZERO), ("later", LONG)] {
         recovery.abandoned_request(key).await;
-        let taken = recovery.take_requests(SHORT).await;
+        let taken = recovery.take_requests(fixture.lease()).await;
         assert_eq!(taken.len(), 1, "requests that are due");
         let updated = recovery.update_request(taken[0].record_id, Some(1), send_again(after)).await;
         assert_eq!(updated, Fenced::Applied, "to be sent again");
@@ -110,12 +110,12 @@ pub async fn a_request_is_sent_again_when_it_is_said_to_be(fixture: &dyn Fixture
             assert_eq!(recovery.take_request("it is due at once").await.tries, 2, "tries");
         }
     }
-    run_out().await;
+    run_out(fixture).await;
     assert_eq!(recovery.keys_taken().await, [""; 0], "requests that are due");
 }
 
 /// That a request was taken and not sent does not count as a try. There are never fewer than none.
-pub async fn a_try_that_was_not_sent_does_not_count(fixture: &dyn Fixture) {
+pub(super) async fn a_try_that_was_not_sent_does_not_count(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = recovery.abandoned_request("k").await.record_id;
     let untaken = recovery.update_request(record, Some(0), not_sent()).await;
@@ -128,7 +128,7 @@ pub async fn a_try_that_was_not_sent_does_not_count(fixture: &dyn Fixture) {
 }
 
 /// A request that is not needed any more is deleted, whatever it is at, and no other.
-pub async fn a_request_that_is_done_is_deleted(fixture: &dyn Fixture) {
+pub(super) async fn a_request_that_is_done_is_deleted(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let done = recovery.abandoned_request("done").await.record_id;
     assert_eq!(recovery.take_request("it is due").await.tries, 1, "tries");

@@ -5,10 +5,6 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use crate::support::{
-    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked},
-    served::{App, layer, serve},
-};
 use axum::{
     Router,
     body::Body,
@@ -21,6 +17,11 @@ use http_body_util::{BodyExt, Full};
 use proptest::{prelude::*, test_runner::TestRunner};
 use tower_http::compression::CompressionLayer;
 use tower_idempotency::Idempotency;
+
+use crate::support::{
+    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked},
+    served::{App, layer, serve},
+};
 
 /// The response of a handler with these header lines.
 fn response(status: u16, lines: &[(&str, &[u8])], body: impl Into<Body>) -> Response {

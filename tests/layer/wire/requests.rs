@@ -2,10 +2,6 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use crate::support::{
-    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked, request},
-    served::{App, layer, serve},
-};
 use axum::{
     Router,
     body::Body,
@@ -19,6 +15,11 @@ use http_body_util::{Full, channel::Channel};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{net::TcpStream, time::timeout};
+
+use crate::support::{
+    http::{Client, RawConnection, RawResponse, exchange, post as charge, post_chunked, request},
+    served::{App, layer, serve},
+};
 
 /// Tells the number of the run and gives the body back.
 #[expect(clippy::needless_pass_by_value, reason = "a handler is given the body")]

@@ -8,10 +8,6 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{
-    http::{RawConnection, RawResponse, exchange, post as charge, request},
-    served::{App, Count, layer, serve},
-};
 use axum::{
     Router,
     body::Body,
@@ -26,6 +22,11 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_stream::{StreamExt, wrappers::UnboundedReceiverStream};
+
+use crate::support::{
+    http::{RawConnection, RawResponse, exchange, post as charge, request},
+    served::{App, Count, layer, serve},
+};
 
 #[track_caller]
 fn assert_not_kept(retry: &RawResponse, original_status: u16) {
