@@ -24,8 +24,7 @@ use crate::{
 /// The calls of operators and of the shutdown, over the state that an [`IdempotencyLayer`], its
 /// clones and its services share.
 ///
-/// Handles are cheap to clone. A call that has begun runs to its end, even if its future is
-/// dropped.
+/// Handles are cheap to clone. A call to the store runs to its end, even if its future is dropped.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -112,12 +111,11 @@ impl IntentLog {
 }
 
 impl IdempotencyHandle {
-    /// Prepares the store at start-up: creates or migrates its tables unless it was told not to,
-    /// and checks that it can be trusted.
+    /// Prepares the store: creates or migrates its tables unless it was told not to, and checks
+    /// that it can be trusted. The first request does the same.
     ///
-    /// Returns what an operator should know, one sentence each. The call is optional, because the
-    /// first request does the same; with it, a wrong set-up shows before the server accepts
-    /// requests.
+    /// Returns what an operator should know, one sentence each. Call it at start-up, so that a
+    /// wrong set-up does not wait for the first request to show.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyHandle, StoreError};
@@ -192,6 +190,7 @@ impl IdempotencyHandle {
         let running = Arc::clone(&self.node.running);
         self.call(|store| async move {
             let evicted = store.evict(&consumer, &key).await?;
+            // Not before: while the record exists, a duplicate must not pass beside its attempt.
             running.forget(&consumer, &key);
             Ok(evicted)
         })
@@ -322,12 +321,11 @@ impl IdempotencyHandle {
             .await
     }
 
-    /// Deletes what is not needed any more, at most `limit` rows of each kind, and returns their
-    /// number.
+    /// Deletes at most `limit` each of settled intents and finished phases that are older than
+    /// `retention` and whose record is gone, and of kept requests whose record is completed or
+    /// gone. Returns their number.
     ///
-    /// These are settled intents and finished phases that are older than `retention` and whose
-    /// record is gone, and kept requests whose record is completed or gone. The
-    /// [`Reaper`](crate::Reaper) does this in the background unless it is off.
+    /// The [`Reaper`](crate::Reaper) does this in the background unless it is off.
     ///
     /// # Errors
     ///
