@@ -43,9 +43,7 @@ pub struct IdempotencyHandle {
 
 /// Tasks were still running when the time to drain was over.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error(
-    "{running} tasks were still running after {limit:?}; their records are taken over when the leases run out"
-)]
+#[error("{running} tasks still ran after {limit:?}; their records are taken over when the leases run out")]
 #[non_exhaustive]
 pub struct DrainTimedOut {
     /// The number of tasks.
@@ -225,6 +223,7 @@ impl IdempotencyHandle {
         let running = Arc::clone(&self.node.running);
         self.call(|store| async move {
             let outcome = store.resolve(&consumer, &key, resolution).await?;
+            // Not after other outcomes: the attempt of the record may still be running.
             if outcome == ResolveOutcome::Resolved {
                 running.forget(&consumer, &key);
             }
@@ -244,8 +243,7 @@ impl IdempotencyHandle {
         self.call(|store| async move { store.purge(limit).await }).await
     }
 
-    /// Makes a log for jobs and messages. It shares the store with the layer and is drained with
-    /// it. Its settings are its own.
+    /// Makes a log for jobs over the same store. It has its own settings and drains with the layer.
     #[must_use]
     pub fn intent_log(&self) -> IntentLog {
         IntentLog::over(Arc::clone(&self.node))
@@ -350,6 +348,7 @@ impl IdempotencyHandle {
     /// Panics outside of a Tokio runtime.
     pub fn start_reconciler(&self, reconciler: Reconciler) -> Result<(), StoreError> {
         self.node.recovery()?;
+        // A weak reference, so that the task does not keep a dropped layer alive.
         self.node.tasks.spawn_background(reconciler.run(Arc::downgrade(&self.node)));
         Ok(())
     }
@@ -486,6 +485,7 @@ async fn resolve_intent(
         );
         return Ok(ResolveIntentOutcome::Resolved);
     }
+    // The fence did not hold; the state of the intent says why.
     let found = recovery.get_intent(intent).await?;
     Ok(match found.map(|found| found.state) {
         None => ResolveIntentOutcome::Absent,
