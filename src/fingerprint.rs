@@ -248,6 +248,7 @@ impl Fingerprinter {
         parts: &Parts,
         body: &Bytes,
     ) -> Option<Fingerprint> {
+        // The own scheme first: it fits all records but those from before a change.
         std::iter::once(self)
             .chain(&self.previous)
             .find(|scheme| record.0.starts_with(&scheme.scheme()))
@@ -262,6 +263,7 @@ impl Fingerprinter {
         options.field(if self.secret.is_some() { b"hmac" } else { b"hash" });
         self.payload.describe(&mut options);
         let mut scheme = [ALGORITHM_VERSION; 9];
+        // Four bytes tell the few schemes of one application apart.
         scheme[1..5].copy_from_slice(&options.digest()[..4]);
         scheme[5..].copy_from_slice(&self.secret.as_ref().map_or(0, |secret| secret.id).to_be_bytes());
         scheme
@@ -378,6 +380,7 @@ fn original_target(parts: &Parts) -> String {
 }
 
 const ALGORITHM_VERSION: u8 = 1;
+// The high bit is never set in the version of a request's fingerprint.
 const ARGUMENTS_VERSION: u8 = 0x81;
 
 #[cfg(test)]

@@ -24,8 +24,7 @@ use crate::{
 /// The calls of operators and of the shutdown, over the state that an [`IdempotencyLayer`], its
 /// clones and its services share.
 ///
-/// Handles are cheap to clone. A call that has begun runs to its end, even if its future is
-/// dropped.
+/// Handles are cheap to clone. A call to the store runs to its end, even if its future is dropped.
 ///
 /// ```
 /// # use std::time::Duration;
@@ -44,9 +43,7 @@ pub struct IdempotencyHandle {
 
 /// Tasks were still running when the time to drain was over.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error(
-    "{running} tasks were still running after {limit:?}; their records are taken over when the leases run out"
-)]
+#[error("{running} tasks still ran after {limit:?}; their records are taken over when the leases run out")]
 #[non_exhaustive]
 pub struct DrainTimedOut {
     /// The number of tasks.
@@ -112,12 +109,11 @@ impl IntentLog {
 }
 
 impl IdempotencyHandle {
-    /// Prepares the store at start-up: creates or migrates its tables unless it was told not to,
-    /// and checks that it can be trusted.
+    /// Prepares the store: creates or migrates its tables unless it was told not to, and checks
+    /// that it can be trusted. The first request does the same.
     ///
-    /// Returns what an operator should know, one sentence each. The call is optional, because the
-    /// first request does the same; with it, a wrong set-up shows before the server accepts
-    /// requests.
+    /// Returns what an operator should know, one sentence each. Call it at start-up, so that a
+    /// wrong set-up does not wait for the first request to show.
     ///
     /// ```
     /// # use tower_idempotency::{IdempotencyHandle, StoreError};
@@ -192,6 +188,7 @@ impl IdempotencyHandle {
         let running = Arc::clone(&self.node.running);
         self.call(|store| async move {
             let evicted = store.evict(&consumer, &key).await?;
+            // Not before: while the record exists, a duplicate must not pass beside its attempt.
             running.forget(&consumer, &key);
             Ok(evicted)
         })
@@ -226,6 +223,7 @@ impl IdempotencyHandle {
         let running = Arc::clone(&self.node.running);
         self.call(|store| async move {
             let outcome = store.resolve(&consumer, &key, resolution).await?;
+            // Not after other outcomes: the attempt of the record may still be running.
             if outcome == ResolveOutcome::Resolved {
                 running.forget(&consumer, &key);
             }
@@ -245,8 +243,7 @@ impl IdempotencyHandle {
         self.call(|store| async move { store.purge(limit).await }).await
     }
 
-    /// Makes a log for jobs and messages. It shares the store with the layer and is drained with
-    /// it. Its settings are its own.
+    /// Makes a log for jobs over the same store. It has its own settings and drains with the layer.
     #[must_use]
     pub fn intent_log(&self) -> IntentLog {
         IntentLog::over(Arc::clone(&self.node))
@@ -322,12 +319,11 @@ impl IdempotencyHandle {
             .await
     }
 
-    /// Deletes what is not needed any more, at most `limit` rows of each kind, and returns their
-    /// number.
+    /// Deletes at most `limit` each of settled intents and finished phases that are older than
+    /// `retention` and whose record is gone, and of kept requests whose record is completed or
+    /// gone. Returns their number.
     ///
-    /// These are settled intents and finished phases that are older than `retention` and whose
-    /// record is gone, and kept requests whose record is completed or gone. The
-    /// [`Reaper`](crate::Reaper) does this in the background unless it is off.
+    /// The [`Reaper`](crate::Reaper) does this in the background unless it is off.
     ///
     /// # Errors
     ///
@@ -352,6 +348,7 @@ impl IdempotencyHandle {
     /// Panics outside of a Tokio runtime.
     pub fn start_reconciler(&self, reconciler: Reconciler) -> Result<(), StoreError> {
         self.node.recovery()?;
+        // A weak reference, so that the task does not keep a dropped layer alive.
         self.node.tasks.spawn_background(reconciler.run(Arc::downgrade(&self.node)));
         Ok(())
     }
@@ -488,6 +485,7 @@ async fn resolve_intent(
         );
         return Ok(ResolveIntentOutcome::Resolved);
     }
+    // The fence did not hold; the state of the intent says why.
     let found = recovery.get_intent(intent).await?;
     Ok(match found.map(|found| found.state) {
         None => ResolveIntentOutcome::Absent,

@@ -222,6 +222,7 @@ impl KeySyntax {
         if self.form == Form::Uuid && !is_hyphenated_uuid(&decoded) {
             return Err(InvalidKey::NotUuid);
         }
+        // After decoding, so that quotation marks and escapes do not count.
         self.check_length(decoded.len())?;
         IdempotencyKey::new(decoded)
     }
@@ -253,6 +254,7 @@ fn bare(value: &[u8]) -> Result<String, InvalidKey> {
 }
 
 fn is_hyphenated_uuid(value: &str) -> bool {
+    // The parser also accepts braces, URNs and digits without hyphens; the length rules them out.
     value.len() == uuid::fmt::Hyphenated::LENGTH && Uuid::try_parse(value).is_ok()
 }
 

@@ -81,6 +81,7 @@ impl ResultPolicy {
     #[must_use]
     pub fn at_most_once() -> Self {
         let classify = |status: StatusCode| match status {
+            // A time-out inside the layer answers so, and the handler may have done its work by then.
             StatusCode::REQUEST_TIMEOUT => Directive::Hold,
             status if status.is_server_error() => Directive::Store,
             status => by_status(status),
@@ -143,6 +144,7 @@ impl ResultPolicy {
     pub(crate) fn max_abandoned(&self) -> u16 {
         match self.abandoned {
             AbandonedAttempts::RunAgain => 5,
+            // The first lease that runs out holds the record.
             AbandonedAttempts::Hold => 1,
         }
     }

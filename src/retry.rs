@@ -59,6 +59,7 @@ pub(crate) async fn retry_until<T, F: Future<Output = Result<T, StoreError>>>(
         let pause = pauses.after(tries);
         match work().await {
             Err(error) if Instant::now() + pause < give_up => failed(&error),
+            // Success, or an error after which another try would begin too late.
             done => return done,
         }
         sleep(pause).await;
@@ -69,6 +70,7 @@ pub(crate) async fn retry_until<T, F: Future<Output = Result<T, StoreError>>>(
 /// Three to five quarters of the interval, so that nodes that started together do not act together.
 pub(crate) fn jittered(interval: Duration) -> Duration {
     let random = Uuid::new_v4().as_bytes()[0];
+    // Divided first: the longest interval must not overflow.
     (interval / 4 * 3).saturating_add(interval / 2 / 255 * u32::from(random))
 }
 

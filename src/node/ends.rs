@@ -104,6 +104,7 @@ impl Node {
 /// than the lease.
 async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
     let Some(lease) = lease else { return call.await };
+    // An answer within the interval, the usual case, costs no renewal.
     let mut call = pin!(call);
     if let Ok(answer) = timeout(lease.interval(), &mut call).await {
         return answer;

@@ -101,6 +101,7 @@ impl Reaper {
     /// Starts the task unless it runs.
     pub(crate) fn ensure_running(&self, node: &Arc<Node>) {
         let Some(schedule) = self.0 else { return };
+        // Read before the swap: every request with a key passes here.
         if !node.reaper_runs.load(Ordering::Relaxed) && !node.reaper_runs.swap(true, Ordering::Relaxed) {
             // Made outside of the task: a runtime that shuts down may drop the task before its first poll.
             let alive = Alive(Arc::downgrade(node));

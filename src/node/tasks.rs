@@ -160,6 +160,7 @@ pub(crate) async fn answer_of<T>(
 ) -> Result<T, StoreError> {
     match timeout(limit, task).await {
         Ok(answer) => answer.unwrap_or_else(|error| Err(task_ended(error))),
+        // The task is detached, not cancelled, when its handle is dropped.
         Err(elapsed) => Err(no_answer(limit).with_source(elapsed)),
     }
 }

@@ -35,7 +35,7 @@ pub trait Restore: Send + Sync + 'static {
     async fn restore(&self, request: &mut Request<()>, consumer: &Consumer) -> Result<(), Refused>;
 }
 
-/// A request is not sent again, with the reason.
+/// The refusal to send a request again, with its reason.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct Refused {
@@ -70,9 +70,9 @@ impl Refused {
 /// like a retry of the client: it runs once, its response is stored, and the client gets that
 /// response when it does come back.
 ///
-/// Some requests are not sent. Those whose record is held, or was claimed under a policy that
-/// [holds abandoned attempts](crate::AbandonedAttempts::Hold), wait for an operator. Those that
-/// failed before any intent or phase have nothing left to complete.
+/// A request is not sent while its record is held, and never if the record was claimed under a
+/// policy that [holds abandoned attempts](crate::AbandonedAttempts::Hold). A request that failed
+/// before any intent or phase is not sent either: nothing of it is left to complete.
 ///
 /// # When an operator is needed
 ///

@@ -116,8 +116,8 @@ pub enum Lookup {
 /// [`list_intents`](crate::IdempotencyHandle::list_intents) and
 /// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent).
 ///
-/// If a node dies or is drained, another node takes the intents it had taken after the time for a
-/// whole batch, about 8 min with the defaults.
+/// If a node dies or is drained, another node takes its remaining intents after the time that a
+/// whole batch may take, about 8 min with the defaults.
 ///
 /// ```
 /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreError};

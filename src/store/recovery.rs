@@ -31,9 +31,9 @@ use crate::{
 ///   the record was released, until that intent is settled. If every open intent may be called
 ///   again, the record is taken over as usual.
 /// * **A record with an intent or a finished phase is retained when it is released.** Its id,
-///   fingerprint and attempt number continue. It is not purged while an intent is open. If it was
-///   open or held past its expiry and that ends, or if its lease outlived the expiry, it gets its
-///   whole retention again, so that a retry finds the outcome.
+///   fingerprint and attempt number continue. It is not purged while an intent is open. If an open
+///   intent or a held state lasts past the expiry and then ends, or if the lease outlives the
+///   expiry, the record gets its whole retention again, so that a retry finds the outcome.
 /// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and
 ///   repeatable: an opening with the id of the last call is won again.
 /// * **An intent may be called** in four cases: it is new; it is open and was certainly not sent;

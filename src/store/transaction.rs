@@ -169,6 +169,7 @@ impl TransactionOptions {
             isolation: self.isolation,
             idle_timeout: self.idle_timeout.unwrap_or(lease),
             statement_timeout: self.statement_timeout.unwrap_or(lease),
+            // No lease is renewed while the only writer is busy, so it ends well before the lease.
             time_limit: self.time_limit.unwrap_or(lease / 3),
             begin_timeout: store_timeout,
         }

@@ -71,6 +71,7 @@ impl Completer {
                     counts.taken += 1;
                     let (this, node) = (self.clone(), Arc::clone(node));
                     let tasks = node.tasks.clone();
+                    // Tracked, so that draining waits for it.
                     under_way.spawn(tasks.track(async move { this.complete(&node, &request).await }));
                 }
             }
@@ -144,6 +145,7 @@ impl Completer {
                 let what = "its fingerprint differs from the one of its record";
                 Fate::NeedsAttention(what.to_owned())
             }
+            // It outlived the time-out: sent again now, it would only be refused with 409.
             _ if is_owned(record) => Fate::Later("an attempt is running".to_owned()),
             Some(RejectionCode::ShuttingDown) => Fate::Later(what),
             Some(code) => self.again_or_not(request, format!("{what}: {code}")),

@@ -39,6 +39,7 @@ where
     S::Error: Into<BoxError>,
     B: From<Bytes> + Send + 'static,
 {
+    // A service need not be `Sync`; the lock makes it so.
     let service = Mutex::new(service);
     Arc::new(move |request| {
         let mut service = service.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -119,6 +119,7 @@ impl Reconciler {
                 break;
             }
         }
+        // Without the feature, the query would be made in vain.
         if metrics::ENABLED
             && let Ok(counts) = recovery.count_intents().await
         {
@@ -193,6 +194,7 @@ impl Reconciler {
     async fn ask(&self, intent: &Arc<Intent>) -> Result<Lookup, BoxError> {
         let (upstreams, intent) = (Arc::clone(&self.upstreams), Arc::clone(intent));
         let asked = tokio::spawn(async move { upstreams.reconcile(&intent).await });
+        // A look-up changes nothing, so one that is too slow can be cut off.
         timeout(self.settings.timeout, AbortOnDropHandle::new(asked)).await??
     }
 }
