@@ -60,9 +60,8 @@ async fn pay(
     extensions: Extensions,
     Json(payment): Json<Payment>,
 ) -> Result<(StatusCode, Json<Value>), Error> {
-    let call =
-        idempotency.intent(TRANSFER).with_arguments(&payment).with_timeout(TIMEOUT).with_grace(TIMEOUT);
-    let transfer = call.call(async |key| bank.transfer(key, &payment).await).await?.id;
+    let intent = idempotency.intent(TRANSFER).with_arguments(&payment).with_timeout(LIMIT).with_grace(LIMIT);
+    let transfer = intent.call(async |key| bank.transfer(key, &payment).await).await?.id;
     // The transaction begins after the call, so that it is never open while the bank is slow.
     database.insert(&extensions, &transfer, payment.cents.get()).await?;
     Ok((StatusCode::CREATED, Json(json!({"transfer": transfer, "cents": payment.cents}))))
@@ -151,7 +150,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
     let url = std::env::var("DATABASE_URL").unwrap_or("sqlite://example-payments.sqlite?mode=rwc".to_owned());
     let (database, idempotency) = Database::open(&url).await?;
     let (handle, bank) = (idempotency.handle(), Bank::default());
-    handle.start_reconciler(Reconciler::new(bank.clone()).with_interval(TIMEOUT))?;
+    handle.start_reconciler(Reconciler::new(bank.clone()).with_interval(LIMIT))?;
     println!("http://127.0.0.1:3000/payments waits for payments");
     let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
     let server = axum::serve(TcpListener::bind("127.0.0.1:3000").await?, router(database, bank, idempotency));
@@ -161,7 +160,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
 }
 
 const TRANSFER: &str = "bank.transfer";
-const TIMEOUT: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(2);
 const CREATE_TABLE: &str = "CREATE TABLE IF NOT EXISTS payments (transfer TEXT, cents BIGINT)";
 const INSERT: &str = "INSERT INTO payments (transfer, cents) VALUES ($1, $2)";
 
