@@ -1,5 +1,9 @@
-#![doc = include_str!("docs/crate.md")]
-#![doc = include_str!("docs/intents_index.md")]
+//! A [Tower](https://docs.rs/tower) layer that makes an HTTP API safe to retry: a request with an
+//! `Idempotency-Key` is performed once, and every retry gets the same answer.
+//!
+#![doc = include_str!("../assets/retry.svg")]
+//!
+#![doc = include_str!("guide/front_page.md")]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -62,6 +66,47 @@ pub use stored::{
     intent::{CallFailure, Intent, Resource, UpstreamKey},
     response::{Representation, StoredRepresentation},
 };
+
+/// The guide, one chapter a page.
+#[cfg(any(doc, doctest))]
+pub mod guide {
+    #![doc = include_str!("guide/contents.md")]
+
+    #[doc = include_str!("guide/why_retries_hurt.md")]
+    pub mod why_retries_hurt {}
+    #[doc = include_str!("guide/first_application.md")]
+    pub mod first_application {}
+    #[doc = include_str!("guide/which_tool.md")]
+    pub mod which_tool {}
+    #[doc = include_str!("guide/calling_a_provider.md")]
+    pub mod calling_a_provider {}
+    #[doc = include_str!("guide/transactions.md")]
+    pub mod transactions {}
+    #[doc = include_str!("guide/intents.md")]
+    pub mod intents {}
+    #[doc = include_str!("guide/recovery.md")]
+    pub mod recovery {}
+    #[doc = include_str!("guide/existing_application.md")]
+    pub mod existing_application {}
+    #[doc = include_str!("guide/testing.md")]
+    pub mod testing {}
+    #[doc = include_str!("guide/errors.md")]
+    pub mod errors {}
+    #[doc = include_str!("guide/your_apis_users.md")]
+    pub mod your_apis_users {}
+    #[doc = include_str!("guide/operating.md")]
+    pub mod operating {}
+    #[doc = include_str!("guide/settings.md")]
+    pub mod settings {}
+    #[doc = include_str!("guide/writing_a_store.md")]
+    pub mod writing_a_store {}
+    #[doc = include_str!("guide/proof.md")]
+    pub mod proof {}
+    #[doc = include_str!("guide/fault_runs.md")]
+    pub mod fault_runs {}
+    #[doc = include_str!("guide/intents_index.md")]
+    pub mod intents_index {}
+}
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -150,6 +150,8 @@ async fn serve() -> Result<(), Box<dyn Error>> {
     println!("{url} keeps everything in {}. Try:\n", without_password(&database_url));
     println!("  curl -i {url}/charges -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: order-1' \\");
     println!("    --json '{{\"amount\": 2000, \"currency\": \"usd\", \"description\": \"one book\"}}'\n");
+    println!("  curl -i {url}/payouts -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: payout-1' \\");
+    println!("    --json '{{\"recipient\": \"DE02\", \"amount\": 2000}}'\n");
 
     axum::serve(listener, app).with_graceful_shutdown(asked_to_end()).await?;
     // All connections are closed, but a request whose client has left may still be running.
