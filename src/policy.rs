@@ -39,6 +39,16 @@ pub enum AbandonedAttempts {
     Hold,
 }
 
+impl AbandonedAttempts {
+    /// How many leases may run out before a record is held.
+    pub(crate) fn limit(self) -> u16 {
+        match self {
+            Self::RunAgain => 5,
+            Self::Hold => 1,
+        }
+    }
+}
+
 type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 
 /// Which results are stored and replayed, and whether abandoned attempts run again.
@@ -97,20 +107,8 @@ impl ResultPolicy {
         overridden.unwrap_or_else(|| (self.classify)(response.status))
     }
 
-    /// What is done after a panic, an error of the inner service, a broken response body or too long an execution.
-    pub(crate) fn without_result(&self) -> Directive {
-        match self.abandoned {
-            AbandonedAttempts::RunAgain => Directive::Release,
-            AbandonedAttempts::Hold => Directive::Hold,
-        }
-    }
-
-    /// How many leases may run out before a record is held.
-    pub(crate) fn max_abandoned(&self) -> u16 {
-        match self.abandoned {
-            AbandonedAttempts::RunAgain => 5,
-            AbandonedAttempts::Hold => 1,
-        }
+    pub(crate) fn abandoned(&self) -> AbandonedAttempts {
+        self.abandoned
     }
 }
 

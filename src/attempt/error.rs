@@ -6,7 +6,7 @@ use http::Response;
 use crate::{
     error::{BoxError, StoreError},
     redact::TRACING_TARGET,
-    rejection::{ProblemJson, Rejection, RejectionCode, respond},
+    rejection::{Rejection, RejectionCode, respond_by_default},
 };
 
 /// A call to an upstream service has no result.
@@ -102,11 +102,12 @@ impl IntentError {
         }
     }
 
-    /// The response, rendered as [`ProblemJson`] whatever the layer's renderer is. Logs the cause.
+    /// Makes the response and logs the cause. The layer around the handler renders it with its
+    /// [renderer](crate::IdempotencyLayer::with_renderer).
     #[must_use]
     pub fn into_http_response(self) -> Response<Bytes> {
         self.log();
-        let mut response = respond(self.rejection(), &ProblemJson);
+        let mut response = respond_by_default(self.rejection());
         if matches!(self, Self::Refused(_)) {
             // The handler's answer, and no refusal of the layer.
             response.extensions_mut().remove::<Rejection>();

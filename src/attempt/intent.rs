@@ -7,8 +7,11 @@ use serde::Serialize;
 use tokio::time::{Instant, timeout};
 
 use crate::{
-    attempt::idempotency::Idempotency, fingerprint::canonical_digest, node::tasks::answer_of,
-    redact::TRACING_TARGET, stored::record::Fenced,
+    attempt::{Facts, idempotency::Idempotency},
+    fingerprint::canonical_digest,
+    node::tasks::answer_of,
+    redact::TRACING_TARGET,
+    stored::record::Fenced,
 };
 use crate::{
     attempt::{
@@ -196,8 +199,8 @@ impl IntentBuilder {
         self.discriminator.as_deref().map_or(Ok(()), check_name)?;
         let (dangling_after, repeatable_for) = (self.dangling_after(), self.repeatable_for());
         let arguments = self.arguments.map_err(IntentError::Misused)?;
-        let entered = self.idempotency.progress().enter(&self.name, self.discriminator, &arguments)?;
-        let (attempt, record_id) = (self.idempotency.attempt().clone(), self.idempotency.record_id());
+        let entered = self.idempotency.facts.progress.enter(&self.name, self.discriminator, &arguments)?;
+        let (attempt, record_id) = (self.idempotency.facts.attempt.clone(), self.idempotency.record_id());
         let opening = Opening {
             arguments: arguments.clone(),
             subject: self.subject,
@@ -207,8 +210,12 @@ impl IntentBuilder {
         };
         let (key, fence) = (opening.upstream_key, IntentFence::Call(opening.call));
         let opened_at = Instant::now();
-        let outcome =
-            self.idempotency.node().open_intent(opening, self.idempotency.settings().store_wait()).await;
+        let outcome = self
+            .idempotency
+            .facts
+            .node
+            .open_intent(opening, self.idempotency.facts.settings.store_wait())
+            .await;
         match outcome.map_err(IntentError::NotRecorded)? {
             OpenOutcome::Opened => Ok(Opened::Call(OpenIntent {
                 idempotency: self.idempotency,
@@ -220,7 +227,7 @@ impl IntentBuilder {
             })),
             OpenOutcome::Lost => Err(IntentError::Lost),
             OpenOutcome::Recorded(intent) if intent.arguments != arguments => {
-                self.idempotency.progress().hold(IntentError::OtherArguments.rejection());
+                self.idempotency.facts.progress.hold(IntentError::OtherArguments.rejection());
                 tracing::error!(
                     target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name, upstream_key = %key,
                     "an attempt asks for an intent with other arguments than an earlier one; the key is held"
@@ -308,7 +315,7 @@ impl OpenIntent {
     }
 
     fn log(&self, failure: &CallFailure) {
-        let (attempt, key, intent) = (self.idempotency.attempt(), self.key, self.entered.name());
+        let (attempt, key, intent) = (&self.idempotency.facts.attempt, self.key, self.entered.name());
         let error = failure as &(dyn std::error::Error + 'static);
         match failure {
             CallFailure::Refused(_) => tracing::info!(
@@ -351,9 +358,9 @@ impl OpenIntent {
     }
 
     async fn settle(self, update: IntentUpdate) -> Result<(), IntentError> {
-        let node = self.idempotency.node();
-        let wait = self.idempotency.settings().settle_wait();
-        let give_up = Instant::now() + self.idempotency.settings().timing.max_execution.max(wait);
+        let Facts { node, settings, .. } = &*self.idempotency.facts;
+        let wait = settings.settle_wait();
+        let give_up = Instant::now() + settings.timing.max_execution.max(wait);
         let settles = matches!(update, IntentUpdate::Finalize(_) | IntentUpdate::Refuse(_));
         let task = node.settle_intent(self.key, self.fence, update, give_up);
         if settles {

@@ -12,7 +12,7 @@ use crate::{
     store::sql::slot::{Last, Slot},
 };
 use crate::{
-    attempt::{idempotency::Idempotency, progress::InPhase},
+    attempt::{Facts, idempotency::Idempotency, progress::InPhase},
     error::StoreError,
     store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind},
 };
@@ -84,20 +84,20 @@ impl Idempotency {
 
     fn enter_phase(&self, name: &str) -> Result<InPhase, crate::attempt::error::IntentError> {
         self.refuse_inside_transaction()?;
-        self.progress().enter_phase(name)
+        self.facts.progress.enter_phase(name)
     }
 
     /// The result of a phase that is finished, as far as the store has got.
     async fn finished_phase(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
-        let recovery = self.node().recovery()?;
-        let (attempt, record, name) = (self.attempt().clone(), self.record_id(), name.to_owned());
-        let limit = self.settings().store_wait();
+        let Facts { node, settings, attempt, record_id, .. } = &*self.facts;
+        let (recovery, attempt, record) = (node.recovery()?, attempt.clone(), *record_id);
+        let name = name.to_owned();
         let find = async move { recovery.find_phase(&attempt, record, &name).await };
-        self.node().tasks.call(limit, find).await
+        node.tasks.call(settings.store_wait(), find).await
     }
 
     fn phase_slot<DB: Database>(&self) -> Result<Arc<Slot<DB>>, TxError> {
-        let slot = self.offered().and_then(|offered| offered.get::<Arc<Slot<DB>>>());
+        let slot = self.facts.offered.get::<Arc<Slot<DB>>>();
         slot.map(|slot| slot.again()).ok_or_else(TxError::no_store)
     }
 }
@@ -132,7 +132,7 @@ impl<DB: Database> Phase<'_, DB> {
     /// Waits for it as long as the next step may wait.
     async fn roll_back(&mut self) {
         if let Some(task) = self.start_roll_back() {
-            let _ = timeout(self.idempotency.settings().store_wait(), task).await;
+            let _ = timeout(self.idempotency.facts.settings.store_wait(), task).await;
         }
     }
 
@@ -153,7 +153,7 @@ impl<DB: Database> Phase<'_, DB> {
         &self,
         end: impl Future<Output = Result<(), TransactionError>> + Send + 'static,
     ) -> JoinHandle<Result<(), TransactionError>> {
-        let progress = Arc::clone(self.idempotency.progress());
+        let progress = Arc::clone(&self.idempotency.facts.progress);
         let noting = {
             let progress = Arc::clone(&progress);
             async move {
@@ -166,11 +166,11 @@ impl<DB: Database> Phase<'_, DB> {
                 ended
             }
         };
-        self.idempotency.node().tasks.spawn(progress.track(noting))
+        self.idempotency.facts.node.tasks.spawn(progress.track(noting))
     }
 
     async fn finish(&self, slot: Arc<Slot<DB>>, result: Bytes) -> Result<(), TransactionError> {
-        let limit = self.idempotency.settings().settle_wait();
+        let limit = self.idempotency.facts.settings.settle_wait();
         let last = Last::Phase { name: self.name.clone(), result };
         let task = self.run_to_end(async move { slot.finish(last).await });
         let finished = match timeout(limit, task).await {

@@ -83,7 +83,7 @@ impl<DB: Database> Tx<DB> {
         let slot = extensions.get::<Arc<Slot<DB>>>().cloned();
         let idempotency = extensions.get::<Idempotency>();
         let guarded = idempotency.is_some();
-        let in_phase = idempotency.is_some_and(|idempotency| idempotency.progress().is_phase_open());
+        let in_phase = idempotency.is_some_and(|idempotency| idempotency.facts.progress.is_phase_open());
         let unprotected = extensions.get::<Unprotected>().is_some();
         async move {
             match slot {

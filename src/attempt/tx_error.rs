@@ -9,7 +9,7 @@ use crate::{
     attempt::error::IntentError,
     error::{BoxError, StoreError},
     redact::TRACING_TARGET,
-    rejection::{ProblemJson, Rejection, RejectionCode, respond},
+    rejection::{Rejection, RejectionCode, respond_by_default},
     store::{
         sql::transaction_error_kind,
         transaction::{TransactionError, TransactionErrorKind},
@@ -96,7 +96,8 @@ impl TxError {
         self.rejection.code()
     }
 
-    /// The refusal, rendered as [`ProblemJson`] whatever the layer's renderer is. Logs the cause.
+    /// Makes the response and logs the cause. The layer around the handler renders it with its
+    /// [renderer](crate::IdempotencyLayer::with_renderer).
     #[must_use]
     pub fn into_http_response(self) -> Response<Bytes> {
         match self.source.map(|source| source.downcast::<IntentError>()) {
@@ -107,7 +108,7 @@ impl TxError {
             }
             None => {}
         }
-        respond(*self.rejection, &ProblemJson)
+        respond_by_default(*self.rejection)
     }
 }
 

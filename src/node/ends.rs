@@ -23,7 +23,7 @@ pub(crate) enum End {
 
 /// What became of an [`End`].
 #[derive(Debug)]
-pub(crate) enum Ended {
+pub(crate) enum Written {
     /// The record says what the attempt says.
     Done,
     /// The record says something else.
@@ -41,7 +41,7 @@ impl Node {
         lease: Option<&Lease>,
         end: &End,
         give_up: Instant,
-    ) -> Result<Ended, StoreError> {
+    ) -> Result<Written, StoreError> {
         let end_once = || {
             // Before the write is sent: a renewal that overtook it would extend a lease that has ended.
             if let Some(lease) = lease {
@@ -62,12 +62,12 @@ impl Node {
         .await
     }
 
-    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Ended, StoreError> {
+    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Written, StoreError> {
         match end {
             End::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
-                CompleteOutcome::Completed => Ended::Done,
-                CompleteOutcome::Lost(record) => Ended::Lost(record),
-                CompleteOutcome::Absent => Ended::Absent,
+                CompleteOutcome::Completed => Written::Done,
+                CompleteOutcome::Lost(record) => Written::Lost(record),
+                CompleteOutcome::Absent => Written::Absent,
             }),
             End::Release => self.after(attempt, self.store.release(attempt).await?).await,
             End::Hold => {
@@ -84,13 +84,13 @@ impl Node {
     }
 
     /// An attempt that has lost its record must not contradict what another one has stored.
-    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Ended, StoreError> {
+    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Written, StoreError> {
         if fenced == Fenced::Applied {
-            return Ok(Ended::Done);
+            return Ok(Written::Done);
         }
         let record = self.store.get(&attempt.consumer, &attempt.key).await?;
         let completed = record.filter(|record| matches!(record.state, RecordState::Completed { .. }));
-        Ok(completed.map_or(Ended::Done, |record| Ended::Lost(Box::new(record))))
+        Ok(completed.map_or(Written::Done, |record| Written::Lost(Box::new(record))))
     }
 }
 

@@ -68,6 +68,11 @@ impl Renewer {
         }
     }
 
+    /// Stops renewing the lease of an attempt.
+    pub(crate) fn leave(&self, attempt: AttemptId) {
+        self.state().leases.remove(&attempt);
+    }
+
     /// When the next lease is due; `None`, and the task ends, if there is none.
     fn next_due(&self) -> Option<Instant> {
         let mut state = self.state();
@@ -202,7 +207,7 @@ impl Lease {
 
     /// Stops renewing; the lease runs on until its end.
     pub(crate) fn leave(&self) {
-        self.renewer.state().leases.remove(&self.renewal.attempt.id);
+        self.renewer.leave(self.renewal.attempt.id);
     }
 
     pub(crate) fn interval(&self) -> Duration {

@@ -18,11 +18,13 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     retry::Backoff,
     store::{Store, recovery::RecoveryStore},
+    stored::codec::Codec,
 };
 
 /// Shared by a layer, its clones, its services and its handles.
 pub(crate) struct Node {
     pub(crate) store: Arc<dyn Store>,
+    pub(crate) codec: Codec,
     pub(crate) tasks: Tasks,
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
@@ -34,7 +36,7 @@ impl Node {
         let tasks = Tasks::default();
         let running = Arc::<Running>::default();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
-        Arc::new(Self { store, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
+        Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
     }
 
     /// What keeps intents, phases and requests beside the records.

@@ -10,20 +10,7 @@ use crate::{
     rejection::{Rejection, RejectionCode},
 };
 
-/// How transactions of handlers are begun and ended. Set on the layer:
-/// [`with_transactions`](crate::IdempotencyLayer::with_transactions); or on a log:
-/// [`with_transactions`](crate::IntentLog::with_transactions).
-#[derive(Clone, Debug, Default)]
-pub struct TransactionOptions {
-    isolation: Option<IsolationLevel>,
-    idle_timeout: Option<Duration>,
-    statement_timeout: Option<Duration>,
-    time_limit: Option<Duration>,
-    pub(crate) keep_writes_of_client_errors: bool,
-    pub(crate) reruns: u32,
-}
-
-/// What a store keeps to in a transaction: [`TransactionOptions`] with the defaults of the layer filled in.
+/// What a store keeps to in a transaction: [`TransactionOptions`](crate::TransactionOptions) with the defaults of the layer filled in.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TransactionLimits {
@@ -51,75 +38,6 @@ pub enum IsolationLevel {
     RepeatableRead,
     /// `SERIALIZABLE`.
     Serializable,
-}
-
-impl TransactionOptions {
-    /// Sets the isolation level. Default: the database's. SQLite knows one level only, the strictest.
-    ///
-    /// A handler cannot choose it by `SET TRANSACTION`: when it gets the transaction, the record is locked already.
-    #[must_use]
-    pub fn with_isolation(mut self, level: IsolationLevel) -> Self {
-        self.isolation = Some(level);
-        self
-    }
-
-    /// Sets for how long the server lets a transaction be open without a statement running, as PostgreSQL's
-    /// `idle_in_transaction_session_timeout`. Default: the lease. A shorter setting of the server stays. It bounds for
-    /// how long a frozen process keeps its locks, and for how long a handler may wait for something else between two
-    /// statements.
-    #[must_use]
-    pub fn with_idle_timeout(mut self, limit: Duration) -> Self {
-        self.idle_timeout = Some(limit);
-        self
-    }
-
-    /// Sets for how long one statement of the handler may take, as PostgreSQL's `statement_timeout`. Default: the lease.
-    /// A shorter setting of the server stays. No effect on SQLite.
-    #[must_use]
-    pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
-        self.statement_timeout = Some(limit);
-        self
-    }
-
-    /// Sets for how long a transaction may be open on a store with one writer (SQLite), which nobody else can write to
-    /// meanwhile. After that the handler is cancelled and its transaction rolled back. Default: a third of the lease. With
-    /// a limit over the lease, duplicates at other processes may get 503 `store-unavailable` instead of 409. No effect on
-    /// PostgreSQL, where the other two limits and `with_max_execution` hold.
-    #[must_use]
-    pub fn with_time_limit(mut self, limit: Duration) -> Self {
-        self.time_limit = Some(limit);
-        self
-    }
-
-    /// Keeps what a handler has written when its response is a 4xx that is stored. Default: it is rolled back.
-    #[must_use]
-    pub fn keep_writes_of_client_errors(mut self) -> Self {
-        self.keep_writes_of_client_errors = true;
-        self
-    }
-
-    /// Performs a request again, at once, when its transaction collided with another one, at most this many times.
-    /// Default: 0, the client is asked to send it again. For handlers whose only effects are in the transaction.
-    ///
-    /// A collision is known at COMMIT, and by a `TxError` that the handler returns: an answer of its own
-    /// is not performed again. On SQLite transactions do not collide.
-    #[must_use]
-    pub fn with_reruns(mut self, reruns: u32) -> Self {
-        self.reruns = reruns;
-        self
-    }
-
-    /// Fills in what depends on the settings of the layer.
-    pub(crate) fn limits(&self, lease: Duration, store_timeout: Duration) -> TransactionLimits {
-        TransactionLimits {
-            lease,
-            isolation: self.isolation,
-            idle_timeout: self.idle_timeout.unwrap_or(lease),
-            statement_timeout: self.statement_timeout.unwrap_or(lease),
-            time_limit: self.time_limit.unwrap_or(lease / 3),
-            begin_timeout: store_timeout,
-        }
-    }
 }
 
 /// The transaction of one attempt, as the layer sees it. A store that offers transactions puts something into the

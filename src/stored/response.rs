@@ -1,4 +1,4 @@
-//! Stored responses: what of a response is kept, and its encoding.
+//! Stored responses: what is stored of a response, and in which bytes.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response::Par
 use crate::{
     consumer::Consumer,
     redact::Length,
-    stored::codec::{Unsealed, get_bytes, get_headers, put_bytes, put_headers, seal, unseal},
+    stored::codec::{Codec, Unsealed, get_bytes, get_headers, put_bytes, put_headers},
 };
 
 /// A response as it is stored and replayed: status, every header line with its raw bytes, body and trailers.
@@ -74,6 +74,20 @@ impl StoredResponse {
     /// Encodes the response: one version byte, eight bytes of checksum, then length-prefixed fields.
     #[must_use]
     pub fn encode(&self) -> Bytes {
+        Codec.response(self)
+    }
+
+    /// Decodes what [`encode`](Self::encode) made.
+    ///
+    /// # Errors
+    ///
+    /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does not
+    /// match.
+    pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
+        Codec.read_response(encoded)
+    }
+
+    pub(super) fn payload(&self) -> Vec<u8> {
         let mut payload = Vec::new();
         payload.put_u16(self.status.as_u16());
         put_headers(&mut payload, &self.headers);
@@ -91,17 +105,22 @@ impl StoredResponse {
                 put_bytes(&mut payload, representation.data());
             }
         }
-        seal(VERSION, &payload)
+        payload
     }
 
-    /// Decodes what [`encode`](Self::encode) made.
-    ///
-    /// # Errors
-    ///
-    /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does not match.
-    pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
-        let mut input = unseal(VERSION, encoded)?;
-        decode_payload(&mut input).ok_or(UnreadableResponse::Damaged)
+    pub(super) fn from_payload(mut input: Bytes) -> Option<Self> {
+        let status = StatusCode::from_u16(input.try_get_u16().ok()?).ok()?;
+        let headers = get_headers(&mut input)?;
+        let body = match input.try_get_u8().ok()? {
+            BODY_NOT_KEPT => StoredBody::NotKept,
+            BODY_KEPT => StoredBody::Kept { data: get_bytes(&mut input)?, trailers: None },
+            BODY_WITH_TRAILERS => {
+                StoredBody::Kept { data: get_bytes(&mut input)?, trailers: Some(get_headers(&mut input)?) }
+            }
+            BODY_REPRESENTED => StoredBody::Representation(Representation::new(get_bytes(&mut input)?)),
+            _ => return None,
+        };
+        input.is_empty().then_some(Self { status, headers, body })
     }
 }
 
@@ -223,22 +242,7 @@ fn names_of(trailers: &HeaderMap) -> HeaderValue {
     HeaderValue::from_str(&names.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
-fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
-    let status = StatusCode::from_u16(input.try_get_u16().ok()?).ok()?;
-    let headers = get_headers(input)?;
-    let body = match input.try_get_u8().ok()? {
-        BODY_NOT_KEPT => StoredBody::NotKept,
-        BODY_KEPT => StoredBody::Kept { data: get_bytes(input)?, trailers: None },
-        BODY_WITH_TRAILERS => {
-            StoredBody::Kept { data: get_bytes(input)?, trailers: Some(get_headers(input)?) }
-        }
-        BODY_REPRESENTED => StoredBody::Representation(Representation::new(get_bytes(input)?)),
-        _ => return None,
-    };
-    input.is_empty().then_some(StoredResponse { status, headers, body })
-}
-
-const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 1;
 const BODY_NOT_KEPT: u8 = 0;
 const BODY_KEPT: u8 = 1;
 const BODY_WITH_TRAILERS: u8 = 2;
@@ -260,6 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::stored::codec::seal;
 
     #[test]
     fn the_bytes_of_a_representation_are_not_shown() {

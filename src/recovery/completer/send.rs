@@ -15,6 +15,7 @@ use crate::recovery::completer::{Completer, Refused};
 use crate::{
     error::BoxError,
     layer::resent::{Passage, Resent},
+    node::Node,
     stored::request::KeptRequest,
 };
 
@@ -51,8 +52,8 @@ where
 }
 
 impl Completer {
-    pub(super) async fn pass_on(&self, kept: &KeptRequest) -> Passed {
-        let (mut parts, body) = match kept.decode() {
+    pub(super) async fn pass_on(&self, node: &Node, kept: &KeptRequest) -> Passed {
+        let (mut parts, body) = match node.codec.read_request(&kept.request) {
             Ok(request) => request.into_parts(),
             Err(error) => return Passed::Never(error.to_string()),
         };
