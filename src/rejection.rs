@@ -8,8 +8,8 @@ use serde_json::json;
 
 use crate::error::StoreErrorKind;
 
-/// The reason why the layer did not pass a request to the handler, or did not pass the handler's result to
-/// the client.
+/// The reason why the layer did not pass a request to the handler, or did not pass the handler's
+/// result to the client.
 ///
 /// It is in the extensions of the response, so that an outer layer can look at it:
 ///
@@ -52,9 +52,9 @@ impl Rejection {
 
     /// The outcome is unknown until a call to an upstream service is looked up.
     pub(crate) fn outcome_unknown_for_now() -> Self {
-        let detail = "It is not known yet whether a call of this request to another service was performed. It is \
-            being looked up. Send the request again later with the same key: with a new key the call might be made \
-            twice.";
+        let detail = "It is not known yet whether a call of this request to another service was performed. \
+                      It is being looked up. Send the request again later with the same key: with a new key \
+                      the call might be made twice.";
         Self { retryable: true, ..Self::new(RejectionCode::OutcomeUnknown, detail) }
     }
 
@@ -105,12 +105,14 @@ impl Rejection {
 
 macro_rules! rejection_codes {
     ($($(#[$doc:meta])* $variant:ident => $code:literal, $status:ident, $retryable:literal, $title:literal;)*) => {
-        /// The kinds of [`Rejection`]. The text form ([`as_str`](Self::as_str)) is the `code` of the problem
-        /// document.
+        /// The kinds of [`Rejection`]. The text form ([`as_str`](Self::as_str)) is the `code` of
+        /// the problem document.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum RejectionCode {
-            $($(#[$doc])* #[doc = concat!("\n\nCode `", $code, "`, status ", stringify!($status), ".")] $variant,)*
+            $($(#[$doc])* #[doc = concat!("\n\nCode \
+                                           `", $code, "`, status \
+                                                                ", stringify!($status), ".")] $variant,)*
         }
 
         impl RejectionCode {
@@ -145,68 +147,81 @@ rejection_codes! {
     /// The key header is malformed or was sent more than once.
     KeyInvalid => "key-invalid", BAD_REQUEST, false, "Idempotency-Key is invalid";
     /// The owner of the key cannot be determined safely.
-    ConsumerUnidentified => "consumer-unidentified", FORBIDDEN, false, "The API consumer cannot be identified";
+    ConsumerUnidentified => "consumer-unidentified", FORBIDDEN, false,
+        "The API consumer cannot be identified";
     /// The request's body is larger than allowed.
     RequestTooLarge => "request-too-large", PAYLOAD_TOO_LARGE, false, "The request is too large";
     /// The request's body broke off.
     RequestIncomplete => "request-incomplete", BAD_REQUEST, true, "The request is incomplete";
     /// The request's body did not arrive in time.
     RequestTimeout => "request-timeout", REQUEST_TIMEOUT, true, "The request did not arrive in time";
-    /// All buffered request bodies together have reached their limit, or too many attempts are running.
+    /// All buffered request bodies together have reached their limit, or too many attempts are
+    /// running.
     Overloaded => "overloaded", SERVICE_UNAVAILABLE, true, "The server is overloaded";
     /// The server is shutting down.
     ShuttingDown => "shutting-down", SERVICE_UNAVAILABLE, true, "The server is shutting down";
     /// The store cannot be reached, or did not answer in time.
-    StoreUnavailable => "store-unavailable", SERVICE_UNAVAILABLE, true, "Idempotency cannot be guaranteed right now";
+    StoreUnavailable => "store-unavailable", SERVICE_UNAVAILABLE, true,
+        "Idempotency cannot be guaranteed right now";
     /// The store lacks a table, a right or a setting. The server's log says which.
-    StoreMisconfigured => "store-misconfigured", INTERNAL_SERVER_ERROR, false, "The idempotency store is misconfigured";
+    StoreMisconfigured => "store-misconfigured", INTERNAL_SERVER_ERROR, false,
+        "The idempotency store is misconfigured";
     /// The key was used for a different request.
     KeyReused => "key-reused", UNPROCESSABLE_ENTITY, false, "Idempotency-Key is already used";
     /// The first request with this key is still being processed.
     InProgress => "in-progress", CONFLICT, true, "A request is outstanding for this Idempotency-Key";
-    /// An earlier request with this key ended without a known outcome and must not run again. Retryable if
-    /// only the outcome of a call to an upstream service is unknown: it is looked up. The same code with
-    /// status 503 is [`OutcomePending`](Self::OutcomePending), which passes.
+    /// An earlier request with this key ended without a known outcome and must not run again.
+    /// Retryable if only the outcome of a call to an upstream service is unknown: it is looked up.
+    /// The same code with status 503 is [`OutcomePending`](Self::OutcomePending), which passes.
     OutcomeUnknown => "outcome-unknown", CONFLICT, false, "The outcome of the request is unknown";
     /// The request was performed. Its response was too large or endless and cannot be replayed.
     ResponseNotKept => "response-not-kept", CONFLICT, false, "The response was not kept";
     /// The record was made with fingerprint settings that this server does not know.
     FingerprintUnknown => "fingerprint-unknown", CONFLICT, true, "The earlier request cannot be compared";
     /// The stored response is damaged or was written by an unknown version.
-    RecordUnreadable => "record-unreadable", INTERNAL_SERVER_ERROR, false, "The stored response is unreadable";
-    /// The request was performed, and its response could not be rendered from what is stored of it. The next
-    /// retry renders it again.
-    RepresentationUnrenderable => "representation-unrenderable", INTERNAL_SERVER_ERROR, true, "The response cannot be rendered";
+    RecordUnreadable => "record-unreadable", INTERNAL_SERVER_ERROR, false,
+        "The stored response is unreadable";
+    /// The request was performed, and its response could not be rendered from what is stored of it.
+    /// The next retry renders it again.
+    RepresentationUnrenderable => "representation-unrenderable", INTERNAL_SERVER_ERROR, true,
+        "The response cannot be rendered";
     /// The handler panicked.
     HandlerPanicked => "handler-panicked", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The body of the handler's response broke off.
     ResponseIncomplete => "response-incomplete", INTERNAL_SERVER_ERROR, true, "The response is incomplete";
     /// The handler ran longer than allowed and was cancelled.
-    MaxExecutionExceeded => "max-execution-exceeded", INTERNAL_SERVER_ERROR, true, "The request took too long";
+    MaxExecutionExceeded => "max-execution-exceeded", INTERNAL_SERVER_ERROR, true,
+        "The request took too long";
     /// The transaction collided with another one and was rolled back.
-    TransactionConflict => "transaction-conflict", SERVICE_UNAVAILABLE, true, "The request collided with another one";
-    /// The transaction was lost before it was committed and was rolled back: its connection broke, the server
-    /// ended it, or it was open for too long.
+    TransactionConflict => "transaction-conflict", SERVICE_UNAVAILABLE, true,
+        "The request collided with another one";
+    /// The transaction was lost before it was committed and was rolled back: its connection broke,
+    /// the server ended it, or it was open for too long.
     TransactionLost => "transaction-lost", SERVICE_UNAVAILABLE, true, "The request was not performed";
-    /// The database did not commit the transaction, and it was rolled back: one of its statements had failed,
-    /// or a constraint is violated.
+    /// The database did not commit the transaction, and it was rolled back: one of its statements
+    /// had failed, or a constraint is violated.
     TransactionFailed => "transaction-failed", INTERNAL_SERVER_ERROR, true, "The request failed";
-    /// The handler did not give its transaction back when it returned, or asked for it while it had it. Nothing
-    /// of it is committed.
+    /// The handler did not give its transaction back when it returned, or asked for it while it had
+    /// it. Nothing of it is committed.
     TransactionInUse => "transaction-in-use", INTERNAL_SERVER_ERROR, true, "The request failed";
-    /// The handler ended its transaction itself. What it wrote may be committed, and the key is held.
-    TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false, "The outcome of the request is unknown";
-    /// The outcome is not known yet, and sending the request again with the same key finds it out. Either the
-    /// database has not confirmed a COMMIT in time: the retry gets the response if the transaction was
-    /// committed, and is performed if not. Or an upstream service has not answered a call: the next attempt
-    /// repeats the call with the same upstream key. The status tells this code from
-    /// [`OutcomeUnknown`](Self::OutcomeUnknown).
-    OutcomePending => "outcome-unknown", SERVICE_UNAVAILABLE, true, "The outcome of the request is not known yet";
-    /// An upstream service has refused what the request asks for. Unlike the other codes it is the handler's
-    /// answer, and stored.
-    UpstreamRefused => "upstream-refused", UNPROCESSABLE_ENTITY, false, "The upstream service refused the request";
+    /// The handler ended its transaction itself. What it wrote may be committed, and the key is
+    /// held.
+    TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false,
+        "The outcome of the request is unknown";
+    /// The outcome is not known yet, and sending the request again with the same key finds it out.
+    /// Either the database has not confirmed a COMMIT in time: the retry gets the response if the
+    /// transaction was committed, and is performed if not. Or an upstream service has not answered
+    /// a call: the next attempt repeats the call with the same upstream key. The status tells this
+    /// code from [`OutcomeUnknown`](Self::OutcomeUnknown).
+    OutcomePending => "outcome-unknown", SERVICE_UNAVAILABLE, true,
+        "The outcome of the request is not known yet";
+    /// An upstream service has refused what the request asks for. Unlike the other codes it is the
+    /// handler's answer, and stored.
+    UpstreamRefused => "upstream-refused", UNPROCESSABLE_ENTITY, false,
+        "The upstream service refused the request";
     /// An upstream service could not be reached. Nothing was sent to it.
-    UpstreamUnavailable => "upstream-unavailable", SERVICE_UNAVAILABLE, true, "An upstream service is unavailable";
+    UpstreamUnavailable => "upstream-unavailable", SERVICE_UNAVAILABLE, true,
+        "An upstream service is unavailable";
     /// The handler has used intents or phases wrongly. The server's log says how.
     IntentMisused => "intent-misused", INTERNAL_SERVER_ERROR, false, "The request failed";
     /// The layer itself failed, or the runtime is going down.
@@ -232,7 +247,8 @@ impl fmt::Display for RejectionCode {
 
 /// Renders rejections as responses. Implemented by closures; the default is [`ProblemJson`].
 ///
-/// The layer adds `Cache-Control: no-store` and `Retry-After` where the response has none of its own.
+/// The layer adds `Cache-Control: no-store` and `Retry-After` where the response has none of its
+/// own.
 pub trait RenderRejection: Send + Sync {
     /// Renders one rejection.
     fn render(&self, rejection: &Rejection) -> Response<Bytes>;
@@ -247,11 +263,13 @@ where
     }
 }
 
-/// Renders `application/problem+json` ([RFC 9457]) with `type`, `title`, `status`, `detail`, `code` and
-/// `retryable`. A response that was not kept also has `original_status` and `original_location`.
+/// Renders `application/problem+json` ([RFC 9457]) with `type`, `title`, `status`, `detail`, `code`
+/// and `retryable`. A response that was not kept also has `original_status` and
+/// `original_location`.
 ///
-/// The titles for 400, 409 and 422 are those of the [IETF draft]. The `type` leads to the code's documentation
-/// on docs.rs, unless [`with_type_base`](Self::with_type_base) sets a page of your own.
+/// The titles for 400, 409 and 422 are those of the [IETF draft]. The `type` leads to the code's
+/// documentation on docs.rs, unless [`with_type_base`](Self::with_type_base) sets a page of your
+/// own.
 ///
 /// [RFC 9457]: https://www.rfc-editor.org/rfc/rfc9457
 /// [IETF draft]: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/
@@ -337,8 +355,9 @@ pub(crate) fn respond_by_default(rejection: Rejection) -> Response<Bytes> {
     response
 }
 
-/// Renders with the layer's renderer what was [rendered by default](respond_by_default), and returns the new body.
-/// Other headers and extensions stay. `None` for any other response, also for one that a middleware has made of it.
+/// Renders with the layer's renderer what was [rendered by default](respond_by_default), and
+/// returns the new body. Other headers and extensions stay. `None` for any other response, also for
+/// one that a middleware has made of it.
 pub(crate) fn render_again(parts: &mut Parts, renderer: &dyn RenderRejection) -> Option<Bytes> {
     let ByDefault(rejection) = parts.extensions.remove::<ByDefault>()?;
     let default = rendered(&rejection, &ProblemJson::default());

@@ -100,7 +100,7 @@ fn plain(rejection: &Rejection) -> http::Response<Bytes> {
     response
 }
 
-fn answering_with<R: IntoResponse>(answer: fn() -> R) -> (Router, Count) {
+fn answering_with<R: IntoResponse + 'static>(answer: fn() -> R) -> (Router, Count) {
     let runs = Count::default();
     let counter = runs.clone();
     let handler = move || async move {
@@ -168,7 +168,7 @@ async fn what_a_middleware_inside_has_added_to_a_refusal_stays() {
     let app = app.layer(map_response(mark)).layer(layer().with_renderer(plain)).layer(map_response(
         |mut response: Response| async {
             let kept = response.extensions().get::<u8>().copied().unwrap_or_default();
-            response.headers_mut().insert("x-kept", kept.into());
+            response.headers_mut().insert("x-kept", u16::from(kept).into());
             response
         },
     ));

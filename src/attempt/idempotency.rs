@@ -11,8 +11,8 @@ use crate::{
     stored::record::{AttemptId, RecordId},
 };
 
-/// The attempt that a handler runs for. It is in the request's extensions, and with the feature `axum` an
-/// extractor.
+/// The attempt that a handler runs for. It is in the request's extensions, and with the feature
+/// `axum` an extractor.
 ///
 /// ```
 /// # #[cfg(feature = "axum")] {
@@ -24,8 +24,9 @@ use crate::{
 /// # }
 /// ```
 ///
-/// `Option<Idempotency>` is `None` for a request without a key. The handler runs in a task of its own:
-/// the request's extensions and the current tracing span reach it, task-locals of the caller do not.
+/// `Option<Idempotency>` is `None` for a request without a key. The handler runs in a task of its
+/// own: the request's extensions and the current tracing span reach it, task-locals of the caller
+/// do not.
 #[derive(Clone)]
 pub struct Idempotency {
     pub(crate) facts: Arc<Facts>,
@@ -40,79 +41,95 @@ impl Idempotency {
         Self { facts: Arc::clone(facts) }
     }
 
-    /// The key, decoded.
+    /// The idempotency key, decoded.
     #[must_use]
     pub fn key(&self) -> &IdempotencyKey {
         &self.facts.attempt.key
     }
 
-    /// The consumer that the key belongs to.
+    /// The consumer of the key.
     #[must_use]
     pub fn consumer(&self) -> &Consumer {
         &self.facts.attempt.consumer
     }
 
-    /// The record's id: the same over attempts that took over from one whose lease ran out, or that was released and on
-    /// whose record an intent or a finished phase hangs.
+    /// The id of the record. It stays the same when an attempt takes over from one whose lease ran
+    /// out, and when a record with an intent or a finished phase was released.
     ///
-    /// **A result that is not stored (5xx, panic, [`Directive::Release`](crate::Directive::Release)) ends a record without
-    /// intents and finished phases: the retry gets a new id and attempt number 1.** To call others idempotently use
-    /// [`intent`](Self::intent).
+    /// **A result that is not stored (5xx, panic,
+    /// [`Directive::Release`](crate::Directive::Release)) ends a record without intents and
+    /// finished phases: the retry gets a new id and attempt number 1.** To call others idempotently
+    /// use [`intent`](Self::intent).
     #[must_use]
     pub fn record_id(&self) -> RecordId {
         self.facts.record_id
     }
 
-    /// The id of this attempt: random, for fencing what the handler writes elsewhere.
+    /// The id of this attempt: random, for fencing writes of the handler elsewhere.
     #[must_use]
     pub fn attempt_id(&self) -> AttemptId {
         self.facts.attempt.id
     }
 
-    /// 1 for the first attempt of a record. It is 1 again after a 5xx, a panic or another released result of a request
-    /// without intents and finished phases, so it does not tell whether the handler ran before.
+    /// The number of this attempt: 1 for the first of a record. It is 1 again after a 5xx, a panic
+    /// or another released result of a request without intents and finished phases. So 1 does not
+    /// mean that the handler never ran before.
     #[must_use]
     pub fn attempt_number(&self) -> u32 {
         self.facts.attempt_number
     }
 
-    /// Completes when the attempt should come to its end: its lease was lost, so that its result will be discarded,
-    /// or nine tenths of `max_execution` are over.
+    /// Completes when the attempt should end: its lease was lost, so that its result will be
+    /// discarded, or nine tenths of `max_execution` are over.
+    ///
+    /// ```
+    /// # use tower_idempotency::Idempotency;
+    /// # async fn work() {}
+    /// # async fn example(idempotency: Idempotency) {
+    /// tokio::select! {
+    ///     () = work() => {}
+    ///     () = idempotency.cancelled() => return, // and clean up
+    /// }
+    /// # }
+    /// ```
     pub async fn cancelled(&self) {
         self.facts.cancelled.cancelled().await;
     }
 
-    /// Whether [`cancelled`](Self::cancelled) has completed.
+    /// `true` once [`cancelled`](Self::cancelled) has completed.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.facts.cancelled.is_cancelled()
     }
 
-    /// A call to the upstream service that `name` stands for. It is persisted before it is made, and its outcome after it: a
-    /// later attempt of the request gets the outcome, without the call.
+    /// Describes a call to the upstream service that `name` stands for. The call is persisted
+    /// before it is made, and its outcome after it: a later attempt of the request gets the
+    /// outcome, without the call.
     ///
-    /// The name, 1 to 255 bytes, is part of the key that the call is sent with. Do not change it while requests may be
-    /// retried.
+    /// The name has 1 to 255 bytes and is part of the upstream key. Do not change it while requests
+    /// may be retried.
     ///
-    /// Make calls before the handler begins its transaction (`Tx`), which has the record locked: an intent is refused
-    /// after that ([`IntentError::Misused`]).
+    /// Make calls before the handler begins its transaction (`Tx`), which has the record locked:
+    /// after that an intent is refused ([`IntentError::Misused`]).
     ///
-    /// Needs a store that keeps intents: SQLite or PostgreSQL.
+    /// The store must keep intents, as SQLite and PostgreSQL do. See [`IntentBuilder::call`] for an
+    /// example.
     pub fn intent(&self, name: impl Into<String>) -> IntentBuilder {
         IntentBuilder::new(self.clone(), name.into())
     }
 
-    /// The transaction has the record locked, which an intent changes.
+    /// An intent changes the record, which an open transaction has locked.
     pub(crate) fn refuse_inside_transaction(&self) -> Result<(), IntentError> {
         if self.transaction_is_open() {
             return Err(IntentError::Misused(
-                "after the handler's transaction has begun an intent or a phase would wait for it: they come before Tx::begin",
+                "once the handler's transaction has begun, an intent or a phase would wait for it: they come \
+                 before Tx",
             ));
         }
         Ok(())
     }
 
-    /// Whoever changes the record waits for this attempt.
+    /// Changes of the record wait for this attempt.
     pub(crate) fn has_its_record_locked(&self) -> bool {
         self.transaction_is_open() || self.facts.progress.is_phase_open()
     }
@@ -122,7 +139,7 @@ impl Idempotency {
         matches!(usage, Some(TransactionUsage::Open | TransactionUsage::InUse))
     }
 
-    /// Whether the attempt belongs to this store, so that an inner layer over it passes the request through.
+    /// The attempt belongs to this node: an inner layer over it passes the request through.
     pub(crate) fn is_of(&self, node: &Arc<Node>) -> bool {
         Arc::ptr_eq(&self.facts.node, node)
     }
@@ -145,7 +162,8 @@ mod extract {
     use super::Idempotency;
     use crate::rejection::{Rejection, RejectionCode};
 
-    /// 400 `key-missing` if the request has no key or no [`IdempotencyLayer`](crate::IdempotencyLayer) guards the route.
+    /// 400 `key-missing` if the request has no key or no
+    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the route.
     impl<S: Sync> FromRequestParts<S> for Idempotency {
         type Rejection = Rejection;
 
@@ -153,7 +171,8 @@ mod extract {
             parts.extensions.get::<Self>().cloned().ok_or_else(|| {
                 Rejection::new(
                     RejectionCode::KeyMissing,
-                    "This operation needs an idempotency key, or is not guarded by an idempotency layer.",
+                    "The request was not performed: this operation needs an idempotency key. Send it with a \
+                     new key for each operation and the same key for every retry.",
                 )
             })
         }

@@ -1,4 +1,4 @@
-//! One attempt, whoever performs it: the layer for a request, or a log for a job.
+//! One attempt: of a request by the layer, or of a job by a log.
 
 pub(crate) mod error;
 pub(crate) mod idempotency;
@@ -45,9 +45,10 @@ pub(crate) struct Won {
     pub(crate) claimed_at: Instant,
 }
 
-/// What is known of an attempt. Its owner and every [`Idempotency`] share it.
+/// The facts of an attempt. Its owner and every [`Idempotency`] share them.
 ///
-/// It keeps neither the lease nor the place among the running attempts: a handle may live for ever.
+/// They hold neither the lease nor the place among the running attempts: a handle may live for
+/// ever.
 pub(crate) struct Facts {
     pub(crate) node: Arc<Node>,
     pub(crate) settings: Arc<AttemptSettings>,
@@ -58,14 +59,14 @@ pub(crate) struct Facts {
     pub(crate) progress: Arc<Progress>,
     /// The transaction that the store offers the handler.
     pub(crate) transaction: Option<Arc<dyn StoreTransaction>>,
-    /// What the store puts into the extensions of the request.
+    /// The extensions that the store gives to the request.
     pub(crate) offered: Extensions,
     /// Tells the handler that its lease was lost or that its time is almost over.
     pub(crate) cancelled: CancellationToken,
 }
 
-/// An attempt that owns its record, from the claim to its end. There is one, and whoever has it ends the
-/// attempt. Dropped, it stops renewing the lease and leaves the running attempts.
+/// An attempt that owns its record, from the claim to its end. There is one, and whoever has it
+/// ends the attempt. Dropped, it stops renewing the lease and leaves the running attempts.
 #[derive(Debug)]
 pub(crate) struct Ownership {
     facts: Arc<Facts>,
@@ -73,7 +74,7 @@ pub(crate) struct Ownership {
     _entered: Entered,
 }
 
-/// What became of the end of an attempt.
+/// The outcome of ending an attempt.
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// The record says what the attempt says.
@@ -121,8 +122,9 @@ impl Ownership {
         Idempotency::of(&self.facts)
     }
 
-    /// Ends the attempt, or holds its record if an intent or a phase asks for that. To be run in a task that is not
-    /// cancelled: the lease and the place among the running attempts are kept until the end is stored.
+    /// Ends the attempt, or holds its record if an intent or a phase asks for that. To be run in a
+    /// task that is not cancelled: the lease and the place among the running attempts are kept
+    /// until the end is stored.
     pub(crate) async fn end(self, end: End) -> Result<Ended, StoreError> {
         // A phase that is still ending may find out that the record must be held.
         self.progress.phases_ended().await;
@@ -166,7 +168,8 @@ impl Deref for Ownership {
 }
 
 impl Facts {
-    /// Completes when the attempt has run for `max_execution`. Shortly before, it tells the handler.
+    /// Completes when the attempt has run for `max_execution`. Shortly before, it tells the
+    /// handler.
     pub(crate) async fn max_execution_over(&self) {
         let limit = self.settings.timing.max_execution;
         sleep(limit * 9 / 10).await;

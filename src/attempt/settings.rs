@@ -1,4 +1,4 @@
-//! Settings of an attempt, whoever performs it.
+//! Settings of an attempt, of a request or of a job.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::{
     stored::record::{Attempt, Claim},
 };
 
-/// What an attempt needs to know, from its claim to its end.
+/// The settings that an attempt needs, from its claim to its end.
 #[derive(Clone, Debug)]
 pub(crate) struct AttemptSettings {
     pub(crate) timing: Timing,
@@ -45,14 +45,15 @@ impl Timing {
         assert!(*lease >= MIN_LEASE, "a lease of {lease:?} is too short: use at least {MIN_LEASE:?}");
         assert!(
             !interval.is_zero() && interval.saturating_mul(2) <= *lease,
-            "a lease of {lease:?} cannot be kept by renewing every {interval:?}: renew at least twice in a lease"
+            "a lease of {lease:?} cannot be kept by renewing every {interval:?}: renew at least twice in a \
+             lease"
         );
         assert!(!max_execution.is_zero(), "max_execution is zero: no handler could run");
         assert!(
             *retention >= max_execution.saturating_add(*lease),
-            "a retention of {retention:?} is shorter than max_execution and lease together ({max_execution:?} + \
-             {lease:?}), so that a record could expire while its request runs: raise the retention first, or \
-             lower max_execution or lease first"
+            "a retention of {retention:?} is shorter than max_execution and lease together \
+             ({max_execution:?} + {lease:?}), so that a record could expire while its request runs: raise \
+             the retention first, or lower max_execution or lease first"
         );
     }
 }
@@ -117,7 +118,7 @@ impl AttemptSettings {
         MAX_WAIT.min(self.timing.lease * 3 / 4)
     }
 
-    /// The moment after which no further try is made to write down what an attempt has done.
+    /// The moment after which the end of an attempt is not tried again.
     pub(crate) fn give_up(&self) -> Instant {
         Instant::now() + self.timing.max_execution.max(MIN_TRIES)
     }
@@ -135,8 +136,8 @@ pub(crate) fn check_store_timeout(limit: Duration) {
 }
 
 /// How transactions of handlers are begun and ended. Set on the layer
-/// ([`IdempotencyLayer::with_transactions`](crate::IdempotencyLayer::with_transactions)) or on a log
-/// ([`IntentLog::with_transactions`](crate::IntentLog::with_transactions)).
+/// ([`IdempotencyLayer::with_transactions`](crate::IdempotencyLayer::with_transactions)) or on a
+/// log ([`IntentLog::with_transactions`](crate::IntentLog::with_transactions)).
 ///
 /// ```
 /// # #[cfg(feature = "memory")] {
@@ -159,8 +160,8 @@ pub struct TransactionOptions {
 impl TransactionOptions {
     /// Sets the isolation level. Default: the database's. SQLite has one level only, the strictest.
     ///
-    /// A handler cannot choose it by `SET TRANSACTION`: the record is locked before the handler gets
-    /// the transaction.
+    /// A handler cannot choose it by `SET TRANSACTION`: the record is locked before the handler
+    /// gets the transaction.
     #[must_use]
     pub fn with_isolation(mut self, level: IsolationLevel) -> Self {
         self.isolation = Some(level);
@@ -209,8 +210,8 @@ impl TransactionOptions {
     }
 
     /// Performs a request again immediately when its transaction collided with another one, at most
-    /// `reruns` times. Default: 0, the client is asked to send the request again. Use it for handlers
-    /// whose only effects are in the transaction.
+    /// `reruns` times. Default: 0, the client is asked to send the request again. Use it for
+    /// handlers whose only effects are in the transaction.
     ///
     /// A collision is found at COMMIT, or by a `TxError` that the handler returns. An answer of the
     /// handler's own is not performed again. On SQLite transactions do not collide.
@@ -221,7 +222,7 @@ impl TransactionOptions {
     }
 }
 
-/// How long at most a client waits for what was done to be stored while the store does not answer.
+/// How long at most a client waits for a result to be stored while the store does not answer.
 const MAX_WAIT: Duration = Duration::from_secs(10);
 /// How long at least the end of an attempt is tried, however short its execution may be.
 const MIN_TRIES: Duration = Duration::from_secs(10);

@@ -16,11 +16,11 @@ use crate::{
 
 /// An attempt that owns its record. Its lease is renewed until it ends.
 ///
-/// End it with [`complete`](Self::complete) or [`release`](Self::release). An attempt that is dropped,
-/// because the work has failed, panicked or was cancelled, is released in the background, so that the
-/// next attempt need not wait for the lease. It is held instead if
-/// [abandoned attempts](crate::IntentLog::with_abandoned) are. Without a runtime, only the end of the
-/// lease gives it back.
+/// End it with [`complete`](Self::complete) or [`release`](Self::release). An attempt that is
+/// dropped, because the work has failed, panicked or was cancelled, is released in the background,
+/// so that the next attempt need not wait for the lease. It is held instead if [abandoned
+/// attempts](crate::IntentLog::with_abandoned) are. Without a runtime, only the end of the lease
+/// gives it back.
 #[must_use = "an attempt that is dropped is given back without a result"]
 pub struct LogAttempt {
     idempotency: Idempotency,
@@ -50,24 +50,24 @@ impl LogAttempt {
         self
     }
 
-    /// The same as a handler of a request has: key, attempt number, [intents](Idempotency::intent) and
-    /// phases, and the signal that the attempt should [end](Idempotency::cancelled).
+    /// The same as a handler of a request has: key, attempt number, [intents](Idempotency::intent)
+    /// and phases, and the signal that the attempt should [end](Idempotency::cancelled).
     #[must_use]
     pub fn idempotency(&self) -> &Idempotency {
         &self.idempotency
     }
 
-    /// Stores the result, which later attempts get. It is stored as it is: keep it small, and free of
-    /// secrets.
+    /// Stores the result, which later attempts get. It is stored as it is: keep it small, and free
+    /// of secrets.
     ///
     /// Returns the result that is stored. It is another one if the attempt had lost its record and
     /// another attempt has completed it.
     ///
     /// # Errors
     ///
-    /// [`Store`](IntentLogError::Store) if the result is not known to be stored: do not acknowledge the
-    /// work, ask again. [`Lost`](IntentLogError::Lost) or [`Held`](IntentLogError::Held) if it is not
-    /// stored.
+    /// [`Store`](IntentLogError::Store) if the result is not known to be stored: do not acknowledge
+    /// the work, ask again. [`Lost`](IntentLogError::Lost) or [`Held`](IntentLogError::Held) if it
+    /// is not stored.
     pub async fn complete(mut self, result: impl Into<Bytes> + Send) -> Result<Bytes, IntentLogError> {
         let Some(ownership) = self.ownership.take() else { return Err(IntentLogError::Lost) };
         let (codec, result) = (&self.idempotency.facts.node.codec, result.into());
@@ -84,8 +84,8 @@ impl LogAttempt {
     ///
     /// # Errors
     ///
-    /// [`Store`](IntentLogError::Store) if the key is not known to be given back: the end of the lease
-    /// gives it back at the latest. [`Held`](IntentLogError::Held) if it is held instead.
+    /// [`Store`](IntentLogError::Store) if the key is not known to be given back: the end of the
+    /// lease gives it back at the latest. [`Held`](IntentLogError::Held) if it is held instead.
     pub async fn release(mut self) -> Result<(), IntentLogError> {
         let Some(ownership) = self.ownership.take() else { return Ok(()) };
         match end(ownership, End::Release).await? {
@@ -135,7 +135,8 @@ async fn limited(facts: Arc<Facts>) {
         "an attempt runs longer than max_execution: its lease is not renewed any more"
     );
     facts.node.renewer.leave(facts.attempt.id);
-    // Until then no other process can take the record over, and no duplicate of this process may run.
+    // Until then no other process can take the record over, and no duplicate of this process may
+    // run.
     sleep(facts.settings.timing.lease).await;
     facts.node.running.leave(&facts.attempt);
 }

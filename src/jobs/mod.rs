@@ -29,13 +29,14 @@ use crate::{
     },
 };
 
-/// Performs a job or a message once, as the layer performs a request. It keeps its records in the store of
-/// an [`IdempotencyLayer`](crate::IdempotencyLayer) or in one of its own, with the same rules. Keys share
-/// one name space with those of requests.
+/// Performs a job or a message once, as the layer performs a request. It keeps its records in the
+/// store of an [`IdempotencyLayer`](crate::IdempotencyLayer) or in one of its own, with the same
+/// rules. Keys share one name space with those of requests.
 ///
-/// An attempt whose process died is taken over once its lease has run out. The new attempt has the same
-/// [record id](crate::Idempotency::record_id), so that finalized [intents](crate::Idempotency::intent) and
-/// finished phases are not repeated. A stored result is never worked out again.
+/// An attempt whose process died is taken over once its lease has run out. The new attempt has the
+/// same [record id](crate::Idempotency::record_id), so that finalized
+/// [intents](crate::Idempotency::intent) and finished phases are not repeated. A stored result is
+/// never worked out again.
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")] {
@@ -74,8 +75,8 @@ pub enum LogOutcome {
     Completed(Bytes),
     /// Nothing yet: another attempt is running. Ask again later.
     InProgress,
-    /// Nothing: the outcome of an earlier attempt is unknown. The work is not done again before an intent
-    /// is reconciled or an operator resolves the record.
+    /// Nothing: the outcome of an earlier attempt is unknown. The work is not done again before an
+    /// intent is reconciled or an operator resolves the record.
     Held,
     /// Nothing: the key was used with other arguments, or by a request.
     OtherArguments,
@@ -109,8 +110,8 @@ impl IntentLog {
         &self.node
     }
 
-    /// Sets the lease: how long an attempt owns its record without renewing. It is renewed every third of
-    /// that. Default: 30 s.
+    /// Sets the lease: how long an attempt owns its record without renewing. It is renewed every
+    /// third of that. Default: 30 s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -122,7 +123,8 @@ impl IntentLog {
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms, or longer than the retention allows: set a longer retention first.
+    /// If it is shorter than 100 ms, or longer than the retention allows: set a longer retention
+    /// first.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
@@ -130,8 +132,8 @@ impl IntentLog {
     }
 
     /// Limits how long an attempt is renewed. After nine tenths of it the attempt is
-    /// [told](crate::Idempotency::cancelled). After all of it, once the lease has run out, another attempt
-    /// may take over. Default: 10 min.
+    /// [told](crate::Idempotency::cancelled). After all of it, once the lease has run out, another
+    /// attempt may take over. Default: 10 min.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -150,11 +152,11 @@ impl IntentLog {
         self.set(|settings| settings.timing.max_execution = limit)
     }
 
-    /// Sets the retention: how long a record is kept, counted from its first attempt. After that the key
-    /// counts as new. Default: 24 h.
+    /// Sets the retention: how long a record is kept, counted from its first attempt. After that
+    /// the key counts as new. Default: 24 h.
     ///
-    /// A result that is stored after the retention is over is kept for another retention. So is what
-    /// intents and phases have done in an attempt that may run past it.
+    /// A result that is stored after the retention is over is kept for another retention. So is
+    /// what intents and phases have done in an attempt that may run past it.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -188,7 +190,8 @@ impl IntentLog {
         self.set(|settings| settings.abandoned = abandoned)
     }
 
-    /// Limits how long the store may take to answer, to at most three quarters of the lease. Default: 5 s.
+    /// Limits how long the store may take to answer, to at most three quarters of the lease.
+    /// Default: 5 s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -208,8 +211,9 @@ impl IntentLog {
         self.set(|settings| settings.store_timeout = limit)
     }
 
-    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task serves all
-    /// logs and layers that share a store, with the settings of the one that is used first.
+    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task
+    /// serves all logs and layers that share a store, with the settings of the one that is used
+    /// first.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -222,7 +226,8 @@ impl IntentLog {
         Self { reaper, ..self }
     }
 
-    /// Sets how the transactions of phases are begun and ended. Default: [`TransactionOptions::default`].
+    /// Sets how the transactions of phases are begun and ended. Default:
+    /// [`TransactionOptions::default`].
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -243,14 +248,16 @@ impl IntentLog {
         self
     }
 
-    /// Begins an attempt at what `consumer` calls `key`, or says immediately why there is nothing to do.
+    /// Begins an attempt at what `consumer` calls `key`, or says immediately why there is nothing
+    /// to do.
     ///
-    /// `arguments` are what the work is done with. They are compared as JSON: a digest of them is stored,
-    /// and the key cannot be used with others.
+    /// `arguments` are what the work is done with. They are compared as JSON: a digest of them is
+    /// stored, and the key cannot be used with others.
     ///
     /// # Errors
     ///
-    /// [`IntentLogError`]. Nothing runs. If the key was claimed before the store failed, it is given back.
+    /// [`IntentLogError`]. Nothing runs. If the key was claimed before the store failed, it is
+    /// given back.
     pub async fn attempt(
         &self,
         consumer: &Consumer,
@@ -263,7 +270,8 @@ impl IntentLog {
         let fingerprint = Fingerprint::of_arguments(arguments).ok_or(IntentLogError::Arguments)?;
         self.reaper.ensure_running(&self.node);
         let claim = self.settings.claim(Attempt::new(consumer.clone(), key.clone()), fingerprint);
-        // In a task: if the caller has gone when the key is won, the attempt is dropped and so given back.
+        // In a task: if the caller has gone when the key is won, the attempt is dropped and so
+        // given back.
         let this = self.clone();
         match self.node.tasks.run_to_end(async move { Ok(this.begin(claim).await) }).await? {
             Ok(LogOutcome::Run(attempt)) => Ok(LogOutcome::Run(attempt.hand_over())),
@@ -294,7 +302,8 @@ fn found(codec: &Codec, record: &Record, fingerprint: &Fingerprint) -> Result<Lo
     Ok(result_of(codec, record)?.map_or(LogOutcome::InProgress, LogOutcome::Completed))
 }
 
-/// A result is stored as a response, so that operators look at it and resolve records as they do with requests.
+/// A result is stored as a response, so that operators look at it and resolve records as they do
+/// with requests.
 fn response_of(codec: &Codec, result: Bytes) -> Bytes {
     codec.response(&StoredResponse::new(http::StatusCode::OK, http::HeaderMap::new(), result))
 }

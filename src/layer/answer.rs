@@ -24,8 +24,8 @@ pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &Idempo
     );
     Rejection::new(
         RejectionCode::InProgress,
-        "The first request with this key is still being processed. Send the request again with the same key to get \
-         its response.",
+        "The first request with this key is still being processed. Send the request again with the same key \
+         to get its response.",
     )
 }
 
@@ -37,8 +37,8 @@ pub(crate) fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection
     }
     Rejection::new(
         RejectionCode::OutcomeUnknown,
-        "It is not known whether an earlier request with this key was performed. It is not performed again until the \
-         operator of the API has found that out. Do not send the request with a new key.",
+        "It is not known whether an earlier request with this key was performed. It is not performed again \
+         until the operator of the API has found that out. Do not send the request with a new key.",
     )
 }
 
@@ -55,7 +55,8 @@ pub(crate) async fn stored_answer(
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a stored response cannot be read");
         Rejection::new(
             RejectionCode::RecordUnreadable,
-            "The request was performed, and its response cannot be read. Do not send the request with a new key.",
+            "The request was performed, and its response cannot be read. Do not send the request with a new \
+             key.",
         )
     })?;
     let age = record.created_at.elapsed().unwrap_or_default();
@@ -71,8 +72,8 @@ pub(crate) async fn stored_answer(
 fn not_kept(response: &StoredResponse) -> Rejection {
     let location = response.headers.get(header::LOCATION).and_then(|value| value.to_str().ok());
     let original = OriginalResponse { status: response.status, location: location.map(str::to_owned) };
-    let detail = "The request was performed once. Its response was too large or endless to be kept for a replay. Do \
-        not send the request with a new key.";
+    let detail = "The request was performed once. Its response was too large or endless to be kept for a \
+                  replay. Do not send the request with a new key.";
     Rejection::new(RejectionCode::ResponseNotKept, detail).with_original(original)
 }
 
@@ -87,7 +88,8 @@ pub(crate) fn refused<B>(settings: &Settings, rejection: Rejection) -> Response<
     settings.refuse(rejection).map(|data| ResponseBody::buffered(data, None))
 }
 
-/// The response of a request that is not guarded. Refusals that its handler answers are rendered as the layer's own.
+/// The response of a request that is not guarded. Refusals that its handler answers are rendered as
+/// the layer's own.
 pub(crate) fn passed<B>(settings: &Settings, response: Response<B>) -> Response<ResponseBody<B>> {
     let (mut parts, body) = response.into_parts();
     let body = match render_again(&mut parts, &*settings.renderer) {

@@ -62,8 +62,8 @@ impl RequestLimits {
         let Self { body, total_limit, .. } = self;
         assert!(
             usize::try_from(*body).is_ok_and(|body| body <= *total_limit),
-            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: raise \
-             with_request_buffer_limit first, or lower with_request_body_limit"
+            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: \
+             raise with_request_buffer_limit first, or lower with_request_body_limit"
         );
     }
 
@@ -82,7 +82,8 @@ impl RequestLimits {
             Err(_) => Err(Rejection::new(
                 RejectionCode::RequestTimeout,
                 format!(
-                    "The request was not performed: its body did not arrive within {:?}. Send it again with the same key.",
+                    "The request was not performed: its body did not arrive within {:?}. Send it again with \
+                     the same key.",
                     self.timeout
                 ),
             )),
@@ -174,12 +175,13 @@ impl AsRef<[u8]> for CountedBytes {
 fn overloaded() -> Rejection {
     Rejection::new(
         RejectionCode::Overloaded,
-        "The request was not performed: too many requests are being received. Send it again later with the same key.",
+        "The request was not performed: too many requests are being received. Send it again later with the \
+         same key.",
     )
 }
 
-/// The refusal of a body that ended with an error. A limit outside the layer ends bodies too: such a request must not be
-/// sent again.
+/// The refusal of a body that ended with an error. A limit outside the layer ends bodies too: such
+/// a request must not be sent again.
 fn incomplete(error: &BoxError) -> Rejection {
     let mut sources = successors(Some(error.as_ref() as &(dyn Error + 'static)), |error| (*error).source());
     if sources.any(|error| error.is::<LengthLimitError>()) {
@@ -200,7 +202,8 @@ fn incomplete(error: &BoxError) -> Rejection {
 pub(crate) enum Collected<B> {
     /// All of it.
     Whole(Buffered),
-    /// Too large, too slow or endless: what was read, and the rest.
+    /// A part, because it is too large, too slow or endless: the frames that were read, and the
+    /// rest.
     Partial(VecDeque<Frame<Bytes>>, Pin<Box<B>>),
     /// It broke off.
     Broken(BoxError),

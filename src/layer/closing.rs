@@ -1,4 +1,5 @@
-//! The end of an attempt: its record is completed, released or held, its transaction committed or rolled back.
+//! The end of an attempt: its record is completed, released or held, its transaction committed or
+//! rolled back.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,10 +18,10 @@ use crate::{
     stored::record::Record,
 };
 
-/// What is written down of an attempt.
+/// The end that is written down, and its transaction's.
 pub(crate) struct Outcome {
     pub(crate) end: End,
-    /// What the handler wrote through its transaction is to stay.
+    /// The handler's writes through its transaction are committed.
     pub(crate) keeps_writes: bool,
 }
 
@@ -30,11 +31,11 @@ impl From<End> for Outcome {
     }
 }
 
-/// What the client gets, now that an attempt has ended.
+/// The answer to the client, by how the attempt has ended.
 pub(crate) enum Closed {
-    /// What its handler came to.
+    /// The verdict on its handler.
     AsJudged,
-    /// What another attempt of the same request has stored.
+    /// The response that another attempt of the same request has stored.
     Superseded(Box<Record>),
     /// A refusal: the attempt could not end as it should.
     Refused(Rejection),
@@ -61,8 +62,8 @@ pub(crate) async fn close(ownership: Ownership, Outcome { end, keeps_writes }: O
     }
 }
 
-/// The transaction, if the handler has asked for it. If not, it is ended, so that a part of the handler that still runs
-/// cannot begin it.
+/// The transaction, if the handler has asked for it. If not, it is ended, so that a part of the
+/// handler that still runs cannot begin it.
 async fn used_transaction(facts: &Facts) -> Option<Arc<dyn StoreTransaction>> {
     let transaction = facts.transaction.clone()?;
     if transaction.usage() != TransactionUsage::Unused {
@@ -88,7 +89,8 @@ async fn wait_for_commit(facts: &Facts, closing: Closing) -> Closed {
     })
 }
 
-/// A rollback waits behind a statement that still runs. Only a response that is to be stored waits for it.
+/// A rollback waits behind a statement that still runs. Only a response that is to be stored waits
+/// for it.
 async fn close_rolled_back(ownership: Ownership, transaction: Arc<dyn StoreTransaction>, end: End) -> Closed {
     let facts = Arc::clone(ownership.facts());
     let settle_wait = facts.settings.settle_wait();
@@ -134,7 +136,8 @@ async fn roll_back(
     }
 }
 
-/// The handler has ended its transaction itself: it may have committed effects that no response belongs to.
+/// The handler has ended its transaction itself: it may have committed effects that no response
+/// belongs to.
 async fn hold(ownership: Ownership) -> Result<Closed, StoreError> {
     ownership.write(&End::Hold).await?;
     Ok(Closed::Refused(TransactionErrorKind::Ended.rejection()))
@@ -145,7 +148,8 @@ async fn commit(
     transaction: Arc<dyn StoreTransaction>,
     response: Bytes,
 ) -> Result<Closed, StoreError> {
-    // A phase that is still ending may find out that the record must be held, and that nothing may be committed.
+    // A phase that is still ending may find out that the record must be held, and that nothing may
+    // be committed.
     ownership.progress.phases_ended().await;
     if ownership.progress.held().is_some() {
         return roll_back(ownership, transaction, End::Hold, oneshot::channel().0).await;
@@ -158,8 +162,8 @@ async fn commit(
         return hold(ownership).await;
     }
     ownership.log_failure(&error, "the transaction was not committed");
-    // A release waits until the transaction has come to its end, and tells which: a record that was completed after all
-    // cannot be released.
+    // A release waits until the transaction has come to its end, and tells which: a record that was
+    // completed after all cannot be released.
     Ok(match ownership.write(&End::Release).await? {
         Written::Lost(record) if record.attempt == Some(ownership.attempt.id) => Closed::AsJudged,
         Written::Lost(record) if record.fingerprint == ownership.fingerprint => Closed::Superseded(record),

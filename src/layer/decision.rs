@@ -1,4 +1,5 @@
-//! The decision table: how a request is decided, from top to bottom, as the crate's documentation shows it.
+//! The decision table: how a request is decided, from top to bottom, as the crate's documentation
+//! shows it.
 //!
 //! | row | situation | here |
 //! |---|---|---|
@@ -44,16 +45,16 @@ use crate::{
     },
 };
 
-/// What the head of a request decides.
+/// The decision by the head of a request.
 pub(crate) enum Entrance {
-    /// The request passes through. With the settings by which refusals of its handler are rendered, unless an outer
-    /// layer does that.
+    /// The request passes through. With the settings by which refusals of its handler are rendered,
+    /// unless an outer layer does that.
     Pass(Option<Arc<Settings>>),
     Refuse(Rejection),
     Guard(Guarded),
 }
 
-/// What body and record decide of a guarded request that is not refused.
+/// The decision by body and record, for a guarded request that is not refused.
 pub(crate) enum Outcome {
     Run(Handler),
     Replay(StoredResponse),
@@ -68,7 +69,7 @@ pub(crate) struct Guarded {
     pub(crate) key: KeySource,
 }
 
-/// Where the key of a request comes from.
+/// The origin of a request's key.
 pub(crate) enum KeySource {
     /// The client sent it.
     Sent(IdempotencyKey),
@@ -117,8 +118,8 @@ fn key_of(settings: &Settings, parts: &Parts) -> Result<Option<KeySource>, Rejec
             None if settings.required => Err(Rejection::new(
                 RejectionCode::KeyMissing,
                 format!(
-                    "The request was not performed. This operation needs the header {header}, with a new key for \
-                     each operation and the same key for every retry."
+                    "The request was not performed. This operation needs the header {header}, with a new key \
+                     for each operation and the same key for every retry."
                 ),
             )),
             // Row 2: the key is optional.
@@ -170,13 +171,15 @@ impl Guarded {
         if self.node.tasks.is_draining() {
             return Err(Rejection::new(
                 RejectionCode::ShuttingDown,
-                "The request was not performed: the server is shutting down. Send it again with the same key.",
+                "The request was not performed: the server is shutting down. Send it again with the same \
+                 key.",
             ));
         }
         self.settings.request_limits.read(body, caller).await
     }
 
-    /// Rows 7 to 13: the store. Asks it twice if the record was made in another fingerprint scheme that is known here.
+    /// Rows 7 to 13: the store. Asks it twice if the record was made in another fingerprint scheme
+    /// that is known here.
     pub(crate) async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Outcome, Rejection> {
         let permit = self.admit()?;
         self.settings.reaper.ensure_running(&self.node);
@@ -202,14 +205,15 @@ impl Guarded {
         Err(self.in_progress(&claim.attempt))
     }
 
-    /// Row 7: there is a place for the request, and the store can do what the settings ask for. Found out before
-    /// anything is claimed.
+    /// Row 7: there is a place for the request, and the store can do what the settings ask for.
+    /// Found out before anything is claimed.
     fn admit(&self) -> Result<Option<OwnedSemaphorePermit>, Rejection> {
         let places = self.settings.in_flight.as_ref();
         let permit = places.map(|places| Arc::clone(places).try_acquire_owned()).transpose().map_err(|_| {
             Rejection::new(
                 RejectionCode::Overloaded,
-                "The request was not performed: too many requests are running. Send it again later with the same key.",
+                "The request was not performed: too many requests are running. Send it again later with the \
+                 same key.",
             )
         })?;
         if self.settings.kept_requests.is_some() && self.node.store.recovery().is_none() {
@@ -245,7 +249,10 @@ impl Guarded {
         if is_down(error) && !resent && self.settings.on_store_outage == StoreOutage::RunUnprotected {
             let (consumer, key) = (&attempt.consumer, self.settings.attempt.shown(&attempt.key));
             let error = error as &dyn Error;
-            tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "the handler runs without protection");
+            tracing::error!(
+                target: TRACING_TARGET, %consumer, %key, error,
+                "the handler runs without protection"
+            );
             return Ok(Outcome::RunUnprotected);
         }
         Err(self.no_claim(attempt, error))
@@ -254,11 +261,14 @@ impl Guarded {
     pub(crate) fn no_claim(&self, attempt: &Attempt, error: &StoreError) -> Rejection {
         let (consumer, key) = (&attempt.consumer, self.settings.attempt.shown(&attempt.key));
         let source = error as &dyn Error;
-        tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "the key could not be claimed");
+        tracing::error!(
+            target: TRACING_TARGET, %consumer, %key, error = source,
+            "the key could not be claimed"
+        );
         let detail = match is_down(error) {
             true => {
-                "The request was not performed: the store of idempotency keys does not answer. Send it again with the \
-                 same key."
+                "The request was not performed: the store of idempotency keys does not answer. Send it again \
+                 with the same key."
             }
             false => "The request was not performed. The server's log says why.",
         };
@@ -280,22 +290,26 @@ impl Guarded {
         match self.settings.fingerprinter.fingerprint_like(&record.fingerprint, parts, body) {
             Some(fingerprint) if fingerprint == record.fingerprint => Ok(fingerprint),
             Some(_) => {
-                tracing::info!(target: TRACING_TARGET, %consumer, %key, "mismatch: the key was used for another request");
+                tracing::info!(
+                    target: TRACING_TARGET, %consumer, %key,
+                    "mismatch: the key was used for another request"
+                );
                 Err(Rejection::new(
                     RejectionCode::KeyReused,
-                    "The request was not performed: its key was used for a request with another method, path or body. \
-                     Use a new key for a new request.",
+                    "The request was not performed: its key was used for a request with another method, path \
+                     or body. Use a new key for a new request.",
                 ))
             }
             None => {
                 tracing::warn!(
                     target: TRACING_TARGET, %consumer, %key,
-                    "the record's fingerprint was made with settings that are unknown here: see Fingerprinter::add_previous"
+                    "the record's fingerprint was made with settings that are unknown here: see \
+                     Fingerprinter::add_previous"
                 );
                 Err(Rejection::new(
                     RejectionCode::FingerprintUnknown,
-                    "The request was not performed: the first request with this key was recorded by a server with other \
-                     settings. Send it again later with the same key.",
+                    "The request was not performed: the first request with this key was recorded by a server \
+                     with other settings. Send it again later with the same key.",
                 ))
             }
         }
@@ -305,7 +319,8 @@ impl Guarded {
         in_progress(&self.settings, &attempt.consumer, &attempt.key)
     }
 
-    /// Row 13: the key is claimed. The request is kept if that is configured, and then its handler runs.
+    /// Row 13: the key is claimed. The request is kept if that is configured, and then its handler
+    /// runs.
     async fn run(
         &self,
         won: Won,
@@ -314,13 +329,14 @@ impl Guarded {
         body: &Bytes,
     ) -> Result<Handler, Rejection> {
         if let Err(rejection) = self.keep(&won, parts, body).await {
-            // Whatever the reason: if only the lease of the claim is over, the key is still this attempt's to give back.
+            // Whatever the reason: if only the lease of the claim is over, the key is still this
+            // attempt's to give back.
             self.node.give_back(won.claim.attempt);
             return Err(rejection);
         }
         let resent = matches!(self.key, KeySource::Resent(_));
         let ownership = Ownership::begin(&self.node, &self.settings.attempt, won);
-        Ok(Handler::new(&self.settings, ownership, resent, permit))
+        Ok(Handler { settings: Arc::clone(&self.settings), ownership, resent, permit })
     }
 }
 

@@ -34,24 +34,14 @@ use crate::{
 
 /// A handler that is about to run for an attempt.
 pub(crate) struct Handler {
-    settings: Arc<Settings>,
-    ownership: Ownership,
-    judge: Judge,
-    permit: Option<OwnedSemaphorePermit>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) ownership: Ownership,
+    /// A completer has sent the request.
+    pub(crate) resent: bool,
+    pub(crate) permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Handler {
-    /// `resent` if a completer has sent the request.
-    pub(crate) fn new(
-        settings: &Arc<Settings>,
-        ownership: Ownership,
-        resent: bool,
-        permit: Option<OwnedSemaphorePermit>,
-    ) -> Self {
-        let judge = Judge::new(settings, ownership.facts(), resent);
-        Self { settings: Arc::clone(settings), ownership, judge, permit }
-    }
-
     /// Runs the handler, and ends its attempt by its result.
     pub(crate) async fn run<S, ReqBody, ResBody>(
         self,
@@ -66,7 +56,9 @@ impl Handler {
         ResBody: Body<Data = Bytes> + Send + 'static,
         ResBody::Error: Into<BoxError>,
     {
-        let Self { settings, ownership, judge, permit } = self;
+        let Self { settings, ownership, resent, permit } = self;
+        let facts = Arc::clone(ownership.facts());
+        let judge = Judge { settings: Arc::clone(&settings), facts, resent };
         request.extensions_mut().insert(ownership.idempotency());
         request.extensions_mut().extend(ownership.offered.clone());
         let mut handler = tokio::spawn(perform(inner, request, settings).in_current_span());
@@ -84,8 +76,8 @@ impl Handler {
     }
 }
 
-/// Waits for the handler, at most `max_execution`, and at most as long as its transaction may be open. An error if it
-/// runs on although it was cancelled, because it does not yield.
+/// Waits for the handler, at most `max_execution`, and at most as long as its transaction may be
+/// open. An error if it runs on although it was cancelled, because it does not yield.
 async fn wait<B, E>(
     handler: &mut JoinHandle<Performed<B, E>>,
     facts: &Facts,
@@ -132,8 +124,8 @@ fn handler_end<B, E>(
     }
 }
 
-/// Keeps the record while a cancelled handler still runs, so that no other attempt does. A result that it returns after
-/// all counts.
+/// Keeps the record while a cancelled handler still runs, so that no other attempt does. A result
+/// that it returns after all counts.
 fn leave_behind<B, E>(
     handler: JoinHandle<Performed<B, E>>,
     ownership: Ownership,
@@ -146,7 +138,8 @@ fn leave_behind<B, E>(
     let tasks = ownership.node.tasks.clone();
     tasks.spawn(async move {
         let ended = handler_end(ownership.facts(), handler.await, Cause::TooLong);
-        // The verdict is for a client that has its answer already, and may hold the transaction: it is dropped first.
+        // The verdict is for a client that has its answer already, and may hold the transaction: it
+        // is dropped first.
         let outcome = judge.judge(ended).outcome;
         close(ownership, outcome).await;
         drop(permit);

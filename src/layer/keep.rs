@@ -1,4 +1,4 @@
-//! Keeping requests before their handlers run: which, and what of them.
+//! Keeping requests before their handlers run.
 
 use std::time::Duration;
 
@@ -21,22 +21,22 @@ use crate::{
 /// Settings for keeping requests, so that a [`Completer`](crate::Completer) can send those that are
 /// abandoned again.
 ///
-/// Before the handler runs, these parts of a request are kept: method, original path and query, body
-/// (without trailers), and the headers `Content-Type`, `Content-Encoding`, that of the key, those that the
-/// [`Fingerprinter`](crate::Fingerprinter) covers, and those that are [added](Self::add_header). A request
-/// is kept until its record is completed or gone.
+/// Before the handler runs, these parts of a request are kept: method, original path and query,
+/// body (without trailers), and the headers `Content-Type`, `Content-Encoding`, that of the key,
+/// those that the [`Fingerprinter`](crate::Fingerprinter) covers, and those that are
+/// [added](Self::add_header). A request is kept until its record is completed or gone.
 ///
-/// **Credentials are never kept.** Building a layer fails if it would keep `Authorization`, `Cookie`,
-/// `Proxy-Authorization`, the header of
-/// [`ConsumerExtractor::header`](crate::ConsumerExtractor::header), or a header that the default extractor
-/// takes for credentials (`X-Api-Key`, `Api-Key`, `ApiKey`, `X-Auth-Token`, `X-Access-Token`). A value that
-/// is [marked as sensitive](http::HeaderValue::is_sensitive) is left out. Do not add other headers that hold
-/// credentials. Do not keep requests whose path, query or body holds credentials: those are stored as they
-/// are.
+/// **Credentials are never kept.** Building a layer fails if it would keep `Authorization`,
+/// `Cookie`, `Proxy-Authorization`, the header of
+/// [`ConsumerExtractor::header`](crate::ConsumerExtractor::header), or a header that the default
+/// extractor takes for credentials (`X-Api-Key`, `Api-Key`, `ApiKey`, `X-Auth-Token`,
+/// `X-Access-Token`). A value that is [marked as sensitive](http::HeaderValue::is_sensitive) is
+/// left out. Do not add other headers that hold credentials. Do not keep requests whose path, query
+/// or body holds credentials: those are stored as they are.
 ///
-/// A request that is sent again goes through the whole application. Whatever changes its path, query,
-/// content type or body on the way must change the kept request in the same way. Otherwise its fingerprint
-/// differs, and it is not run: it waits for an operator. The same holds for a
+/// A request that is sent again goes through the whole application. Whatever changes its path,
+/// query, content type or body on the way must change the kept request in the same way. Otherwise
+/// its fingerprint differs, and it is not run: it waits for an operator. The same holds for a
 /// [custom fingerprint](crate::Fingerprinter::custom) over headers that are not kept.
 ///
 /// ```
@@ -63,23 +63,26 @@ impl Default for KeptRequests {
 }
 
 impl KeptRequests {
-    /// Keeps what every request needs, and counts a request as abandoned a minute after its first lease.
+    /// Keeps the parts that every request needs, and counts a request as abandoned a minute after
+    /// its first lease.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Keeps another header too, with all its lines. `Host` is taken from the URI where HTTP/2 has it.
+    /// Keeps another header too, with all its lines. `Host` is taken from the URI where HTTP/2 has
+    /// it.
     #[must_use]
     pub fn add_header(mut self, name: HeaderName) -> Self {
         self.headers.push(name);
         self
     }
 
-    /// Sets how long a client may take to come back before its request counts as abandoned. Default: 1 min.
+    /// Sets how long a client may take to come back before its request counts as abandoned.
+    /// Default: 1 min.
     ///
-    /// The time begins at the end of the lease that the attempt has when the request is kept. A request
-    /// whose lease is renewed is not abandoned, however long it runs.
+    /// The time begins at the end of the lease that the attempt has when the request is kept. A
+    /// request whose lease is renewed is not abandoned, however long it runs.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -100,14 +103,15 @@ impl Settings {
         let Some(kept) = &self.kept_requests else { return };
         if let Some(name) = kept.headers.iter().find(|name| self.is_credential(name)) {
             panic!(
-                "{name} identifies who sends a request and cannot be kept with it: remove it from KeptRequests; what \
-                 Restore puts back takes its place"
+                "{name} identifies who sends a request and cannot be kept with it: remove it from \
+                 KeptRequests; what Restore puts back takes its place"
             );
         }
         if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
             panic!(
-                "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with it, so that \
-                 a request that is sent again would never be the same: remove it from the Fingerprinter"
+                "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with \
+                 it, so that a request that is sent again would never be the same: remove it from the \
+                 Fingerprinter"
             );
         }
     }
@@ -126,8 +130,8 @@ impl Settings {
 }
 
 impl Guarded {
-    /// Keeps the request of a claim that was won. A request that is sent again is kept already, and runs only for the
-    /// record for which it was kept.
+    /// Keeps the request of a claim that was won. A request that is sent again is kept already, and
+    /// runs only for the record for which it was kept.
     pub(crate) async fn keep(&self, won: &Won, parts: &Parts, body: &Bytes) -> Result<(), Rejection> {
         if let KeySource::Resent(resent) = &self.key {
             return if resent.record_id == won.record_id { Ok(()) } else { Err(record_gone()) };
@@ -139,7 +143,8 @@ impl Guarded {
         }
     }
 
-    /// The lease is not renewed yet: the request is kept in the time in which the attempt surely owns its record.
+    /// The lease is not renewed yet: the request is kept in the time in which the attempt surely
+    /// owns its record.
     async fn keep_once(&self, won: &Won, parts: &Parts, body: &Bytes) -> Result<Fenced, StoreError> {
         let Some(kept) = &self.settings.kept_requests else { return Ok(Fenced::Applied) };
         let recovery = self.node.recovery()?;

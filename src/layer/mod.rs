@@ -32,11 +32,12 @@ pub use self::{
 };
 pub use crate::stored::response::{Representation, StoredRepresentation};
 
-/// Layer that performs a request with an idempotency key once and replays its response to every retry.
+/// Layer that performs a request with an idempotency key once and replays its response to every
+/// retry.
 ///
-/// Clones share the store, the limits and what is running. To give a route other settings, clone the layer
-/// and change the clone. Give each route one of them: inside another clone a layer passes through what the
-/// outer one guards, and its settings do not apply.
+/// Clones share the store, the limits and what is running. To give a route other settings, clone
+/// the layer and change the clone. Give each route one of them: inside another clone a layer passes
+/// through what the outer one guards, and its settings do not apply.
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "memory"))] {
@@ -58,13 +59,14 @@ pub struct IdempotencyLayer {
 }
 
 impl IdempotencyLayer {
-    /// Makes a layer over a store, or over a pool of connections of which a store is made, with the default
-    /// settings.
+    /// Makes a layer over a store, or over a pool of connections of which a store is made, with the
+    /// default settings.
     ///
-    /// **No two attempts of a request run at the same time while leases hold, and a stored answer is never
-    /// executed again.** After a crash, a panic, a 5xx or another result that is not stored, a retry runs the
-    /// handler again (at least once). With [`at_most_once`](crate::ResultPolicy::at_most_once), a 5xx is stored, and a crash or a
-    /// panic holds the key until an operator resolves it (409 `outcome-unknown`).
+    /// **No two attempts of a request run at the same time while leases hold, and a stored answer
+    /// is never executed again.** After a crash, a panic, a 5xx or another result that is not
+    /// stored, a retry runs the handler again (at least once). With
+    /// [`at_most_once`](crate::ResultPolicy::at_most_once), a 5xx is stored, and a crash or a panic
+    /// holds the key until an operator resolves it (409 `outcome-unknown`).
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -81,7 +83,8 @@ impl IdempotencyLayer {
         &self.node
     }
 
-    /// Passes every request through. Use it to switch the layer off where a type must stay the same.
+    /// Passes every request through. Use it to switch the layer off where a type must stay the
+    /// same.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {

@@ -1,4 +1,4 @@
-//! Representations: what is stored of a response instead of the response, and the function that renders it.
+//! Rendering of responses from stored representations.
 
 use std::{error::Error, future::Future, sync::Arc, time::Duration};
 
@@ -23,11 +23,12 @@ use crate::{
 /// [`with_representation`](crate::IdempotencyLayer::with_representation).
 #[async_trait]
 pub trait RenderRepresentation: Send + Sync {
-    /// Makes the response. It is sent with the status that it has here and without its extensions.
+    /// Renders the response. It is sent with the status that it has here and without its
+    /// extensions.
     ///
     /// # Errors
     ///
-    /// Whatever stands in the way. It is logged, and the client gets 500 `representation-unrenderable`.
+    /// Any. The error is logged, and the client gets 500 `representation-unrenderable`.
     async fn render(
         &self,
         stored: StoredRepresentation,
@@ -50,7 +51,7 @@ where
     }
 }
 
-/// A response as the client gets it: one that is represented is rendered.
+/// The response as the client gets it: rendered if only a representation of it is stored.
 pub(crate) async fn rendered(
     settings: &Settings,
     consumer: &Consumer,
@@ -62,7 +63,8 @@ pub(crate) async fn rendered(
     let response = render(settings, stored).await.map_err(|error| {
         let (key, error) = (settings.attempt.shown(key), &error as &dyn Error);
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a response cannot be rendered");
-        let detail = "The request was performed, and its response cannot be rendered right now. Send it again with the same key.";
+        let detail = "The request was performed, and its response cannot be rendered right now. Send the \
+                      request again with the same key to get it.";
         Rejection::new(RejectionCode::RepresentationUnrenderable, detail)
     })?;
     let (parts, data) = response.into_parts();

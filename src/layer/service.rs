@@ -32,8 +32,8 @@ use crate::{
 /// Middleware that performs a request with an idempotency key once. Made by
 /// [`IdempotencyLayer`](crate::IdempotencyLayer).
 ///
-/// The inner service receives `Request<RequestBody<B>>`. It must be [`Clone`], as the services of axum and
-/// tower are.
+/// The inner service receives `Request<RequestBody<B>>`. It must be [`Clone`], as the services of
+/// axum and tower are.
 #[derive(Clone, Debug)]
 pub struct IdempotencyService<S> {
     inner: S,
@@ -152,7 +152,8 @@ where
     }
 }
 
-/// The transaction collided with another one, so that the request may be performed again immediately.
+/// The transaction collided with another one, so that the request may be performed again
+/// immediately.
 fn collided<B>(response: &Response<B>) -> bool {
     let rejection = response.extensions().get::<Rejection>();
     rejection.is_some_and(|rejection| rejection.code() == RejectionCode::TransactionConflict)

@@ -18,18 +18,19 @@ use crate::{
     rejection::{ProblemJson, Rejection, RenderRejection, respond},
 };
 
-/// The behaviour towards requests with a key while the store cannot be reached or does not answer in time.
+/// The behaviour towards requests with a key while the store cannot be reached or does not answer
+/// in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum StoreOutage {
     /// Refuses with 503 `store-unavailable`; the handler does not run. The default.
     Refuse,
-    /// Runs the handler **without protection**: retries may be performed twice. Requests are then only as
-    /// safe as they were without this layer. A missing table or right is still refused.
+    /// Runs the handler **without protection**: retries may be performed twice. Requests are then
+    /// only as safe as they were without this layer. A missing table or right is still refused.
     ///
-    /// Such a request has no [`Idempotency`](crate::Idempotency): take `Option<Idempotency>` in the handler.
-    /// A handler that takes `Tx` answers 503 `store-unavailable`, because without the store there is no
-    /// transaction. `with_max_in_flight` does not count such requests.
+    /// Such a request has no [`Idempotency`](crate::Idempotency): take `Option<Idempotency>` in the
+    /// handler. A handler that takes `Tx` answers 503 `store-unavailable`, because without the
+    /// store there is no transaction. `with_max_in_flight` does not count such requests.
     RunUnprotected,
 }
 

@@ -1,4 +1,4 @@
-//! The verdict: what a handler's end means for its record and its client.
+//! The verdict on a handler's end: one part for its record, one for its client.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -50,7 +50,7 @@ pub(crate) enum Cause {
     TransactionOverdue,
 }
 
-/// What is written down, and what the client gets once it is.
+/// The outcome that is written down, and the verdict that the client gets then.
 pub(crate) struct Judged<B, E> {
     pub(crate) outcome: Outcome,
     pub(crate) verdict: Verdict<B, E>,
@@ -58,28 +58,25 @@ pub(crate) struct Judged<B, E> {
 
 /// The client's part of a judgement.
 pub(crate) enum Verdict<B, E> {
-    /// What the handler made.
+    /// The handler's response or error.
     Passed(Answer<B, E>),
-    /// What is stored, with the extensions of the handler's response.
+    /// The stored response, with the extensions of the handler's.
     Stored(StoredResponse, Extensions),
-    /// A refusal, made of what happened.
+    /// A refusal instead of the handler's answer.
     Refused(Rejection),
 }
 
 /// Judges the end of one handler.
 pub(crate) struct Judge {
-    settings: Arc<Settings>,
-    facts: Arc<Facts>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) facts: Arc<Facts>,
     /// A completer has sent the request.
-    resent: bool,
+    pub(crate) resent: bool,
 }
 
 impl Judge {
-    pub(crate) fn new(settings: &Arc<Settings>, facts: &Arc<Facts>, resent: bool) -> Self {
-        Self { settings: Arc::clone(settings), facts: Arc::clone(facts), resent }
-    }
-
-    /// Judges a handler's end. Calls closures of the application, the policy and the renderer, which may panic.
+    /// Judges a handler's end. Calls closures of the application, the policy and the renderer,
+    /// which may panic.
     pub(crate) fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
         let judge = || {
             if let Some(rejection) = self.facts.progress.held() {
@@ -96,7 +93,8 @@ impl Judge {
         catch_unwind(AssertUnwindSafe(judge)).unwrap_or_else(|_| {
             self.without_result(Rejection::new(
                 RejectionCode::Internal,
-                "The server failed after the request was performed. Send the request again with the same key.",
+                "The server failed after the request was performed. Send the request again with the same \
+                 key.",
             ))
         })
     }
@@ -104,20 +102,20 @@ impl Judge {
     fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
         match ended {
             HandlerEnd::Performed(Ok((mut parts, mut body))) => {
-                // Before the response is judged: an upstream's refusal is stored as the client sees it.
+                // Before the response is judged: an upstream's refusal is stored as the client sees
+                // it.
                 if let Some(data) = render_again(&mut parts, &*self.settings.renderer) {
                     body = Collected::Whole(Buffered { data, trailers: None });
                 }
                 self.judge_response(parts, body)
             }
-            HandlerEnd::Performed(Err(error)) => Judged {
-                outcome: self.end_without_result().into(),
-                verdict: Verdict::Passed(Err(error)),
-            },
+            HandlerEnd::Performed(Err(error)) => {
+                Judged { outcome: self.end_without_result().into(), verdict: Verdict::Passed(Err(error)) }
+            }
             HandlerEnd::Panicked => self.without_result(Rejection::new(
                 RejectionCode::HandlerPanicked,
-                "The server failed while it performed the request. Send the request again with the same key, never \
-                 with a new one.",
+                "The server failed while it performed the request. Send the request again with the same key, \
+                 never with a new one.",
             )),
             HandlerEnd::Cancelled(cause) => self.without_result(cause.rejection()),
         }
@@ -171,7 +169,8 @@ impl Judge {
     fn transaction_kept<B, E>(&self) -> Judged<B, E> {
         tracing::error!(
             target: TRACING_TARGET, consumer = %self.facts.attempt.consumer, attempt = %self.facts.attempt.id,
-            "the handler returned without giving its transaction back: it is in a task, a static or the response's body"
+            "the handler returned without giving its transaction back: it is in a task, a static or the \
+             response's body"
         );
         let rejection = TransactionErrorKind::InUse.rejection();
         Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) }
@@ -195,8 +194,9 @@ impl Judge {
         }
     }
 
-    /// Not every header of a request is kept. If a request that was sent again gets no further than to a client error,
-    /// a header may be missing that the client would have sent: the error is no result.
+    /// Not every header of a request is kept. If a request that was sent again gets no further than
+    /// to a client error, a header may be missing that the client would have sent: the error is no
+    /// result.
     fn may_lack_a_header(&self, parts: &Parts) -> bool {
         let overridden = parts.extensions.get::<Directive>().is_some();
         self.resent && parts.status.is_client_error() && !overridden && !self.facts.progress.has_begun()
@@ -268,13 +268,13 @@ impl Cause {
         match self {
             Self::TooLong => Rejection::new(
                 RejectionCode::MaxExecutionExceeded,
-                "The request took too long and was cancelled; a part of it may have been performed. Send it again with \
-                 the same key, never with a new one.",
+                "The request took too long and was cancelled; a part of it may have been performed. Send it \
+                 again with the same key, never with a new one.",
             ),
             Self::TransactionOverdue => Rejection::new(
                 RejectionCode::TransactionLost,
-                "The request was not performed: its transaction was open for too long and was rolled back. Send it again \
-                 with the same key.",
+                "The request was not performed: its transaction was open for too long and was rolled back. \
+                 Send it again with the same key.",
             ),
         }
     }

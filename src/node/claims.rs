@@ -1,4 +1,4 @@
-//! Claims: asked for in tasks that learn their outcome, whoever still waits for it.
+//! Claims, in tasks that learn their outcome even when the caller has gone.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl Node {
-    /// Claims a key, unless it is one that this process is running.
+    /// Claims a key, unless an attempt of this process runs for it.
     pub(crate) async fn ask(
         self: &Arc<Self>,
         claim: &Claim,
@@ -27,9 +27,10 @@ impl Node {
         }
     }
 
-    /// Claims a key, waiting at most `limit`. A claim that is won after that is released again.
+    /// Claims a key, waiting at most `limit`. A claim that is won later is released again.
     async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
-        // Near the end of its lease a claim is worth nothing: before it is renewed somebody else may run.
+        // Near the end of its lease a claim is worth nothing: another attempt may run before it is
+        // renewed.
         let usable = claim.lease * 3 / 4;
         let limit = limit.min(usable);
         let sent_at = Instant::now();
@@ -39,6 +40,8 @@ impl Node {
         let answer = match timeout(limit, &mut receiver).await {
             Ok(answer) => answer.ok(),
             Err(_) => {
+                // Closed first: an answer is either seen here, or the task learns that nobody takes
+                // it.
                 receiver.close();
                 receiver.try_recv().ok()
             }
@@ -50,7 +53,7 @@ impl Node {
         answer.unwrap_or_else(|| Err(no_answer(limit)))
     }
 
-    /// Learns the outcome of a claim, whether or not somebody still waits for it.
+    /// Learns the outcome of a claim. A claim that is won and cannot be delivered is released.
     async fn claim_for(
         self: Arc<Self>,
         claim: Claim,
@@ -80,8 +83,8 @@ impl Node {
         }
     }
 
-    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that was frozen, or waits
-    /// for its standby, carries it out after the first release.
+    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that
+    /// was frozen, or waits for its standby, carries it out after the first release.
     async fn release_late(&self, claim: &Claim) {
         let end = Instant::now() + claim.lease;
         let mut pause = FIRST_LATE_PAUSE;
@@ -108,7 +111,7 @@ impl Node {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error,
-                "a claim without an attempt could not be released; its lease runs out by itself"
+                "a claim without an attempt could not be released; the end of its lease gives the key back"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! How attempts end: written to the store, and tried again while it is away.
+//! The ends of attempts, written to the store and tried again while it is away.
 
 use std::{future::Future, pin::pin, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     stored::record::{Attempt, CompleteOutcome, Fenced, Record, RecordState},
 };
 
-/// How an attempt ends.
+/// The end of an attempt.
 #[derive(Clone, Debug)]
 pub(crate) enum End {
     Complete(Bytes),
@@ -21,7 +21,7 @@ pub(crate) enum End {
     Hold,
 }
 
-/// What became of an [`End`].
+/// The outcome of writing an [`End`].
 #[derive(Debug)]
 pub(crate) enum Written {
     /// The record says what the attempt says.
@@ -33,8 +33,8 @@ pub(crate) enum Written {
 }
 
 impl Node {
-    /// Writes how an attempt ended, trying again until `give_up`. Between two tries, and while one hangs, the lease is
-    /// renewed, so that nobody takes the record over in the meantime.
+    /// Writes the end of an attempt, trying again until `give_up`. Between two tries, and while one
+    /// hangs, the lease is renewed, so that no other attempt takes the record over.
     pub(crate) async fn end(
         &self,
         attempt: &Attempt,
@@ -43,17 +43,20 @@ impl Node {
         give_up: Instant,
     ) -> Result<Written, StoreError> {
         let end_once = || {
-            // Before the write is sent: a renewal that overtook it would extend a lease that has ended.
+            // Before the write is sent: a renewal that overtook it would extend a lease that has
+            // ended.
             if let Some(lease) = lease {
                 lease.leave();
             }
             keep_if_late(lease, self.end_once(attempt, end))
         };
-        // Also what looks final, like a server that is read-only while another becomes the primary.
+        // After every error, also one that looks final: a server may be read-only while another
+        // becomes the primary.
         retry_until(give_up, RETRY, end_once, |error| {
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
-                error = error as &dyn std::error::Error, "the end of an attempt is not stored yet; trying again"
+                error = error as &dyn std::error::Error,
+                "the end of an attempt is not stored yet; trying again"
             );
             if let Some(lease) = lease {
                 lease.keep(Duration::ZERO);
@@ -94,7 +97,8 @@ impl Node {
     }
 }
 
-/// Renews the lease again if the store takes long: the call may hang for longer than the lease on a broken connection.
+/// Renews the lease again if the store takes long: on a broken connection the call may hang for
+/// longer than the lease.
 async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
     let Some(lease) = lease else { return call.await };
     let mut call = pin!(call);

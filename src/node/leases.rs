@@ -73,7 +73,7 @@ impl Renewer {
         self.state().leases.remove(&attempt);
     }
 
-    /// When the next lease is due; `None`, and the task ends, if there is none.
+    /// When the next lease is due. `None` ends the task: there is no lease.
     fn next_due(&self) -> Option<Instant> {
         let mut state = self.state();
         state.next = state.leases.values().map(|entry| entry.due).min();
@@ -81,7 +81,8 @@ impl Renewer {
         state.next
     }
 
-    /// What is due or soon will be; asked again after another interval if nothing is heard.
+    /// Takes the renewals that are due, or soon will be. Each is due again after another interval,
+    /// whatever becomes of this one.
     fn take_due(&self) -> Vec<Renewal> {
         let now = Instant::now();
         let mut state = self.state();
@@ -121,7 +122,7 @@ impl Renewer {
         self.wake.notify_one();
     }
 
-    /// Asks the store in a task of its own, which is left behind when it takes too long.
+    /// Asks the store in a task that goes on when it takes longer than `limit`.
     async fn ask(&self, batch: Vec<Renewal>, limit: Duration) -> Result<Vec<RenewOutcome>, StoreError> {
         let store = Arc::clone(&self.store);
         self.tasks.call(limit, async move { store.renew(&batch).await }).await
@@ -131,7 +132,8 @@ impl Renewer {
         let mut state = self.state();
         for (renewal, outcome) in batch.iter().zip(outcomes) {
             let Some(entry) = state.leases.get_mut(&renewal.attempt.id) else { continue };
-            // A row that is locked, by a transaction of its handler for example, may be unlocked with an old lease.
+            // A row that is locked, for example by a transaction of its handler, may be unlocked
+            // with an old lease.
             let wait = if *outcome == RenewOutcome::Skipped { entry.interval / 4 } else { entry.interval };
             entry.due = started + wait;
             if *outcome == RenewOutcome::Lost {
@@ -148,7 +150,8 @@ impl Renewer {
     }
 }
 
-/// The task. The runtime may go down under it: then the next attempt, on another runtime, must start it anew.
+/// The task. If its runtime goes down, the next attempt, on another runtime, must be able to start
+/// another.
 struct Alive {
     renewer: Arc<Renewer>,
     ended: bool,

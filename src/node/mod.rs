@@ -1,4 +1,4 @@
-//! One process over a store: what runs here and must not be cut off.
+//! One process over a store: its attempts, its leases and its tasks, which must not be cut off.
 
 mod claims;
 pub(crate) mod ends;
@@ -21,7 +21,7 @@ use crate::{
     stored::codec::Codec,
 };
 
-/// Shared by a layer, its clones, its services and its handles.
+/// The part that a layer, its clones, its services and its handles share.
 pub(crate) struct Node {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) codec: Codec,
@@ -39,7 +39,7 @@ impl Node {
         Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
     }
 
-    /// What keeps intents, phases and requests beside the records.
+    /// The store of intents, phases and kept requests.
     pub(crate) fn recovery(&self) -> Result<Arc<dyn RecoveryStore>, StoreError> {
         self.store.recovery().ok_or_else(|| {
             let message = "this store keeps no intents, phases and requests: use a store of this crate";
@@ -54,8 +54,10 @@ impl fmt::Debug for Node {
     }
 }
 
-/// For how long it is tried to undo what was claimed or opened in vain.
+/// The time in which a claim or an opening that was made in vain is undone, before its lease or
+/// reconciler does it.
 pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
+/// The first pause between two tries to undo a write that may still be carried out.
 pub(crate) const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
-/// Between two tries of a call to the store.
+/// The pauses between two tries of a call to the store.
 pub(crate) const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));

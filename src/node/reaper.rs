@@ -1,4 +1,5 @@
-//! Purges records that count as absent, and what has hung on records that are gone.
+//! The background task that purges expired records, and intents and phases of records that are
+//! gone.
 
 use std::{
     sync::{Arc, Weak, atomic::Ordering},
@@ -16,11 +17,11 @@ use crate::{
     retry::jittered,
 };
 
-/// Whether and how often expired records are purged in the background.
+/// The schedule by which expired records are purged in the background.
 ///
-/// The task starts with the first request that has a key, survives errors of the store, may run on many nodes at once
-/// and ends when the layer is drained or dropped. Purging frees space only: whether a record has expired is decided by
-/// each claim itself.
+/// The task starts with the first request that has a key, survives errors of the store, and ends
+/// when the layer is drained or dropped. It may run on many nodes simultaneously. Purging only
+/// frees space: each claim decides for itself whether a record has expired.
 #[derive(Clone, Debug)]
 pub struct Reaper(Option<Schedule>);
 
@@ -38,8 +39,14 @@ impl Default for Reaper {
 }
 
 impl Reaper {
-    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records until none is left.
-    /// Default: every 60 s, 1000 records.
+    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records
+    /// until none is left. Default: every 60 s, 1000 records.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Reaper;
+    /// let reaper = Reaper::every(Duration::from_secs(10), 500);
+    /// ```
     ///
     /// # Panics
     ///
@@ -54,11 +61,19 @@ impl Reaper {
         Self(Some(Schedule { interval, batch, intent_retention: INTENT_RETENTION }))
     }
 
-    /// For how long settled intents and finished phases whose record is gone are kept, counted from when they were opened or
-    /// finished: they tell what was done in the name of a request. Those whose record is there always stay, and so do those
-    /// that are open or need attention. Default: 90 days.
+    /// Sets how long settled intents and finished phases are kept when their record is gone,
+    /// counted from when they were opened or finished. They are the trace of what a request has
+    /// done. Default: 90 days.
     ///
-    /// A reaper that is off stays so.
+    /// Those whose record exists always stay, and so do those that are open or need attention. A
+    /// reaper that is off stays off.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Reaper;
+    /// let month = Duration::from_secs(30 * 24 * 60 * 60);
+    /// let reaper = Reaper::default().with_intent_retention(month);
+    /// ```
     #[must_use]
     pub fn with_intent_retention(mut self, retention: Duration) -> Self {
         if let Some(schedule) = &mut self.0 {
@@ -67,7 +82,8 @@ impl Reaper {
         self
     }
 
-    /// Purges nothing by itself: a job calls [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
+    /// Purges nothing in the background. Have a job call
+    /// [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
     /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled).
     #[must_use]
     pub fn off() -> Self {
@@ -85,7 +101,7 @@ impl Reaper {
     }
 }
 
-/// Purges what is left over, as long as there is any.
+/// Purges records, then intents and phases, until there are none left to purge.
 async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
     let Schedule { batch, intent_retention, .. } = schedule;
     let store = &node.store;
@@ -94,7 +110,7 @@ async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
         async move { store.purge(batch).await }
     })
     .await;
-    // After the records, on which intents and phases hang.
+    // After the records: an intent or a phase may be purged only when its record is gone.
     let Some(recovery) = store.recovery() else { return records };
     let settled = purge_by(node, batch, Purged::Settled, || {
         let recovery = Arc::clone(&recovery);
@@ -134,7 +150,7 @@ impl Alive {
             let node = self.0.upgrade();
             async move { Some(purge_all(&*node?, schedule).await) }
         };
-        repeat(stopped, schedule.interval, "what has expired could not be purged", pass).await;
+        repeat(stopped, schedule.interval, "expired records could not be purged", pass).await;
     }
 }
 

@@ -1,6 +1,7 @@
-//! What this process is running: a duplicate of it is refused without asking the store.
+//! The running attempts of this process. Their duplicates are refused without asking the store.
 //!
-//! After an outage longer than a lease the store would let a duplicate take over what still runs here.
+//! After an outage longer than a lease, the store would let a duplicate take over an attempt that
+//! still runs here.
 
 use std::{
     collections::HashMap,
@@ -24,7 +25,7 @@ impl Running {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a record whose claim was won, until the answer is dropped.
+    /// Notes a record whose claim was won, until the returned guard is dropped.
     pub(crate) fn enter(self: &Arc<Self>, attempt: Attempt, record: Record) -> Entered {
         self.records().insert((record.consumer.clone(), record.key.clone()), record);
         Entered { running: Arc::clone(self), attempt }

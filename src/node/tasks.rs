@@ -1,4 +1,4 @@
-//! Tasks of a node: what must run to its end, and what runs in the background.
+//! Tasks of a node: those that must run to their end, and those in the background.
 
 use std::{fmt, future::Future, time::Duration};
 
@@ -24,18 +24,18 @@ use crate::{
 /// The tasks of a node. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Tasks {
-    /// Everything that must not be cut off: attempts, claims, the ends of attempts.
+    /// Those that must not be cut off: attempts, claims, the ends of attempts.
     tracked: TaskTracker,
-    /// What runs for as long as the layer does.
+    /// Those that run for as long as the layer does.
     background: TaskTracker,
-    /// Guarded requests are refused.
+    /// Cancelled when guarded requests are refused.
     pub(crate) draining: CancellationToken,
-    /// Background tasks end.
+    /// Cancelled when background tasks must end.
     pub(crate) stopped: CancellationToken,
 }
 
 impl Tasks {
-    /// Runs to its end, whoever stops waiting.
+    /// Runs work to its end, even if its caller has gone.
     pub(crate) fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -43,7 +43,7 @@ impl Tasks {
         self.tracked.spawn(work)
     }
 
-    /// The same, on another runtime than the current one.
+    /// The same, on a given runtime.
     pub(crate) fn spawn_on<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -52,12 +52,12 @@ impl Tasks {
         self.tracked.spawn_on(work, runtime)
     }
 
-    /// Work that draining waits for, in whatever task it runs.
+    /// Lets draining wait for work, in whatever task it runs.
     pub(crate) fn track<F: Future>(&self, work: F) -> TrackedFuture<F> {
         self.tracked.track_future(work)
     }
 
-    /// Draining waits until it is dropped.
+    /// Lets draining wait until the token is dropped.
     pub(crate) fn token(&self) -> TaskTrackerToken {
         self.tracked.token()
     }
@@ -83,7 +83,7 @@ impl Tasks {
         answer_of(self.spawn(work), limit).await
     }
 
-    /// Starts what runs for as long as the layer does.
+    /// Starts a task that runs for as long as the layer does.
     pub(crate) fn spawn_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -91,7 +91,7 @@ impl Tasks {
         self.background.spawn(work)
     }
 
-    /// Runs to its end as a background task, whoever stops waiting.
+    /// Runs work to its end as a background task, even if its caller has gone.
     pub(crate) async fn in_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -99,7 +99,8 @@ impl Tasks {
         self.spawn_background(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
 
-    /// Refuses new work and waits for all tasks, the background tasks last. After `limit`: how many are left.
+    /// Refuses new work and waits for all tasks, the background tasks last. After `limit`, returns
+    /// how many are left.
     pub(crate) async fn drain(&self, limit: Duration) -> Result<(), usize> {
         self.draining.cancel();
         self.tracked.close();
@@ -121,8 +122,9 @@ impl fmt::Debug for Tasks {
     }
 }
 
-/// The shape of a background task: a pass, then a pause with a jitter of a quarter, which doubles up to eight times while
-/// passes fail. Ends with the token, or when a pass finds that there is nothing to run for.
+/// Runs a background task: a pass, then a pause with a jitter of a quarter. While passes fail, the
+/// pause doubles, up to eight times its length. Ends with the token, or when a pass finds that its
+/// node is gone.
 pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     ended: CancellationToken,
     interval: Duration,
@@ -146,7 +148,8 @@ pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     }
 }
 
-/// The answer of a task that works with the store. After `limit` the task goes on, and its effect is not known.
+/// Waits for a task that works with the store. After `limit` the task goes on, and its effect is
+/// not known.
 pub(crate) async fn answer_of<T>(
     task: JoinHandle<Result<T, StoreError>>,
     limit: Duration,

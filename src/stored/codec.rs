@@ -1,4 +1,5 @@
-//! The bytes of stored responses and kept requests: a version, a checksum and length-prefixed fields.
+//! The bytes of stored responses and kept requests: a version, a checksum and length-prefixed
+//! fields.
 
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request};
@@ -9,7 +10,8 @@ use crate::stored::{
     response::{self, StoredResponse, UnreadableResponse},
 };
 
-/// Encodes what a node stores and decodes what it finds. The one place that knows the outer form of the bytes.
+/// Encodes and decodes responses and requests for a node. The one place that knows the outer form
+/// of the bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Codec;
 

@@ -27,20 +27,21 @@ pub struct KeptRequest {
     pub key: IdempotencyKey,
     /// The encoded request.
     pub request: Bytes,
-    /// How often it was sent again.
+    /// The number of times it was sent again.
     pub tries: u32,
-    /// What an operator must know.
+    /// The reason why it waits for an operator, if it does.
     pub attention: Option<String>,
 }
 
 impl KeptRequest {
-    /// A request that was not sent again yet.
+    /// A request that has not been sent again.
     #[must_use]
     pub fn new(record_id: RecordId, consumer: Consumer, key: IdempotencyKey, request: Bytes) -> Self {
         Self { record_id, consumer, key, request, tries: 0, attention: None }
     }
 
-    /// The request as it is sent again: method, original URI, the headers that were kept, and the body.
+    /// The request as it is sent again: method, original URI, the headers that were kept, and the
+    /// body.
     ///
     /// # Errors
     ///
@@ -50,7 +51,7 @@ impl KeptRequest {
     }
 }
 
-/// Shows how long the request is, and nothing of it.
+/// Shows the length of the request, and nothing of its content.
 impl fmt::Debug for KeptRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeptRequest")
@@ -63,24 +64,24 @@ impl fmt::Debug for KeptRequest {
     }
 }
 
-/// What becomes of a kept request that was sent again.
+/// The next step for a kept request that was sent again.
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RequestUpdate {
-    /// It is sent again, if its record is still not completed.
+    /// Send it again, unless its record is completed by then.
     SendAgain {
         /// After this time.
         after: Duration,
-        /// Whether it was sent. If not, that it was taken does not count as a try.
+        /// `true` if it was sent. If it was only taken, that does not count as a try.
         tried: bool,
     },
-    /// It is not sent any more and waits for an operator, who is told this.
+    /// Do not send it any more: it waits for an operator, for this reason.
     NeedsAttention(String),
-    /// It is not needed any more, because its record is completed or gone, and is deleted.
+    /// Delete it: its record is completed or gone.
     Done,
 }
 
-/// Kept bytes that are no request. They are never sent.
+/// Kept bytes cannot be read as a request. They are never sent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnreadableRequest {

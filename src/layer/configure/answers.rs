@@ -28,8 +28,8 @@ impl IdempotencyLayer {
     }
 
     /// Sets the function that renders responses from what handlers have stored instead of them
-    /// ([`Representation`]). Default: responses are stored whole, and a stored representation is answered 500
-    /// `representation-unrenderable`.
+    /// ([`Representation`]). Default: responses are stored whole, and a stored representation is
+    /// answered 500 `representation-unrenderable`.
     ///
     /// ```
     /// # #[cfg(all(feature = "axum", feature = "memory"))] {
@@ -53,14 +53,14 @@ impl IdempotencyLayer {
     /// # }
     /// ```
     ///
-    /// The first response is rendered too, once the record is completed and the handler's transaction
-    /// committed. First response and replay are equal as long as the data that is read is equal. Store a
-    /// response whole if it must not change with that data. Headers of the connection and those that are
-    /// [not kept](Self::add_header_not_kept) are removed.
+    /// The first response is rendered too, once the record is completed and the handler's
+    /// transaction committed. First response and replay are equal as long as the data that is read
+    /// is equal. Store a response whole if it must not change with that data. Headers of the
+    /// connection and those that are [not kept](Self::add_header_not_kept) are removed.
     ///
-    /// If rendering fails, panics or takes longer than the [store time-out](Self::with_store_timeout), the
-    /// answer is 500 `representation-unrenderable`. The record stays completed: a retry renders again, and the
-    /// handler never runs again.
+    /// If rendering fails, panics or takes longer than the [store
+    /// time-out](Self::with_store_timeout), the answer is 500 `representation-unrenderable`. The
+    /// record stays completed: a retry renders again, and the handler never runs again.
     ///
     /// [`Representation`]: crate::Representation
     #[must_use]
@@ -96,20 +96,21 @@ impl IdempotencyLayer {
     /// # }
     /// ```
     ///
-    /// It renders the refusals of the layer, and those that handlers and extractors answer: `Idempotency`, `Tx`,
-    /// `TxError` and `IntentError`, also in requests that pass through without a key. Headers and extensions that
-    /// a middleware inside the layer has added to such an answer stay. An answer whose status or content type a
-    /// middleware has changed is the application's own, and left as it is.
+    /// It renders the refusals of the layer, and those that handlers and extractors answer:
+    /// `Idempotency`, `Tx`, `TxError` and `IntentError`, also in requests that pass through without
+    /// a key. Headers and extensions that a middleware inside the layer has added to such an answer
+    /// stay. An answer whose status or content type a middleware has changed is the application's
+    /// own, and left as it is.
     ///
-    /// One refusal is always a `ProblemJson`: `internal`, for a request whose task ended early, because the
-    /// renderer may be the cause.
+    /// One refusal is always a `ProblemJson`: `internal`, for a request whose task ended early,
+    /// because the renderer may be the cause.
     #[must_use]
     pub fn with_renderer(self, renderer: impl RenderRejection + 'static) -> Self {
         self.set(|settings| settings.renderer = Arc::new(renderer))
     }
 
-    /// Limits the stored body of a response, in bytes. A larger one reaches the first caller, and retries get 409
-    /// `response-not-kept`. Default: 1 MiB.
+    /// Limits the stored body of a response, in bytes. A larger one reaches the first caller, and
+    /// retries get 409 `response-not-kept`. Default: 1 MiB.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -122,8 +123,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.response_body_limit = bytes)
     }
 
-    /// Limits how long the body of a response is collected. A slower one counts as endless: it reaches the first
-    /// caller, and retries get 409 `response-not-kept`. Default: 10 s.
+    /// Limits how long the body of a response is collected. A slower one counts as endless: it
+    /// reaches the first caller, and retries get 409 `response-not-kept`. Default: 10 s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {

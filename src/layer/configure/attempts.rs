@@ -11,11 +11,11 @@ use crate::{
 
 /// Attempts: leases, time-outs, the store, transactions and recovery.
 impl IdempotencyLayer {
-    /// Sets the retention: how long a record is kept, counted from its first claim. After that the key counts
-    /// as new. Default: 24 h.
+    /// Sets the retention: how long a record is kept, counted from its first claim. After that the
+    /// key counts as new. Default: 24 h.
     ///
-    /// A response that is stored after the retention is over is kept for another retention. So is what intents
-    /// and phases have done in an attempt that may run past it.
+    /// A response that is stored after the retention is over is kept for another retention. So is
+    /// what intents and phases have done in an attempt that may run past it.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -35,8 +35,8 @@ impl IdempotencyLayer {
         self.set_attempt(|attempt| attempt.timing.retention = retention).checked()
     }
 
-    /// Sets the lease: how long an attempt owns its record without renewing. Retries are refused with 409 for that
-    /// long after a crash. Default: 30 s.
+    /// Sets the lease: how long an attempt owns its record without renewing. Retries are refused
+    /// with 409 for that long after a crash. Default: 30 s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -48,8 +48,8 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms or two renewals, or longer than the retention allows: set a longer retention
-    /// first.
+    /// If it is shorter than 100 ms or two renewals, or longer than the retention allows: set a
+    /// longer retention first.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
@@ -75,8 +75,8 @@ impl IdempotencyLayer {
         self.set_attempt(|attempt| attempt.timing.renewal = Some(interval)).checked()
     }
 
-    /// Limits how long a handler may run before it is cancelled. Default: 10 min. For a shorter limit, put a
-    /// time-out layer inside this one.
+    /// Limits how long a handler may run before it is cancelled. Default: 10 min. For a shorter
+    /// limit, put a time-out layer inside this one.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -95,8 +95,8 @@ impl IdempotencyLayer {
         self.set_attempt(|attempt| attempt.timing.max_execution = limit).checked()
     }
 
-    /// Limits how long a request waits for the store to claim its key, to at most three quarters of the lease, and
-    /// for its response to be [rendered](Self::with_representation). Default: 5 s.
+    /// Limits how long a request waits for the store to claim its key, to at most three quarters of
+    /// the lease, and for its response to be [rendered](Self::with_representation). Default: 5 s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -142,8 +142,8 @@ impl IdempotencyLayer {
         self.set_attempt(|attempt| attempt.key_logging = logging)
     }
 
-    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task serves a layer
-    /// and its clones, with the settings of the one that gets a request first.
+    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task
+    /// serves a layer and its clones, with the settings of the one that gets a request first.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -173,15 +173,16 @@ impl IdempotencyLayer {
         self.set_attempt(|attempt| attempt.transactions = options)
     }
 
-    /// Keeps requests before their handlers run, so that a [`Completer`](crate::Completer) can send them again when
-    /// their process has died and their client does not come back. Off by default.
+    /// Keeps requests before their handlers run, so that a [`Completer`](crate::Completer) can send
+    /// them again when their process has died and their client does not come back. Off by default.
     ///
-    /// Each request with a key then costs another write. A request that cannot be kept is not run: 503
-    /// `store-unavailable`, and its key is given back. The store must be able to keep requests, as SQLite and
-    /// PostgreSQL are. With any other, every request with a key is refused: 500 `store-misconfigured`.
+    /// Each request with a key then costs another write. A request that cannot be kept is not run:
+    /// 503 `store-unavailable`, and its key is given back. The store must be able to keep requests,
+    /// as SQLite and PostgreSQL are. With any other, every request with a key is refused: 500
+    /// `store-misconfigured`.
     ///
-    /// A process that dies before the request is kept has not begun its handler: nothing was done, and only the
-    /// client's retry performs the request.
+    /// A process that dies before the request is kept has not begun its handler: nothing was done,
+    /// and only the client's retry performs the request.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {

@@ -11,8 +11,8 @@ use crate::{
 
 /// Requests: which are guarded, whose they are, and how many and how large they may be.
 impl IdempotencyLayer {
-    /// Sets the guarded methods. All others pass through, and their key header is ignored. Default: `POST` and
-    /// `PATCH`.
+    /// Sets the guarded methods. All others pass through, and their key header is ignored. Default:
+    /// `POST` and `PATCH`.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -32,7 +32,8 @@ impl IdempotencyLayer {
         let never = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::CONNECT];
         if let Some(method) = methods.iter().find(|method| never.contains(method)) {
             panic!(
-                "{method} cannot be guarded: it changes nothing, so it is safe to retry; remove it from the methods"
+                "{method} cannot be guarded: it changes nothing, so it is safe to retry; remove it from the \
+                 methods"
             );
         }
         self.set(|settings| settings.methods = methods)
@@ -66,7 +67,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.key_syntax = syntax)
     }
 
-    /// Refuses guarded requests without a key: 400 `key-missing`. Default: they pass through, unprotected.
+    /// Refuses guarded requests without a key: 400 `key-missing`. Default: they pass through,
+    /// unprotected.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -79,15 +81,15 @@ impl IdempotencyLayer {
         self.set(|settings| settings.required = true)
     }
 
-    /// Derives a key from the fingerprint of a request that has none, for clients that cannot send one. Off by
-    /// default.
+    /// Derives a key from the fingerprint of a request that has none, for clients that cannot send
+    /// one. Off by default.
     ///
-    /// An equal request of the same consumer within `window` of the first counts as its retry, **also if it is
-    /// meant as a second one**: two equal orders of the same article cannot be told apart. The window is the
-    /// retention of such records, and begins with the first request.
+    /// An equal request of the same consumer within `window` of the first counts as its retry,
+    /// **also if it is meant as a second one**: two equal orders of the same article cannot be told
+    /// apart. The window is the retention of such records, and begins with the first request.
     ///
-    /// With it, [`required`](Self::required) has no effect. With [`Fingerprinter::none`] all requests to an
-    /// endpoint are equal.
+    /// With it, [`required`](Self::required) has no effect. With [`Fingerprinter::none`] all
+    /// requests to an endpoint are equal.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -110,8 +112,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.derived_key = Some(window))
     }
 
-    /// Sets the extractor that finds the consumer of a request. Default: [`ConsumerExtractor::default`], which
-    /// refuses to guess.
+    /// Sets the extractor that finds the consumer of a request. Default:
+    /// [`ConsumerExtractor::default`], which refuses to guess.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -129,8 +131,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.consumer = extractor).checked()
     }
 
-    /// Sets the fingerprint, which tells a retry from another request. Default: [`Fingerprinter::default`], over
-    /// method, path, query, content type and body.
+    /// Sets the fingerprint, which tells a retry from another request. Default:
+    /// [`Fingerprinter::default`], over method, path, query, content type and body.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -143,15 +145,16 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it covers a header that cannot be kept, and requests are [kept](Self::with_kept_requests).
+    /// If it covers a header that cannot be kept, and requests are
+    /// [kept](Self::with_kept_requests).
     #[must_use]
     #[track_caller]
     pub fn with_fingerprint(self, fingerprinter: Fingerprinter) -> Self {
         self.set(|settings| settings.fingerprinter = fingerprinter).checked()
     }
 
-    /// Limits how many requests with a key are decided and run simultaneously; the others get 503 `overloaded`.
-    /// Clones made afterwards share the limit. Default: no limit.
+    /// Limits how many requests with a key are decided and run simultaneously; the others get 503
+    /// `overloaded`. Clones made afterwards share the limit. Default: no limit.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -171,8 +174,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.in_flight = Some(places))
     }
 
-    /// Limits the body of a request with a key, in bytes, to at most 4 GiB; a larger one gets 413. Default:
-    /// 1 MiB.
+    /// Limits the body of a request with a key, in bytes, to at most 4 GiB; a larger one gets 413.
+    /// Default: 1 MiB.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -191,8 +194,8 @@ impl IdempotencyLayer {
         self.set(|settings| settings.request_limits.body = bytes).checked()
     }
 
-    /// Limits all buffered request bodies together, in bytes; a body that does not fit gets 503 `overloaded`.
-    /// Clones made afterwards share the limit. Default: 64 MiB.
+    /// Limits all buffered request bodies together, in bytes; a body that does not fit gets 503
+    /// `overloaded`. Clones made afterwards share the limit. Default: 64 MiB.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -215,7 +218,8 @@ impl IdempotencyLayer {
         .checked()
     }
 
-    /// Limits how long the body of a request may take to arrive; a slower one gets 408. Default: 30 s.
+    /// Limits how long the body of a request may take to arrive; a slower one gets 408. Default: 30
+    /// s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
