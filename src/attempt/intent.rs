@@ -164,7 +164,7 @@ impl IntentBuilder {
         self.grace.max(self.timeout.saturating_mul(2))
     }
 
-    /// How long a call may be repeated, counted from the opening: a call may leave until its intent
+    /// The time from the opening in which a call may be repeated: a call may leave until its intent
     /// dangles.
     fn repeatable_for(&self) -> Duration {
         let margin = (self.deduplicates_for / 10).max(self.dangling_after());
@@ -178,7 +178,11 @@ impl IntentBuilder {
     /// | `Ok` | finalized | gets the same [`Resource`], no call |
     /// | [`Refused`](CallFailure::Refused) | dead | gets the same refusal, no call |
     /// | [`NotSent`](CallFailure::NotSent) | open | calls again with the same key |
-    /// | [`Unknown`](CallFailure::Unknown), the time-out, a panic | open | calls again with the same key if the upstream deduplicates; otherwise the key is held until the intent is settled |
+    /// | [`Unknown`](CallFailure::Unknown), the time-out, a panic | open | see below |
+    ///
+    /// After an unknown outcome the next attempt calls again with the same key, if the upstream
+    /// [deduplicates](Self::deduplicates_for). Otherwise the idempotency key is held until the intent is
+    /// settled.
     ///
     /// The closure gets the upstream key. Send it as the upstream's idempotency key. If the
     /// upstream has none, send it as a reference by which a look-up finds the resource.

@@ -65,8 +65,8 @@ pub(crate) struct Facts {
     pub(crate) cancelled: CancellationToken,
 }
 
-/// An attempt that owns its record, from the claim to its end. There is one, and whoever has it
-/// ends the attempt. Dropped, it stops renewing the lease and leaves the running attempts.
+/// An attempt that owns its record, from the claim to its end. It is unique, and its holder ends
+/// the attempt. Dropped, it stops renewing the lease and leaves the running attempts.
 #[derive(Debug)]
 pub(crate) struct Ownership {
     facts: Arc<Facts>,

@@ -108,12 +108,12 @@ impl AttemptSettings {
         }
     }
 
-    /// How long an attempt waits for the store before it does something.
+    /// The time that an attempt waits for the store before it does something.
     pub(crate) fn store_wait(&self) -> Duration {
         self.store_timeout.min(self.timing.lease * 3 / 4)
     }
 
-    /// How long an attempt waits for the store after it has done something.
+    /// The time that an attempt waits for the store after it has done something.
     pub(crate) fn settle_wait(&self) -> Duration {
         MAX_WAIT.min(self.timing.lease * 3 / 4)
     }
@@ -135,7 +135,7 @@ pub(crate) fn check_store_timeout(limit: Duration) {
     assert!(!limit.is_zero(), "a store time-out of zero: no key could be claimed");
 }
 
-/// How transactions of handlers are begun and ended. Set on the layer
+/// Options for the transactions of handlers. Set on the layer
 /// ([`IdempotencyLayer::with_transactions`](crate::IdempotencyLayer::with_transactions)) or on a
 /// log ([`IntentLog::with_transactions`](crate::IntentLog::with_transactions)).
 ///
@@ -222,8 +222,8 @@ impl TransactionOptions {
     }
 }
 
-/// How long at most a client waits for a result to be stored while the store does not answer.
+/// The longest time that a client waits for a result to be stored.
 const MAX_WAIT: Duration = Duration::from_secs(10);
-/// How long at least the end of an attempt is tried, however short its execution may be.
+/// The shortest time for which the end of an attempt is tried.
 const MIN_TRIES: Duration = Duration::from_secs(10);
 const MIN_LEASE: Duration = Duration::from_millis(100);

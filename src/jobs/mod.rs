@@ -40,7 +40,8 @@ use crate::{
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")] {
-/// # async fn transfer(key: tower_idempotency::UpstreamKey) -> Result<String, tower_idempotency::CallFailure> { todo!() }
+/// # use tower_idempotency::{CallFailure, UpstreamKey};
+/// # async fn transfer(key: UpstreamKey) -> Result<String, CallFailure> { todo!() }
 /// use tower_idempotency::{Consumer, IdempotencyKey, IntentLog, LogOutcome, Resource};
 ///
 /// # async fn consume(pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {

@@ -177,5 +177,5 @@ async fn commit(
 
 const ENDED_BY_HANDLER: &str = "the handler has ended its transaction itself: what it wrote may be committed";
 
-/// How long a client whose request was not performed waits for the rollback.
+/// The time that a client whose request was not performed waits for the rollback.
 const PATIENCE: Duration = Duration::from_millis(100);

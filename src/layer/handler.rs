@@ -167,5 +167,5 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
     content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
 }
 
-/// How long a client waits for a cancelled handler to stop.
+/// The time that a client waits for a cancelled handler to stop.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);

@@ -176,7 +176,7 @@ impl Judge {
         Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) }
     }
 
-    /// The end of an attempt with this response, unless the response is to be stored.
+    /// The end of an attempt with this response. `None` if the response is stored.
     fn unstored(&self, parts: &Parts) -> Option<Outcome> {
         // A refusal, of this layer or of one inside it, is never stored.
         let refused = parts.extensions.get::<Rejection>().is_some();

@@ -40,8 +40,8 @@ impl Node {
         let answer = match timeout(limit, &mut receiver).await {
             Ok(answer) => answer.ok(),
             Err(_) => {
-                // Closed first: an answer is either seen here, or the task learns that nobody takes
-                // it.
+                // Closed first: an answer is either seen here, or the task learns that it is not
+                // taken.
                 receiver.close();
                 receiver.try_recv().ok()
             }

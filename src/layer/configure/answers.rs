@@ -33,7 +33,7 @@ impl IdempotencyLayer {
     ///
     /// ```
     /// # #[cfg(all(feature = "axum", feature = "memory"))] {
-    /// # async fn load(consumer: &Consumer, id: &[u8]) -> Result<String, std::io::Error> { Ok(String::new()) }
+    /// # async fn load(consumer: &Consumer, id: &[u8]) -> std::io::Result<String> { todo!() }
     /// use axum::{Extension, http::{Response, StatusCode}};
     /// use tower_idempotency::{
     ///     Consumer, Idempotency, IdempotencyLayer, MemoryStore, Representation,
@@ -46,8 +46,9 @@ impl IdempotencyLayer {
     ///
     /// let render = |stored: StoredRepresentation| async move {
     ///     let charge = load(&stored.consumer, &stored.data).await?;
-    ///     let response = Response::builder().status(stored.status).header("content-type", "application/json");
-    ///     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(response.body(charge)?)
+    ///     let response = Response::builder().status(stored.status);
+    ///     let response = response.header("content-type", "application/json").body(charge)?;
+    ///     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(response)
     /// };
     /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_representation(render);
     /// # }
@@ -130,7 +131,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_response_body_timeout(Duration::from_secs(2));
+    /// let limit = Duration::from_secs(2);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_response_body_timeout(limit);
     /// # }
     /// ```
     #[must_use]

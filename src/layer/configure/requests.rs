@@ -124,7 +124,7 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If the header that it reads is to be [kept](Self::with_kept_requests).
+    /// If the header that it reads would be [kept](Self::with_kept_requests).
     #[must_use]
     #[track_caller]
     pub fn with_consumer(self, extractor: ConsumerExtractor) -> Self {
@@ -225,7 +225,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_request_body_timeout(Duration::from_secs(10));
+    /// let limit = Duration::from_secs(10);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_request_body_timeout(limit);
     /// # }
     /// ```
     ///
