@@ -193,7 +193,7 @@ mod tests {
             .header("x-api-key", "acme-key")
             .header("idempotency-key", iban)
             .header("content-type", "application/json")
-            .body(json!({"iban": iban, "cents": 1000}).to_string().into());
+            .body(axum::body::Body::from(json!({"iban": iban, "cents": 1000}).to_string()));
         let response = app.clone().oneshot(request.unwrap()).await.unwrap();
         (response.status().as_u16(), response.headers().contains_key("idempotent-replayed"))
     }

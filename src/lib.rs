@@ -40,7 +40,7 @@ pub mod intent {
     };
 }
 
-pub use attempt::{error::IntentError, idempotency::Idempotency};
+pub use attempt::{error::IntentError, idempotency::Idempotency, settings::TransactionOptions};
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub use attempt::{tx::Tx, tx_error::TxError};
 pub use consumer::{Consumer, ConsumerExtractor};
@@ -55,13 +55,13 @@ pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
 pub use recovery::{Completer, Lookup, Reconcile, Reconciler, Restore};
 pub use redact::KeyLogging;
 pub use rejection::{ProblemJson, Rejection, RejectionCode};
+pub use store::IsolationLevel;
 #[cfg(feature = "memory")]
 pub use store::MemoryStore;
 #[cfg(feature = "postgres")]
 pub use store::PostgresStore;
 #[cfg(feature = "sqlite")]
 pub use store::SqliteStore;
-pub use store::{IsolationLevel, TransactionOptions};
 pub use stored::{
     intent::{CallFailure, Intent, Resource, UpstreamKey},
     response::{Representation, StoredRepresentation},

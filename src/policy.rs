@@ -44,6 +44,16 @@ pub enum AbandonedAttempts {
     Hold,
 }
 
+impl AbandonedAttempts {
+    /// How many leases may run out before a record is held.
+    pub(crate) fn limit(self) -> u16 {
+        match self {
+            Self::RunAgain => 5,
+            Self::Hold => 1,
+        }
+    }
+}
+
 type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 
 /// Decides by the status which responses are stored and replayed, and whether abandoned attempts
@@ -131,22 +141,8 @@ impl ResultPolicy {
         overridden.unwrap_or_else(|| (self.classify)(response.status))
     }
 
-    /// Decides after a panic, an error of the inner service, a broken response body or an execution
-    /// that took too long.
-    pub(crate) fn without_result(&self) -> Directive {
-        match self.abandoned {
-            AbandonedAttempts::RunAgain => Directive::Release,
-            AbandonedAttempts::Hold => Directive::Hold,
-        }
-    }
-
-    /// The number of leases that run out before the record is held.
-    pub(crate) fn max_abandoned(&self) -> u16 {
-        match self.abandoned {
-            AbandonedAttempts::RunAgain => 5,
-            // The first lease that runs out holds the record.
-            AbandonedAttempts::Hold => 1,
-        }
+    pub(crate) fn abandoned(&self) -> AbandonedAttempts {
+        self.abandoned
     }
 }
 

@@ -7,8 +7,11 @@ use serde::Serialize;
 use tokio::time::{Instant, timeout};
 
 use crate::{
-    attempt::idempotency::Idempotency, fingerprint::canonical_digest, node::tasks::answer_of,
-    redact::TRACING_TARGET, stored::record::Fenced,
+    attempt::{Facts, idempotency::Idempotency},
+    fingerprint::canonical_digest,
+    node::tasks::answer_of,
+    redact::TRACING_TARGET,
+    stored::record::Fenced,
 };
 use crate::{
     attempt::{
@@ -21,7 +24,7 @@ use crate::{
     },
 };
 
-/// A call to an upstream service that is about to be made: what it is and how the upstream behaves. Made by
+/// Describes a call to an upstream service before it is made, and how the upstream behaves. Made by
 /// [`Idempotency::intent`].
 #[must_use = "nothing is opened before `call` or `open`"]
 #[derive(Debug)]
@@ -36,15 +39,15 @@ pub struct IntentBuilder {
     grace: Duration,
 }
 
-/// What there is to do for an intent.
+/// The next step for an intent.
 #[derive(Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a handler must handle every one")]
 pub enum Opened {
     /// Make the call, and settle this.
     Call(OpenIntent),
-    /// An earlier attempt made the call: this is what it has recorded.
+    /// Use this resource: an earlier attempt made the call and recorded it.
     Finalized(Resource),
-    /// The upstream has refused an earlier attempt, with this reason.
+    /// Make no call: the upstream has refused an earlier attempt, for this reason.
     Refused(String),
 }
 
@@ -62,45 +65,96 @@ impl IntentBuilder {
         }
     }
 
-    /// Tells this intent from others of its name in the same request, whatever their order: the recipient of one of many
-    /// transfers, for example. Without, the first `intent(name)` of an attempt is the first of every attempt.
+    /// Tells this intent from others of its name in the same request, whatever their order. For
+    /// example the recipient of one of many transfers. Without it the order counts: the first
+    /// `intent(name)` of an attempt is the first of every attempt.
+    ///
+    /// ```
+    /// # use tower_idempotency::Idempotency;
+    /// # fn example(idempotency: Idempotency, iban: &str) {
+    /// let intent = idempotency.intent("bank.transfer").of(iban);
+    /// # }
+    /// ```
     pub fn of(mut self, discriminator: impl fmt::Display) -> Self {
         self.discriminator = Some(discriminator.to_string());
         self
     }
 
-    /// What the call is made with. A digest of it is stored, and a later attempt that asks for the same intent with other
-    /// arguments is refused ([`OtherArguments`](IntentError::OtherArguments)), instead of getting the result of another
-    /// call. Values are compared as JSON: the order of the members of an object does not count.
+    /// Sets the arguments of the call. A digest of them is stored. A later attempt that asks for
+    /// the same intent with other arguments is refused
+    /// ([`OtherArguments`](IntentError::OtherArguments)), instead of getting the result of another
+    /// call. Arguments are compared as JSON: the order of the members of an object does not count.
+    ///
+    /// ```
+    /// # use tower_idempotency::Idempotency;
+    /// # fn example(idempotency: Idempotency, iban: &str, cents: u64) {
+    /// let intent = idempotency.intent("bank.transfer").with_arguments(&(iban, cents));
+    /// # }
+    /// ```
     pub fn with_arguments(mut self, arguments: &(impl Serialize + ?Sized)) -> Self {
         self.arguments = canonical_digest(arguments)
             .ok_or("the arguments of an intent cannot be written as JSON without ambiguity");
         self
     }
 
-    /// Names the application's own row that the call belongs to, for people.
+    /// Names the application's own row to which the call belongs, for operators.
+    ///
+    /// ```
+    /// # use tower_idempotency::Idempotency;
+    /// # fn example(idempotency: Idempotency) {
+    /// let intent = idempotency.intent("bank.transfer").with_subject("payout 17");
+    /// # }
+    /// ```
     pub fn with_subject(mut self, subject: impl Into<String>) -> Self {
         self.subject = Some(subject.into());
         self
     }
 
-    /// The upstream recognizes the [upstream key](UpstreamKey) for this long and performs a call once: a call whose outcome
-    /// is unknown is made again with the same key, as long as that comes well before the end: a tenth of this, or the
-    /// [grace period](Self::with_grace) if that is longer. Default: it does not, and such a call holds the key until it is
-    /// reconciled.
+    /// Declares that the upstream recognizes the [upstream key](UpstreamKey) for this long and
+    /// performs a call once. Default: it does not.
+    ///
+    /// A call whose outcome is unknown is then made again with the same key, until shortly before
+    /// the end of the window: a tenth of it, or the [grace period](Self::with_grace) if that is
+    /// longer. Without it, such a call holds the idempotency key until the intent is reconciled.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Idempotency;
+    /// # fn example(idempotency: Idempotency) {
+    /// let day = Duration::from_secs(24 * 60 * 60);
+    /// let intent = idempotency.intent("stripe.charge").deduplicates_for(day);
+    /// # }
+    /// ```
     pub fn deduplicates_for(mut self, window: Duration) -> Self {
         self.deduplicates_for = window;
         self
     }
 
-    /// How long [`call`](Self::call) waits for the upstream, at most a day. Default: 30 s.
+    /// Limits how long [`call`](Self::call) waits for the upstream, to at most a day. Default: 30
+    /// s.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Idempotency;
+    /// # fn example(idempotency: Idempotency) {
+    /// let intent = idempotency.intent("bank.transfer").with_timeout(Duration::from_secs(10));
+    /// # }
+    /// ```
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout.min(MAX_TIMEOUT);
         self
     }
 
-    /// After what time the intent is looked up if it is still open and its attempt has ended, at least twice the time-out.
-    /// Default: 5 min.
+    /// Sets the grace period: the time after which the intent is looked up if it is still open and
+    /// its attempt has ended. At least twice the [time-out](Self::with_timeout). Default: 5 min.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Idempotency;
+    /// # fn example(idempotency: Idempotency) {
+    /// let intent = idempotency.intent("bank.transfer").with_grace(Duration::from_secs(60));
+    /// # }
+    /// ```
     pub fn with_grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
@@ -110,27 +164,33 @@ impl IntentBuilder {
         self.grace.max(self.timeout.saturating_mul(2))
     }
 
-    /// From when it is opened: a call may leave until it dangles.
+    /// The time from the opening in which a call may be repeated: a call may leave until its intent
+    /// dangles.
     fn repeatable_for(&self) -> Duration {
         let margin = (self.deduplicates_for / 10).max(self.dangling_after());
         self.deduplicates_for.saturating_sub(margin)
     }
 
-    /// Opens the intent, makes the call and settles the intent by what the call came to:
+    /// Opens the intent, makes the call and settles the intent by the outcome:
     ///
     /// | the call | the intent | next attempt |
     /// |---|---|---|
     /// | `Ok` | finalized | gets the same [`Resource`], no call |
     /// | [`Refused`](CallFailure::Refused) | dead | gets the same refusal, no call |
     /// | [`NotSent`](CallFailure::NotSent) | open | calls again with the same key |
-    /// | [`Unknown`](CallFailure::Unknown), the time-out, a panic | open | calls again with the same key if the upstream deduplicates; otherwise the key is held until the intent is settled |
+    /// | [`Unknown`](CallFailure::Unknown), the time-out, a panic | open | see below |
     ///
-    /// The call is made with the upstream key that the closure gets: send it as the upstream's idempotency key, or where
-    /// the upstream has none, as a reference by which a look-up finds the resource.
+    /// After an unknown outcome the next attempt calls again with the same key, if the upstream
+    /// [deduplicates](Self::deduplicates_for). Otherwise the idempotency key is held until the intent is
+    /// settled.
     ///
-    /// It is not made if the attempt has [lost its record](Idempotency::cancelled) or the process was stopped for so long
-    /// that less than the time-out is left of the grace period. What cannot be excluded without an upstream that
-    /// deduplicates is that the process is stopped while it sends.
+    /// The closure gets the upstream key. Send it as the upstream's idempotency key. If the
+    /// upstream has none, send it as a reference by which a look-up finds the resource.
+    ///
+    /// The call is not made if the attempt has [lost its record](Idempotency::cancelled), or if the
+    /// process was stopped for so long that less than the time-out is left of the grace period. One
+    /// gap remains without an upstream that deduplicates: the process may be stopped while it
+    /// sends.
     ///
     /// ```
     /// # #[cfg(feature = "axum")] {
@@ -152,7 +212,7 @@ impl IntentBuilder {
     ///
     /// # Errors
     ///
-    /// [`IntentError`].
+    /// [`IntentError`], which says whether the call was made.
     pub async fn call<F>(self, call: F) -> Result<Resource, IntentError>
     where
         F: AsyncFnOnce(UpstreamKey) -> Result<Resource, CallFailure>,
@@ -174,7 +234,7 @@ impl IntentBuilder {
         intent.log(&failure);
         match failure {
             CallFailure::Refused(reason) => {
-                // Recorded or not, it was refused.
+                // Recorded or not: the upstream has refused.
                 if let Err(error) = intent.dead(reason.clone()).await {
                     log_unsettled(&error);
                 }
@@ -185,19 +245,20 @@ impl IntentBuilder {
         }
     }
 
-    /// Opens the intent: commits it before the call is made. For calls that do not fit [`call`](Self::call).
+    /// Opens the intent: commits it before the call is made. Use it for calls that do not fit
+    /// [`call`](Self::call).
     ///
     /// # Errors
     ///
-    /// [`IntentError`]; then no call may be made.
+    /// [`IntentError`]. Make no call then.
     pub async fn open(self) -> Result<Opened, IntentError> {
         self.idempotency.refuse_inside_transaction()?;
         check_name(&self.name)?;
         self.discriminator.as_deref().map_or(Ok(()), check_name)?;
         let (dangling_after, repeatable_for) = (self.dangling_after(), self.repeatable_for());
         let arguments = self.arguments.map_err(IntentError::Misused)?;
-        let entered = self.idempotency.progress().enter(&self.name, self.discriminator, &arguments)?;
-        let (attempt, record_id) = (self.idempotency.attempt().clone(), self.idempotency.record_id());
+        let entered = self.idempotency.facts.progress.enter(&self.name, self.discriminator, &arguments)?;
+        let (attempt, record_id) = (self.idempotency.facts.attempt.clone(), self.idempotency.record_id());
         let opening = Opening {
             arguments: arguments.clone(),
             subject: self.subject,
@@ -207,8 +268,12 @@ impl IntentBuilder {
         };
         let (key, fence) = (opening.upstream_key, IntentFence::Call(opening.call));
         let opened_at = Instant::now();
-        let outcome =
-            self.idempotency.node().open_intent(opening, self.idempotency.settings().store_wait()).await;
+        let outcome = self
+            .idempotency
+            .facts
+            .node
+            .open_intent(opening, self.idempotency.facts.settings.store_wait())
+            .await;
         match outcome.map_err(IntentError::NotRecorded)? {
             OpenOutcome::Opened => Ok(Opened::Call(OpenIntent {
                 idempotency: self.idempotency,
@@ -220,7 +285,7 @@ impl IntentBuilder {
             })),
             OpenOutcome::Lost => Err(IntentError::Lost),
             OpenOutcome::Recorded(intent) if intent.arguments != arguments => {
-                self.idempotency.progress().hold(IntentError::OtherArguments.rejection());
+                self.idempotency.facts.progress.hold(IntentError::OtherArguments.rejection());
                 tracing::error!(
                     target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name, upstream_key = %key,
                     "an attempt asks for an intent with other arguments than an earlier one; the key is held"
@@ -232,7 +297,7 @@ impl IntentBuilder {
     }
 }
 
-/// What an earlier attempt, or an earlier call, has left.
+/// The next step for an intent that an earlier attempt or call has left.
 fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
     match intent.state {
         IntentState::Finalized(resource) => {
@@ -243,12 +308,13 @@ fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
             entered.settled();
             Ok(Opened::Refused(reason))
         }
-        // One that may be called again was, at the same moment, by somebody else.
+        // It may be called again, and another attempt has just done so.
         IntentState::Open { sent: false } | IntentState::Dead { absent: true, .. } => Err(IntentError::Lost),
         IntentState::Open { sent: true } => {
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name,
-                upstream_key = %intent.upstream_key, "a call is not repeated: nobody knows what became of an earlier one"
+                upstream_key = %intent.upstream_key,
+                "a call is not repeated: the outcome of an earlier one is unknown"
             );
             let source =
                 "an earlier call may have arrived, and the upstream does not recognize it, or not any more";
@@ -257,8 +323,8 @@ fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
     }
 }
 
-/// An open intent: the call is to be made, and then settled by one of the methods. Dropped, it is left open, as after a
-/// time-out.
+/// An open intent. Make the call, then settle the intent by one of the methods. Dropped, the intent
+/// stays open, as after a time-out.
 #[must_use = "an intent that is dropped stays open"]
 pub struct OpenIntent {
     idempotency: Idempotency,
@@ -270,26 +336,27 @@ pub struct OpenIntent {
 }
 
 impl OpenIntent {
-    /// The key to send the call with.
+    /// The key with which the call is sent.
     #[must_use]
     pub fn upstream_key(&self) -> UpstreamKey {
         self.key
     }
 
-    /// The upstream has made the resource.
+    /// Records that the upstream has made the resource.
     ///
-    /// While a phase or the transaction of the handler is open, which have the record locked, this returns at once, and it
-    /// is recorded after them.
+    /// A phase or a transaction of the handler that is open has the record locked. Then this
+    /// returns immediately, and the resource is recorded after it.
     ///
     /// # Errors
     ///
-    /// [`NotRecorded`](IntentError::NotRecorded) if the store does not answer for ten seconds; it goes on being recorded in
-    /// the background. [`Lost`](IntentError::Lost) if something else was recorded meanwhile.
+    /// [`NotRecorded`](IntentError::NotRecorded) if the store does not answer for 10 s: further
+    /// tries are made in the background. [`Lost`](IntentError::Lost) if something else was recorded
+    /// meanwhile.
     pub async fn finalize(self, resource: impl Into<Resource>) -> Result<(), IntentError> {
         self.settle(IntentUpdate::Finalize(resource.into())).await
     }
 
-    /// The upstream has refused for good, with this reason.
+    /// Records that the upstream has refused for good, for this reason.
     ///
     /// # Errors
     ///
@@ -298,7 +365,8 @@ impl OpenIntent {
         self.settle(IntentUpdate::Refuse(reason.into())).await
     }
 
-    /// The call has certainly not been processed. The intent stays open, and may be called again.
+    /// Records that the call has certainly not been processed. The intent stays open, and may be
+    /// called again.
     ///
     /// # Errors
     ///
@@ -308,7 +376,7 @@ impl OpenIntent {
     }
 
     fn log(&self, failure: &CallFailure) {
-        let (attempt, key, intent) = (self.idempotency.attempt(), self.key, self.entered.name());
+        let (attempt, key, intent) = (&self.idempotency.facts.attempt, self.key, self.entered.name());
         let error = failure as &(dyn std::error::Error + 'static);
         match failure {
             CallFailure::Refused(_) => tracing::info!(
@@ -322,7 +390,7 @@ impl OpenIntent {
         }
     }
 
-    /// Why the call may not be made any more.
+    /// The reason why the call may not be made any more, if there is one.
     fn too_late(&self, timeout: Duration) -> Option<&'static str> {
         if self.idempotency.is_cancelled() {
             return Some("the attempt was cancelled before the call was made");
@@ -338,7 +406,7 @@ impl OpenIntent {
         IntentError::NotSent(cause)
     }
 
-    /// The resource is there, whether or not that could be recorded yet.
+    /// Returns the resource even if it is not recorded yet: the upstream has made it.
     async fn finalize_surely(self, resource: Resource) -> Result<Resource, IntentError> {
         match self.finalize(resource.clone()).await {
             Ok(()) => Ok(resource),
@@ -351,12 +419,13 @@ impl OpenIntent {
     }
 
     async fn settle(self, update: IntentUpdate) -> Result<(), IntentError> {
-        let node = self.idempotency.node();
-        let wait = self.idempotency.settings().settle_wait();
-        let give_up = Instant::now() + self.idempotency.settings().timing.max_execution.max(wait);
+        let Facts { node, settings, .. } = &*self.idempotency.facts;
+        let wait = settings.settle_wait();
+        let give_up = Instant::now() + settings.timing.max_execution.max(wait);
         let settles = matches!(update, IntentUpdate::Finalize(_) | IntentUpdate::Refuse(_));
         let task = node.settle_intent(self.key, self.fence, update, give_up);
         if settles {
+            // Whatever the store says later: the next intent of this name is another one.
             self.entered.settled();
         }
         if self.idempotency.has_its_record_locked() {
@@ -380,7 +449,7 @@ fn log_unsettled(error: &IntentError) {
     let error = error as &(dyn std::error::Error + 'static);
     tracing::error!(
         target: TRACING_TARGET, error,
-        "what became of a call to an upstream service is not recorded yet; it is reconciled if it stays so"
+        "the outcome of a call to an upstream service is not recorded yet; it is reconciled if it stays so"
     );
 }
 

@@ -1,4 +1,4 @@
-//! One attempt, whoever performs it.
+//! One attempt: of a request by the layer, or of a job by a log.
 
 pub(crate) mod error;
 pub(crate) mod idempotency;
@@ -6,8 +6,207 @@ pub(crate) mod intent;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod phase;
 pub(crate) mod progress;
+pub(crate) mod settings;
 pub(crate) mod settle;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod tx;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod tx_error;
+
+use std::{error::Error, fmt, ops::Deref, sync::Arc};
+
+use http::Extensions;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use self::{idempotency::Idempotency, progress::Progress, settings::AttemptSettings};
+use crate::{
+    error::StoreError,
+    fingerprint::Fingerprint,
+    node::{
+        Node,
+        ends::{End, Written},
+        leases::Lease,
+        running::Entered,
+    },
+    redact::TRACING_TARGET,
+    rejection::Rejection,
+    store::transaction::StoreTransaction,
+    stored::record::{Attempt, Claim, Record, RecordId},
+};
+
+/// A claim that was won.
+#[derive(Debug)]
+pub(crate) struct Won {
+    pub(crate) claim: Claim,
+    pub(crate) record_id: RecordId,
+    pub(crate) attempt_number: u32,
+    /// When the claim was sent: the lease begins then or later.
+    pub(crate) claimed_at: Instant,
+}
+
+/// The facts of an attempt. Its owner and every [`Idempotency`] share them.
+///
+/// They hold neither the lease nor the place among the running attempts: a handle may live for
+/// ever.
+pub(crate) struct Facts {
+    pub(crate) node: Arc<Node>,
+    pub(crate) settings: Arc<AttemptSettings>,
+    pub(crate) attempt: Attempt,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) record_id: RecordId,
+    pub(crate) attempt_number: u32,
+    pub(crate) progress: Arc<Progress>,
+    /// The transaction that the store offers the handler.
+    pub(crate) transaction: Option<Arc<dyn StoreTransaction>>,
+    /// The extensions that the store gives to the request.
+    pub(crate) offered: Extensions,
+    /// Tells the handler that its lease was lost or that its time is almost over.
+    pub(crate) cancelled: CancellationToken,
+}
+
+/// An attempt that owns its record, from the claim to its end. It is unique, and its holder ends
+/// the attempt. Dropped, it stops renewing the lease and leaves the running attempts.
+#[derive(Debug)]
+pub(crate) struct Ownership {
+    facts: Arc<Facts>,
+    lease: Lease,
+    _entered: Entered,
+}
+
+/// The outcome of ending an attempt.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// The record says what the attempt says.
+    Done,
+    /// Another attempt of the same request has completed the record.
+    Superseded(Box<Record>),
+    /// The record is gone, or another request's. Nothing contradicts what the attempt says.
+    Gone,
+    /// The record is held instead, for this reason.
+    Held(Rejection),
+}
+
+impl Ownership {
+    /// Begins the attempt whose claim was won: keeps its lease and offers it a transaction.
+    pub(crate) fn begin(node: &Arc<Node>, settings: &Arc<AttemptSettings>, won: Won) -> Self {
+        let Won { claim: Claim { attempt, fingerprint, lease, .. }, record_id, attempt_number, claimed_at } =
+            won;
+        let record = Record::won(&attempt, &fingerprint, lease, record_id, attempt_number);
+        let entered = node.running.enter(attempt.clone(), record);
+        let (cancelled, interval) = (CancellationToken::new(), settings.timing.renewal_interval());
+        let lease = Lease::new(&node.renewer, attempt.clone(), lease, interval, cancelled.clone());
+        lease.keep(interval.saturating_sub(claimed_at.elapsed()));
+        let mut offered = Extensions::new();
+        let transaction = node.store.transaction(&attempt, &settings.transaction_limits(), &mut offered);
+        let facts = Facts {
+            node: Arc::clone(node),
+            settings: Arc::clone(settings),
+            attempt,
+            fingerprint,
+            record_id,
+            attempt_number,
+            progress: Arc::default(),
+            transaction,
+            offered,
+            cancelled,
+        };
+        Self { facts: Arc::new(facts), lease, _entered: entered }
+    }
+
+    pub(crate) fn facts(&self) -> &Arc<Facts> {
+        &self.facts
+    }
+
+    pub(crate) fn idempotency(&self) -> Idempotency {
+        Idempotency::of(&self.facts)
+    }
+
+    /// Ends the attempt, or holds its record if an intent or a phase asks for that. To be run in a
+    /// task that is not cancelled: the lease and the place among the running attempts are kept
+    /// until the end is stored.
+    pub(crate) async fn end(self, end: End) -> Result<Ended, StoreError> {
+        // A phase that is still ending may find out that the record must be held.
+        self.progress.phases_ended().await;
+        if let Some(rejection) = self.progress.held() {
+            self.write(&End::Hold).await?;
+            return Ok(Ended::Held(rejection));
+        }
+        let written = self.write(&end).await?;
+        if !matches!(written, Written::Done) {
+            self.log_lost();
+        }
+        Ok(match written {
+            Written::Done => Ended::Done,
+            Written::Lost(record) if record.fingerprint == self.fingerprint => Ended::Superseded(record),
+            // Another request's response must not be given for this one.
+            Written::Lost(_) | Written::Absent => Ended::Gone,
+        })
+    }
+
+    /// Writes an end down, trying again for as long as the attempt might have run.
+    pub(crate) async fn write(&self, end: &End) -> Result<Written, StoreError> {
+        if matches!(end, End::Hold) {
+            self.log_held();
+        }
+        let written = self.node.end(&self.attempt, Some(&self.lease), end, self.settings.give_up()).await;
+        written.inspect_err(|error| self.log_failure(error, "the end of an attempt is not stored"))
+    }
+
+    /// Stops renewing the lease. A commit is next: a renewal would wait for its lock.
+    pub(crate) fn leave_lease(&self) {
+        self.lease.leave();
+    }
+}
+
+impl Deref for Ownership {
+    type Target = Facts;
+
+    fn deref(&self) -> &Facts {
+        &self.facts
+    }
+}
+
+impl Facts {
+    /// Completes when the attempt has run for `max_execution`. Shortly before, it tells the
+    /// handler.
+    pub(crate) async fn max_execution_over(&self) {
+        let limit = self.settings.timing.max_execution;
+        sleep(limit * 9 / 10).await;
+        self.cancelled.cancel();
+        sleep(limit / 10).await;
+    }
+
+    /// Logs what went wrong with the attempt.
+    pub(crate) fn log_failure(&self, error: &(dyn Error + 'static), what: &str) {
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %self.attempt.consumer,
+            key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id, error, "{what}"
+        );
+    }
+
+    fn log_held(&self) {
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %self.attempt.consumer,
+            key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
+            "the key is held: the outcome is unknown and an operator must resolve it"
+        );
+    }
+
+    fn log_lost(&self) {
+        tracing::warn!(
+            target: TRACING_TARGET, consumer = %self.attempt.consumer,
+            key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,
+            "the record was gone or another attempt's when its attempt ended"
+        );
+    }
+}
+
+impl fmt::Debug for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Facts")
+            .field("attempt", &self.attempt)
+            .field("attempt_number", &self.attempt_number)
+            .finish_non_exhaustive()
+    }
+}

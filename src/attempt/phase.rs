@@ -12,17 +12,18 @@ use crate::{
     store::sql::slot::{Last, Slot},
 };
 use crate::{
-    attempt::{idempotency::Idempotency, progress::InPhase},
+    attempt::{Facts, idempotency::Idempotency, progress::InPhase},
     error::StoreError,
     store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind},
 };
 
 impl Idempotency {
-    /// A recovery point: runs a step of local work in a transaction of its own and records its result in that same
-    /// transaction. A later attempt of the request gets the result, without the step.
+    /// Sets a recovery point: runs a step of local work in a transaction of its own and records its
+    /// result in that same transaction. A later attempt of the request gets the result, without the
+    /// step.
     ///
-    /// Calls to upstream services between phases are [intents](Self::intent). So a handler is one straight line that may
-    /// be run again from its beginning:
+    /// Calls to upstream services between phases are [intents](Self::intent). So a handler is one
+    /// straight line that may run again from its beginning:
     ///
     /// ```
     /// # #[cfg(all(feature = "axum", feature = "postgres"))] {
@@ -49,19 +50,25 @@ impl Idempotency {
     /// # }
     /// ```
     ///
-    /// The step gets a connection (`&mut PgConnection`, on SQLite `&mut SqliteConnection`) of the store's database in a transaction that begins as that of [`Tx`](crate::Tx) does,
-    /// on PostgreSQL in the application's pool, with the same options and limits. It must not end it. If it fails, what it
-    /// wrote is rolled back, and its error returned. If it succeeds, what it wrote stays, whatever becomes of the request.
+    /// The step gets a connection of the store's database (`&mut PgConnection`, on SQLite `&mut
+    /// SqliteConnection`) in a transaction that begins as that of [`Tx`](crate::Tx) does: on
+    /// PostgreSQL in the application's pool, with the same options and limits. The step must not
+    /// end it. If the step fails, its writes are rolled back, and its error returned. If it
+    /// succeeds, its writes stay, whatever becomes of the request.
     ///
-    /// The result is stored as JSON. The name is what a later attempt finds it by: do not change it, or what the result
-    /// looks like, while requests may be retried. Phases come one after the other, before the handler begins its `Tx`, and
-    /// none inside another.
+    /// The result is stored as JSON. A later attempt finds it by the name: change neither the name
+    /// nor the form of the result while requests may be retried. Phases come one after the other,
+    /// before the handler begins its `Tx`, and none inside another.
     ///
     /// # Errors
     ///
-    /// The step's error, or a [`TxError`]: the transaction could not begin or commit; a name was used twice in this
-    /// attempt, another phase or the handler's `Tx` is open, or the result cannot be stored (`intent-misused`); the store has
-    /// no transactions of this database, as the `MemoryStore` has none (`store-misconfigured`).
+    /// The step's error, or a [`TxError`]:
+    ///
+    /// * the transaction could not begin or commit;
+    /// * a name was used twice in this attempt, another phase or the handler's `Tx` is open, or the
+    ///   result cannot be stored (`intent-misused`);
+    /// * the store has no transactions of this database, as the `MemoryStore` has none
+    ///   (`store-misconfigured`).
     pub async fn phase<C, T, E>(
         &self,
         name: impl Into<String>,
@@ -84,25 +91,26 @@ impl Idempotency {
 
     fn enter_phase(&self, name: &str) -> Result<InPhase, crate::attempt::error::IntentError> {
         self.refuse_inside_transaction()?;
-        self.progress().enter_phase(name)
+        self.facts.progress.enter_phase(name)
     }
 
-    /// The result of a phase that is finished, as far as the store has got.
+    /// The result of a phase that is finished. The store waits for a transaction of the phase that
+    /// is being committed.
     async fn finished_phase(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
-        let recovery = self.node().recovery()?;
-        let (attempt, record, name) = (self.attempt().clone(), self.record_id(), name.to_owned());
-        let limit = self.settings().store_wait();
+        let Facts { node, settings, attempt, record_id, .. } = &*self.facts;
+        let (recovery, attempt, record) = (node.recovery()?, attempt.clone(), *record_id);
+        let name = name.to_owned();
         let find = async move { recovery.find_phase(&attempt, record, &name).await };
-        self.node().tasks.call(limit, find).await
+        node.tasks.call(settings.store_wait(), find).await
     }
 
     fn phase_slot<DB: Database>(&self) -> Result<Arc<Slot<DB>>, TxError> {
-        let slot = self.offered().and_then(|offered| offered.get::<Arc<Slot<DB>>>());
+        let slot = self.facts.offered.get::<Arc<Slot<DB>>>();
         slot.map(|slot| slot.again()).ok_or_else(TxError::no_store)
     }
 }
 
-/// A phase that runs. Dropped, it is rolled back.
+/// A running phase. Dropped, it is rolled back.
 struct Phase<'a, DB: Database> {
     idempotency: &'a Idempotency,
     name: String,
@@ -129,31 +137,26 @@ impl<DB: Database> Phase<'_, DB> {
         Ok(result)
     }
 
-    /// Waits for it as long as the next step may wait.
+    /// Waits for the rollback, for as long as the next step may wait.
     async fn roll_back(&mut self) {
         if let Some(task) = self.start_roll_back() {
-            let _ = timeout(self.idempotency.settings().store_wait(), task).await;
+            let _ = timeout(self.idempotency.facts.settings.store_wait(), task).await;
         }
     }
 
     fn start_roll_back(&mut self) -> Option<JoinHandle<Result<(), TransactionError>>> {
         let slot = self.slot.take()?;
-        // Without a runtime nobody waits for it either.
-        Handle::try_current().is_ok().then(|| {
-            self.run_to_end(async move {
-                // After an error it is rolled back too.
-                slot.roll_back().await
-            })
-        })
+        // Without a runtime the connection is closed, which rolls back too.
+        Handle::try_current().is_ok().then(|| self.run_to_end(async move { slot.roll_back().await }))
     }
 
-    /// In a task of its own, whoever stops waiting. The end of the attempt waits for it: if the step has ended its
-    /// transaction itself, the key is held.
+    /// Ends the transaction in a task that goes on when the handler is dropped. The end of the
+    /// attempt waits for it: if the step has ended its transaction itself, the key is held.
     fn run_to_end(
         &self,
         end: impl Future<Output = Result<(), TransactionError>> + Send + 'static,
     ) -> JoinHandle<Result<(), TransactionError>> {
-        let progress = Arc::clone(self.idempotency.progress());
+        let progress = Arc::clone(&self.idempotency.facts.progress);
         let noting = {
             let progress = Arc::clone(&progress);
             async move {
@@ -166,11 +169,11 @@ impl<DB: Database> Phase<'_, DB> {
                 ended
             }
         };
-        self.idempotency.node().tasks.spawn(progress.track(noting))
+        self.idempotency.facts.node.tasks.spawn(progress.track(noting))
     }
 
     async fn finish(&self, slot: Arc<Slot<DB>>, result: Bytes) -> Result<(), TransactionError> {
-        let limit = self.idempotency.settings().settle_wait();
+        let limit = self.idempotency.facts.settings.settle_wait();
         let last = Last::Phase { name: self.name.clone(), result };
         let task = self.run_to_end(async move { slot.finish(last).await });
         let finished = match timeout(limit, task).await {
@@ -183,7 +186,7 @@ impl<DB: Database> Phase<'_, DB> {
         }
     }
 
-    /// Asks the store what became of it, which waits until the transaction has come to its end.
+    /// Asks the store, which waits until the transaction has come to its end.
     async fn resolve(&self, error: TransactionError) -> Result<(), TransactionError> {
         match self.idempotency.finished_phase(&self.name).await {
             Ok(Some(_)) => Ok(()),

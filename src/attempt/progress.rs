@@ -1,4 +1,4 @@
-//! How far an attempt has come: its intents and phases.
+//! The progress of an attempt: its intents and phases.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -13,17 +13,17 @@ use tokio_util::task::task_tracker::TrackedFuture;
 use crate::rejection::Rejection;
 use crate::{attempt::error::IntentError, stored::intent::Place};
 
-/// Node by all handles of an attempt.
+/// Shared by all handles of an attempt.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     state: Mutex<State>,
-    /// Ends of phases, which may find out that the key must be held.
+    /// The ends of phases, which may find out that the key must be held.
     ends_of_phases: OnceLock<TaskTracker>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Of each name without a discriminator, the intent that is not settled, or the last that was.
+    /// The latest intent of each name without a discriminator.
     current: HashMap<String, Current>,
     /// Intents whose call is being made.
     calling: HashSet<(String, Place)>,
@@ -35,8 +35,9 @@ struct State {
     held: Option<Rejection>,
 }
 
-const UNSETTLED: &str = "an intent of this name is open in this attempt: tell them apart with IntentBuilder::of, make one call \
-    after the other is settled, or give the arguments of a call that is tried again";
+const UNSETTLED: &str = "an intent of this name is open in this attempt: tell them apart with \
+                         IntentBuilder::of, make one call after the other is settled, or give the arguments \
+                         of a call that is tried again";
 
 #[derive(Debug)]
 struct Current {
@@ -46,7 +47,7 @@ struct Current {
 }
 
 impl Current {
-    /// Whether asking again can only mean the same call.
+    /// Asking with these arguments can only mean the same call.
     fn is_asked_again(&self, arguments: &Bytes) -> bool {
         !arguments.is_empty() && self.arguments == *arguments
     }
@@ -57,7 +58,8 @@ impl Progress {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins with an intent. By order of calls, one that is not settled comes again if it has the same arguments.
+    /// Begins with an intent. Without a discriminator, the order tells intents of one name apart:
+    /// an intent that is not settled comes again if it has the same arguments.
     pub(super) fn enter(
         self: &Arc<Self>,
         name: &str,
@@ -92,12 +94,12 @@ impl Progress {
         Ok(Entered { progress: Arc::clone(self), identity })
     }
 
-    /// The key is to be held with this answer, whatever the handler answers.
+    /// Has the key held, with this answer instead of the handler's. The first reason stays.
     pub(crate) fn hold(&self, rejection: Rejection) {
         self.state().held.get_or_insert(rejection);
     }
 
-    /// Runs the end of a phase to its end, which the end of the attempt waits for.
+    /// Lets the end of the attempt wait for the end of a phase.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn track<F: Future>(&self, end: F) -> TrackedFuture<F> {
         self.ends_of_phases.get_or_init(TaskTracker::new).track_future(end)
@@ -110,7 +112,7 @@ impl Progress {
         }
     }
 
-    /// Whether a phase is open, which has the record locked.
+    /// An open phase has the record locked.
     pub(crate) fn is_phase_open(&self) -> bool {
         self.state().phase_open
     }
@@ -124,7 +126,7 @@ impl Progress {
     }
 }
 
-/// A phase that is open, until it is dropped.
+/// An open phase, until this is dropped.
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 #[derive(Debug)]
 pub(crate) struct InPhase(Arc<Progress>);
@@ -135,7 +137,8 @@ impl Progress {
         check_name(name)?;
         let mut state = self.state();
         if state.phase_open {
-            let message = "two phases at once would wait for each other: begin one after the other has ended";
+            let message =
+                "two simultaneous phases would wait for each other: begin one after the other has ended";
             return Err(IntentError::Misused(message));
         }
         if !state.phases.insert(name.to_owned()) {
@@ -156,7 +159,7 @@ impl Drop for InPhase {
     }
 }
 
-/// Refuses what no database could store as a name.
+/// Refuses names that not every database can store.
 pub(super) fn check_name(name: &str) -> Result<(), IntentError> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {
         return Err(IntentError::Misused(
@@ -168,7 +171,7 @@ pub(super) fn check_name(name: &str) -> Result<(), IntentError> {
 
 const MAX_NAME_BYTES: usize = 255;
 
-/// An intent that the attempt is busy with, until it is dropped.
+/// An intent on which the attempt works, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Entered {
     progress: Arc<Progress>,
@@ -184,7 +187,7 @@ impl Entered {
         &self.identity.1
     }
 
-    /// The next intent of its name is another one.
+    /// From now on the next intent of its name is another one.
     pub(super) fn settled(&self) {
         if let Some(current) = self.progress.state().current.get_mut(self.name())
             && self.place().ordinal() == current.ordinal

@@ -1,4 +1,4 @@
-//! What is written of intents, in tasks that nobody cuts off.
+//! Writes of intents, in tasks that are not cancelled.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,7 +23,8 @@ use crate::{
 };
 
 impl Node {
-    /// Opens an intent, waiting at most `limit`. One that is opened after that is withdrawn, as not sent.
+    /// Opens an intent, waiting at most `limit`. An intent that is opened later is withdrawn, as
+    /// not sent.
     pub(super) async fn open_intent(
         self: &Arc<Self>,
         opening: Opening,
@@ -59,11 +60,12 @@ impl Node {
             sleep(RETRY.after(tries)).await;
             tries += 1;
         };
-        // If nobody waits any more it is dropped here.
+        // If the handler has gone, the delivery is dropped here, which withdraws the intent.
         let _ = caller.send(Delivery { node: self, opening, unanswered, outcome: Some(outcome) });
     }
 
-    /// Records that no call was made. An opening that had no answer may be carried out later still.
+    /// Records that no call was made. Tries for a while: an opening that had no answer may be
+    /// carried out late.
     async fn withdraw(self: Arc<Self>, opening: Opening, unanswered: bool) {
         let (fence, until) = (IntentFence::Call(opening.call), Instant::now() + LATE);
         let mut pause = FIRST_LATE_PAUSE;
@@ -80,14 +82,17 @@ impl Node {
                 Ok(Fenced::Lost | Fenced::Applied) => return,
                 Err(error) => {
                     let error = &error as &dyn std::error::Error;
-                    tracing::warn!(target: TRACING_TARGET, error, "an intent without a call stays open until it is reconciled");
+                    tracing::warn!(
+                        target: TRACING_TARGET, error,
+                        "an intent without a call stays open until it is reconciled"
+                    );
                     return;
                 }
             }
         }
     }
 
-    /// Records what became of a call, trying again until `give_up`.
+    /// Records the outcome of a call, trying again until `give_up`.
     pub(super) fn settle_intent(
         self: &Arc<Self>,
         intent: UpstreamKey,
@@ -111,13 +116,13 @@ impl Node {
             let error = error as &dyn std::error::Error;
             tracing::warn!(
                 target: TRACING_TARGET, upstream_key = %intent, error,
-                "what became of a call is not recorded yet; trying again"
+                "the outcome of a call is not recorded yet; trying again"
             );
         })
         .await
     }
 
-    /// Found settled already, it is settled if it says the same.
+    /// Records the outcome. An intent that is settled already must say the same.
     async fn settle_once(
         &self,
         intent: UpstreamKey,
@@ -158,15 +163,16 @@ impl Node {
             Fenced::Applied => report_turned_up(&found, resource),
             Fenced::Lost => tracing::error!(
                 target: TRACING_TARGET, upstream_key = %intent, intent = found.name, resource = resource.id,
-                "a resource was made that is not recorded: its intent was called again or settled otherwise meanwhile"
+                "a resource was made that is not recorded: its intent was called again or settled otherwise \
+                 meanwhile"
             ),
         }
         Ok(fenced)
     }
 }
 
-/// The fence of a resource that nobody knew of, whichever call has made it: nobody may be making another one, and the next
-/// attempt would.
+/// The fence for a resource that was unknown, whichever call has made it. No call may be under way,
+/// and the next attempt would make one.
 fn turned_up(found: &Intent) -> Option<IntentFence> {
     match found.state {
         IntentState::Dead { absent: true, .. } => Some(IntentFence::AbsentCall(found.call)),
@@ -177,19 +183,19 @@ fn turned_up(found: &Intent) -> Option<IntentFence> {
     }
 }
 
-/// Not every database stores NUL.
+/// A database that cannot store NUL has a replacement character instead.
 fn is_recorded_as(resource: &Resource, recorded: &Resource) -> bool {
     recorded.id == resource.id || recorded.id == resource.id.replace('\0', "\u{fffd}")
 }
 
-/// What became of an opening, on its way to the handler. If the handler is dropped before it looks, nobody makes the call,
-/// and an intent that may be open is withdrawn.
+/// The outcome of an opening, on its way to the handler. If the handler is dropped before it looks,
+/// no call is made, and an intent that may be open is withdrawn.
 struct Delivery {
     node: Arc<Node>,
     opening: Opening,
     /// An opening had no answer, and may be carried out after those that had one.
     unanswered: bool,
-    /// None once the handler has it.
+    /// `None` once the handler has it.
     outcome: Option<Result<OpenOutcome, StoreError>>,
 }
 
@@ -204,7 +210,7 @@ impl Delivery {
 impl Drop for Delivery {
     fn drop(&mut self) {
         let may_be_open = self.unanswered || matches!(self.outcome, Some(Ok(OpenOutcome::Opened)));
-        // A runtime that goes down leaves it to the reconciler.
+        // Without a runtime the reconciler does it later.
         if may_be_open && let Ok(runtime) = Handle::try_current() {
             let withdrawal = Arc::clone(&self.node).withdraw(self.opening.clone(), self.unanswered);
             self.node.tasks.spawn_on(withdrawal, &runtime);
@@ -212,7 +218,7 @@ impl Drop for Delivery {
     }
 }
 
-/// What was declared absent is there: it is reported, and not repeated.
+/// Reports a resource whose intent was declared absent. Its call is not repeated.
 pub(crate) fn report_turned_up(intent: &Intent, resource: &Resource) {
     let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
     metrics::turned_up();
@@ -223,5 +229,5 @@ pub(crate) fn report_turned_up(intent: &Intent, resource: &Resource) {
 
 pub(crate) const TURNED_UP: &str = "a resource turned up that the upstream had not known before";
 
-/// For how long an opening without an answer may still be carried out.
+/// The time in which an opening without an answer may still be carried out.
 const LATE: Duration = Duration::from_secs(30);

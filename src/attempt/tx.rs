@@ -1,4 +1,4 @@
-//! The transaction that a handler writes through.
+//! The transaction of a handler.
 
 use std::{
     fmt,
@@ -15,10 +15,10 @@ use super::{
 };
 use crate::store::sql::slot::{Lent, Slot};
 
-/// The transaction of an attempt, in a database of sqlx: what the handler writes through it is committed together with
-/// the stored response, or not at all.
+/// The transaction of an attempt, in a database of sqlx. What the handler writes through it is
+/// committed together with the stored response, or not at all.
 ///
-/// With the feature `axum` it is an extractor; `&mut *tx` is what sqlx executes on:
+/// With the feature `axum` it is an extractor. Statements of sqlx are executed on `&mut *tx`:
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "postgres"))] {
@@ -36,54 +36,59 @@ use crate::store::sql::slot::{Lent, Slot};
 /// # }
 /// ```
 ///
-/// Extracting it begins the transaction. When the handler has returned, the layer completes the record as the last
-/// statement of that transaction and commits; only then is the response sent:
+/// Extracting it begins the transaction. When the handler has returned, the layer completes the
+/// record as the last statement of that transaction and commits. Only then is the response sent:
 ///
-/// | the handler's result | what it wrote |
+/// | the handler's result | its writes |
 /// |---|---|
 /// | 2xx or 3xx that is stored | committed, with the response |
 /// | 4xx that is stored | rolled back, and the response is stored; see [`keep_writes_of_client_errors`] |
 /// | anything else that is stored, by a policy or a directive | rolled back, and the response is stored |
 /// | not stored: 5xx, an error, a panic, a directive | rolled back; the key is released or held |
 ///
-/// The handler cannot end the transaction: there is no `commit`, and one that sends COMMIT is found out. It gives the
-/// transaction back by dropping it, and may extract it again. Whoever still has it when the handler has returned (a spawned
-/// task, a static) makes the answer 500 `transaction-in-use`, and nothing of it is committed. PostgreSQL is told to end it
-/// at once; on SQLite nobody else can write until it is dropped. In a response body that is a stream it must be dropped at
-/// the body's end.
+/// The handler cannot end the transaction: there is no `commit`, and a COMMIT that it sends is
+/// detected. It gives the transaction back by dropping it, and may extract it again. A spawned task
+/// or a static that still has it when the handler has returned makes the answer 500
+/// `transaction-in-use`, and nothing of it is committed. PostgreSQL is told to end it immediately;
+/// SQLite accepts no other writer until it is dropped. In a response body that is a stream it must
+/// be dropped at the body's end.
 ///
-/// **Write through it only.** What goes through the application's pool is not part of it. On PostgreSQL the transaction has
-/// a connection of that pool, so that a handler that asks for a second one may wait for itself; on SQLite it has the
-/// connection of the store that writes, and other writers find the database locked.
+/// **Write through it only.** What goes through the application's pool is not part of it. On
+/// PostgreSQL the transaction has a connection of that pool: a handler that asks for a second one
+/// may wait for itself. On SQLite it has the writing connection of the store, and other writers
+/// find the database locked.
 ///
-/// As an argument it begins before the handler does. To begin it later, after calls to others, take the request's
-/// `http::Extensions` and call [`begin`](Self::begin) where the first statement is: while it is open rows are locked, and
-/// on SQLite nobody else can write. `Option<Tx<DB>>` is `None` for a request without a key, `Tx<DB>` refuses it (400
-/// `key-missing`). `Connection::begin` on it sets a savepoint.
+/// As an argument it begins before the handler does. To begin it later, after calls to others, take
+/// the request's `http::Extensions` and call [`begin`](Self::begin) before the first statement.
+/// While it is open, rows are locked, and SQLite accepts no other writer.
 ///
-/// A statement that fails spoils the whole transaction on PostgreSQL: if the handler goes on and answers 200 all the
-/// same, the client gets 500 `transaction-failed`. On SQLite only that statement is undone, and the rest is committed.
-/// A handler that has changed its role (`SET ROLE`) must change it back before it returns, or the record cannot be
-/// completed: 500 `transaction-failed`.
+/// `Tx<DB>` refuses a request without a key (400 `key-missing`); `Option<Tx<DB>>` is `None` for it.
+/// `Connection::begin` on it sets a savepoint.
+///
+/// A statement that fails spoils the whole transaction on PostgreSQL: if the handler continues and
+/// answers 200, the client gets 500 `transaction-failed`. On SQLite only that statement is undone,
+/// and the rest is committed. A handler that has changed its role (`SET ROLE`) must change it back
+/// before it returns, or the record cannot be completed: 500 `transaction-failed`.
 ///
 /// [`keep_writes_of_client_errors`]: crate::TransactionOptions::keep_writes_of_client_errors
 pub struct Tx<DB: Database>(Lent<DB>);
 
 impl<DB: Database> Tx<DB> {
-    /// Begins the transaction of the request with these extensions, or gets it again: for handlers that take it late, and
-    /// for services without axum.
+    /// Begins the transaction of the request with these extensions, or returns it again. For
+    /// handlers that take it late, and for services without axum.
     ///
-    /// The future needs nothing of the request and may be dropped.
+    /// The future borrows nothing of the request and may be dropped.
     ///
     /// # Errors
     ///
-    /// [`TxError`] if the request has no key, the layer's store is not of this database, the handler has the transaction
-    /// already, or it cannot be begun. Answer with [`TxError::into_http_response`].
+    /// [`TxError`] if the request has no key, the layer's store is of another database, the handler
+    /// has the transaction already, or it cannot begin. Answer with
+    /// [`TxError::into_http_response`].
     pub fn begin(extensions: &Extensions) -> impl Future<Output = Result<Self, TxError>> + Send + use<DB> {
         let slot = extensions.get::<Arc<Slot<DB>>>().cloned();
         let idempotency = extensions.get::<Idempotency>();
         let guarded = idempotency.is_some();
-        let in_phase = idempotency.is_some_and(|idempotency| idempotency.progress().is_phase_open());
+        let in_phase = idempotency.is_some_and(|idempotency| idempotency.facts.progress.is_phase_open());
         let unprotected = extensions.get::<Unprotected>().is_some();
         async move {
             match slot {

@@ -1,4 +1,4 @@
-//! Why a handler did not get its transaction, or could not use it.
+//! Errors of handlers with a transaction.
 
 use std::sync::Arc;
 
@@ -9,23 +9,30 @@ use crate::{
     attempt::error::IntentError,
     error::{BoxError, StoreError},
     redact::TRACING_TARGET,
-    rejection::{ProblemJson, Rejection, RejectionCode, respond},
+    rejection::{Rejection, RejectionCode, respond_by_default},
     store::{
         sql::transaction_error_kind,
         transaction::{TransactionError, TransactionErrorKind},
     },
 };
 
-/// A handler could not get its transaction, or one of its statements failed. As a response it is a refusal, which is
-/// never stored, so that the transaction is rolled back and the key released.
+/// A handler could not get its transaction, or one of its statements failed.
 ///
-/// It is made of any error of sqlx, so that a handler may answer with it: 503 `transaction-conflict` with `Retry-After`
-/// for a serialization failure or a deadlock, 503 `transaction-lost` for a time-out or a broken connection, 500
-/// `transaction-failed` for everything else. The cause is logged, and not shown to the client.
+/// As a response it is a refusal, which is never stored: the transaction is rolled back and the key
+/// released. Any error of sqlx converts into it, so that a handler can answer with it:
 ///
-/// `?` is for failures of the database. What the request itself causes, a row that is not there or a name that is taken,
-/// is better answered by a 4xx of the handler's own (`fetch_optional`, `is_unique_violation()`): clients are told to
-/// retry this. With an error type of its own a handler writes `.await.map_err(TxError::from)?`.
+/// | the error | the answer |
+/// |---|---|
+/// | a serialization failure, a deadlock | 503 `transaction-conflict`, with `Retry-After` |
+/// | a time-out, a broken connection | 503 `transaction-lost`, with `Retry-After` |
+/// | any other | 500 `transaction-failed` |
+///
+/// The cause is logged, and not shown to the client.
+///
+/// Use `?` for failures of the database. If the request itself is the cause, because a row is
+/// absent or a name is taken, answer with a 4xx of the handler's own (`fetch_optional`,
+/// `is_unique_violation()`): clients retry these refusals. A handler with an error type of its own
+/// writes `.await.map_err(TxError::from)?`.
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "postgres"))] {
@@ -53,16 +60,17 @@ impl TxError {
     pub(super) fn no_key() -> Self {
         tracing::warn!(
             target: TRACING_TARGET,
-            "a handler asks for the transaction of a request that is not guarded: it has no key, its method is not \
-             guarded, or no IdempotencyLayer is around the route"
+            "a handler asks for the transaction of a request that is not guarded: it has no key, its method \
+             is not guarded, or no IdempotencyLayer is around the route"
         );
         Self::new(Rejection::new(
             RejectionCode::KeyMissing,
-            "This operation needs an idempotency key, or is not guarded by an idempotency layer.",
+            "The request was not performed: this operation needs an idempotency key. Send it with a new key \
+             for each operation and the same key for every retry.",
         ))
     }
 
-    /// The layer lets requests through without protection while its store is away.
+    /// The layer runs requests without protection while its store is away.
     pub(super) fn unprotected() -> Self {
         Self::new(TransactionErrorKind::Unavailable.rejection())
     }
@@ -70,33 +78,39 @@ impl TxError {
     pub(super) fn no_store() -> Self {
         tracing::error!(
             target: TRACING_TARGET,
-            "a handler asks for a transaction of a database that is not the one of its idempotency layer, or whose store \
-             has no transactions, like MemoryStore"
+            "a handler asks for a transaction of a database that is not the one of its idempotency layer, or \
+             whose store has no transactions, like MemoryStore"
         );
         Self::new(Rejection::new(
             RejectionCode::StoreMisconfigured,
-            "The request was not performed; the server's log says why.",
+            "The request was not performed. The server's log says why.",
         ))
     }
 
     pub(super) fn in_phase() -> Self {
-        IntentError::Misused("the handler's transaction inside a phase would wait for it: write through the connection that the phase gives").into()
+        IntentError::Misused(
+            "the handler's transaction inside a phase would wait for it: write through the phase's \
+             connection",
+        )
+        .into()
     }
 
     pub(super) fn unreadable_phase(source: serde_json::Error) -> Self {
         let misused = IntentError::Misused(
-            "the result of a phase cannot be stored, or is not what an earlier version has stored",
+            "the result of a phase cannot be written as JSON, or an earlier version has stored it in another \
+             form",
         );
         Self { source: Some(source.into()), ..Self::new(misused.rejection()) }
     }
 
-    /// Why.
+    /// The code of the response.
     #[must_use]
     pub fn code(&self) -> RejectionCode {
         self.rejection.code()
     }
 
-    /// The refusal, rendered as [`ProblemJson`] whatever the layer's renderer is. Logs the cause.
+    /// Makes the response and logs the cause. The layer around the handler renders it with its
+    /// [renderer](crate::IdempotencyLayer::with_renderer).
     #[must_use]
     pub fn into_http_response(self) -> Response<Bytes> {
         match self.source.map(|source| source.downcast::<IntentError>()) {
@@ -107,11 +121,12 @@ impl TxError {
             }
             None => {}
         }
-        respond(*self.rejection, &ProblemJson)
+        respond_by_default(*self.rejection)
     }
 }
 
-/// A handler may answer with it whatever fails, a call to an upstream service too.
+/// So that a handler can answer with one error type whatever fails, also a call to an upstream
+/// service.
 impl From<IntentError> for TxError {
     fn from(error: IntentError) -> Self {
         let rejection = error.rejection();
@@ -121,7 +136,12 @@ impl From<IntentError> for TxError {
 
 impl From<StoreError> for TxError {
     fn from(error: StoreError) -> Self {
-        let detail = "The request was not performed; the server's log says why.";
+        let detail = match error.is_retryable() {
+            true => {
+                "The request was not performed: the store does not answer. Send it again with the same key."
+            }
+            false => "The request was not performed. The server's log says why.",
+        };
         let rejection = Rejection::new(RejectionCode::of_store(error.kind()), detail);
         Self { source: Some(error.into()), ..Self::new(rejection) }
     }
@@ -138,7 +158,7 @@ impl From<sqlx::Error> for TxError {
     fn from(error: sqlx::Error) -> Self {
         let mut kind = transaction_error_kind(&error);
         if kind == TransactionErrorKind::Ended {
-            // What became of the transaction shows at its end.
+            // The end of the transaction shows what became of it.
             kind = TransactionErrorKind::Failed;
         }
         Self { source: Some(error.into()), ..Self::new(kind.rejection()) }

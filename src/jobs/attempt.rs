@@ -3,188 +3,121 @@
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
-use http::Extensions;
-use tokio::{
-    runtime::Handle,
-    task::JoinHandle,
-    time::{Instant, sleep},
-};
-use tokio_util::{
-    sync::CancellationToken,
-    task::{AbortOnDropHandle, task_tracker::TaskTrackerToken},
-};
+use tokio::{runtime::Handle, task::JoinHandle, time::sleep};
+use tokio_util::task::{AbortOnDropHandle, task_tracker::TaskTrackerToken};
 
-use crate::jobs::{IntentLog, error::IntentLogError, response_of, result_of};
 use crate::{
-    attempt::{idempotency::Idempotency, progress::Progress},
+    attempt::{Ended, Facts, Ownership, idempotency::Idempotency},
     error::StoreError,
-    fingerprint::Fingerprint,
-    layer::settings::{Settings, Timing},
-    node::{
-        Node,
-        ends::{End, Ended},
-        leases::Lease,
-        running::Entered,
-        tasks::answer_of,
-    },
-    policy::Directive,
+    jobs::{error::IntentLogError, response_of, result_of},
+    node::{ends::End, tasks::answer_of},
     redact::TRACING_TARGET,
-    stored::record::{Attempt, Record, RecordState},
 };
 
 /// An attempt that owns its record. Its lease is renewed until it ends.
 ///
-/// End it with [`complete`](Self::complete) or [`release`](Self::release). One that is dropped, because the work has failed,
-/// panicked or was cancelled, is released in the background, so that the next attempt need not wait for the lease; or held,
-/// if [abandoned attempts](crate::IntentLog::with_abandoned) are. Where no runtime is left for that, the lease runs out.
+/// End it with [`complete`](Self::complete) or [`release`](Self::release). An attempt that is
+/// dropped, because the work has failed, panicked or was cancelled, is released in the background,
+/// so that the next attempt need not wait for the lease. It is held instead if [abandoned
+/// attempts](crate::IntentLog::with_abandoned) are. Without a runtime, only the end of the lease
+/// gives it back.
 #[must_use = "an attempt that is dropped is given back without a result"]
 pub struct LogAttempt {
     idempotency: Idempotency,
-    ending: Option<Ending>,
-    /// Whoever asked for it has it.
+    /// None once the attempt is being ended.
+    ownership: Option<Ownership>,
+    /// The caller of [`IntentLog::attempt`](crate::IntentLog::attempt) has it.
     handed_over: bool,
-}
-
-/// What ends an attempt. Draining waits for it.
-struct Ending {
-    node: Arc<Node>,
-    settings: Arc<Settings>,
-    attempt: Attempt,
-    fingerprint: Fingerprint,
-    lease: Arc<Lease>,
-    progress: Arc<Progress>,
     _limit: AbortOnDropHandle<()>,
-    _entered: Entered,
+    /// Draining waits for it.
     _token: TaskTrackerToken,
 }
 
 impl LogAttempt {
-    pub(super) fn begin(log: &IntentLog, attempt: Attempt, record: Record, claimed_at: Instant) -> Self {
-        let (node, settings) = (&log.node, &log.settings);
-        let (cancelled, progress) = (CancellationToken::new(), Arc::<Progress>::default());
-        let idempotency = Idempotency::new(
-            node,
-            settings,
-            attempt.clone(),
-            record.id,
-            record.attempt_number,
-            cancelled.clone(),
-            Arc::clone(&progress),
-        );
-        let limits = settings.transactions.limits(settings.timing.lease, settings.store_timeout);
-        let mut offered = Extensions::new();
-        let transaction = node.store.transaction(&attempt, &limits, &mut offered);
-        idempotency.offer(transaction, offered);
-        let interval = settings.timing.renewal_interval();
-        let lease =
-            Lease::new(&node.renewer, attempt.clone(), settings.timing.lease, interval, cancelled.clone());
-        lease.keep(interval.saturating_sub(claimed_at.elapsed()));
-        let lease = Arc::new(lease);
-        let limit = tokio::spawn(limited(
-            Arc::clone(node),
-            attempt.clone(),
-            settings.timing.clone(),
-            Arc::clone(&lease),
-            cancelled,
-        ));
-        let ending = Ending {
-            node: Arc::clone(node),
-            settings: Arc::clone(settings),
-            fingerprint: record.fingerprint.clone(),
-            lease,
-            progress,
-            _limit: AbortOnDropHandle::new(limit),
-            _entered: node.running.enter(attempt.clone(), record),
-            _token: node.tasks.token(),
-            attempt,
-        };
-        Self { idempotency, ending: Some(ending), handed_over: false }
+    pub(super) fn new(ownership: Ownership) -> Self {
+        Self {
+            idempotency: ownership.idempotency(),
+            handed_over: false,
+            _limit: AbortOnDropHandle::new(tokio::spawn(limited(Arc::clone(ownership.facts())))),
+            _token: ownership.node.tasks.token(),
+            ownership: Some(ownership),
+        }
     }
 
-    /// The work begins: nobody has stopped waiting for the attempt.
+    /// The caller has it: from now on the work may have begun.
     pub(super) fn hand_over(mut self) -> Self {
         self.handed_over = true;
         self
     }
 
-    /// What a handler of a request has: key, attempt number, [intents](Idempotency::intent), phases, and whether the attempt
-    /// should [come to its end](Idempotency::cancelled).
+    /// The same as a handler of a request has: key, attempt number, [intents](Idempotency::intent)
+    /// and phases, and the signal that the attempt should [end](Idempotency::cancelled).
     #[must_use]
     pub fn idempotency(&self) -> &Idempotency {
         &self.idempotency
     }
 
-    /// Stores the result: later attempts get it. It is stored as it is: keep it small, and free of secrets. Returns the result
-    /// that stays, which is another one if the attempt had lost its record and another attempt has completed it.
+    /// Stores the result, which later attempts get. It is stored as it is: keep it small, and free
+    /// of secrets.
+    ///
+    /// Returns the result that is stored. It is another one if the attempt had lost its record and
+    /// another attempt has completed it.
     ///
     /// # Errors
     ///
-    /// [`Store`](IntentLogError::Store) if it is not known to be stored: do not acknowledge the work, ask again.
-    /// [`Lost`](IntentLogError::Lost) or [`Held`](IntentLogError::Held) if it is not stored.
+    /// [`Store`](IntentLogError::Store) if the result is not known to be stored: do not acknowledge
+    /// the work, ask again. [`Lost`](IntentLogError::Lost) or [`Held`](IntentLogError::Held) if it
+    /// is not stored.
     pub async fn complete(mut self, result: impl Into<Bytes> + Send) -> Result<Bytes, IntentLogError> {
-        let Some(ending) = self.ending.take() else { return Err(IntentLogError::Lost) };
-        let (result, fingerprint) = (result.into(), ending.fingerprint.clone());
-        match ending.end(End::Complete(response_of(result.clone()))).await? {
+        let Some(ownership) = self.ownership.take() else { return Err(IntentLogError::Lost) };
+        let (codec, result) = (&self.idempotency.facts.node.codec, result.into());
+        match end(ownership, End::Complete(response_of(codec, result.clone()))).await? {
             Ended::Done => Ok(result),
-            Ended::Lost(record) if record.fingerprint == fingerprint => match &record.state {
-                RecordState::Completed { response } => result_of(response),
-                RecordState::InProgress { .. } | RecordState::Held => Err(IntentLogError::Lost),
-            },
-            Ended::Lost(_) | Ended::Absent => Err(IntentLogError::Lost),
+            Ended::Superseded(record) => result_of(codec, &record)?.ok_or(IntentLogError::Lost),
+            Ended::Gone => Err(IntentLogError::Lost),
+            Ended::Held(_) => Err(IntentLogError::Held),
         }
     }
 
-    /// Gives the key back: the next attempt runs. The record stays if an intent or a finished phase hangs on it.
+    /// Gives the key back, so that the next attempt runs. The record stays if it has an intent or a
+    /// finished phase.
     ///
     /// # Errors
     ///
-    /// [`Store`](IntentLogError::Store) if it is not known to be given back; at the latest it is when the lease has run out.
-    /// [`Held`](IntentLogError::Held) if it is held instead.
+    /// [`Store`](IntentLogError::Store) if the key is not known to be given back: the end of the
+    /// lease gives it back at the latest. [`Held`](IntentLogError::Held) if it is held instead.
     pub async fn release(mut self) -> Result<(), IntentLogError> {
-        let Some(ending) = self.ending.take() else { return Ok(()) };
-        ending.end(End::Release).await.map(drop)
+        let Some(ownership) = self.ownership.take() else { return Ok(()) };
+        match end(ownership, End::Release).await? {
+            Ended::Held(_) => Err(IntentLogError::Held),
+            Ended::Done | Ended::Superseded(_) | Ended::Gone => Ok(()),
+        }
     }
 }
 
 impl Drop for LogAttempt {
     fn drop(&mut self) {
-        let Some(ending) = self.ending.take() else { return };
+        let Some(ownership) = self.ownership.take() else { return };
         if Handle::try_current().is_err() {
             return;
         }
-        let end = match ending.settings.policy.without_result() {
-            Directive::Hold if self.handed_over => End::Hold,
-            Directive::Hold | Directive::Release | Directive::Store => End::Release,
+        let end = match ownership.settings.end_without_result() {
+            // Work that never began is released, never held.
+            End::Hold if !self.handed_over => End::Release,
+            end @ (End::Hold | End::Release | End::Complete(_)) => end,
         };
-        drop(ending.end_in_background(end));
+        drop(end_in_background(ownership, end));
     }
 }
 
-impl Ending {
-    async fn end(self, end: End) -> Result<Ended, IntentLogError> {
-        let limit = self.settings.settle_wait();
-        let task = self.end_in_background(end);
-        answer_of(task, limit).await?.ok_or(IntentLogError::Held)
-    }
+async fn end(ownership: Ownership, end: End) -> Result<Ended, StoreError> {
+    let limit = ownership.settings.settle_wait();
+    answer_of(end_in_background(ownership, end), limit).await
+}
 
-    fn end_in_background(self, end: End) -> JoinHandle<Result<Option<Ended>, StoreError>> {
-        let tasks = self.node.tasks.clone();
-        tasks.spawn(self.write_down(end))
-    }
-
-    /// A method, so that the whole attempt lives until its end is stored: also what keeps others of this process away.
-    /// `None` if it is held instead.
-    async fn write_down(self, end: End) -> Result<Option<Ended>, StoreError> {
-        self.progress.phases_ended().await;
-        let held = self.progress.held().is_some();
-        let end = if held { End::Hold } else { end };
-        let give_up = self.settings.give_up();
-        let ended = self.node.end(&self.attempt, Some(&self.lease), &end, give_up).await;
-        if let Err(error) = &ended {
-            self.settings.log_failure(&self.attempt, error, "the end of an attempt is not stored");
-        }
-        ended.map(|ended| (!held).then_some(ended))
-    }
+fn end_in_background(ownership: Ownership, end: End) -> JoinHandle<Result<Ended, StoreError>> {
+    let facts = Arc::clone(ownership.facts());
+    facts.node.tasks.spawn(ownership.end(end))
 }
 
 impl fmt::Debug for LogAttempt {
@@ -193,20 +126,17 @@ impl fmt::Debug for LogAttempt {
     }
 }
 
-/// Tells the attempt that its time is almost over, and does not renew its lease when it is.
-async fn limited(
-    node: Arc<Node>,
-    attempt: Attempt,
-    timing: Timing,
-    lease: Arc<Lease>,
-    cancelled: CancellationToken,
-) {
-    let limit = timing.max_execution;
-    sleep(limit * 9 / 10).await;
-    cancelled.cancel();
-    sleep(limit / 10).await;
-    tracing::warn!(target: TRACING_TARGET, ?limit, "an attempt runs longer than max_execution: its lease is not renewed any more");
-    lease.leave();
-    sleep(timing.lease).await;
-    node.running.leave(&attempt);
+/// Tells the attempt that its time is almost over, and stops renewing its lease when it is.
+async fn limited(facts: Arc<Facts>) {
+    facts.max_execution_over().await;
+    let limit = facts.settings.timing.max_execution;
+    tracing::warn!(
+        target: TRACING_TARGET, ?limit,
+        "an attempt runs longer than max_execution: its lease is not renewed any more"
+    );
+    facts.node.renewer.leave(facts.attempt.id);
+    // Until then no other process can take the record over, and no duplicate of this process may
+    // run.
+    sleep(facts.settings.timing.lease).await;
+    facts.node.running.leave(&facts.attempt);
 }

@@ -11,31 +11,37 @@ use tokio::time::Instant;
 
 pub use self::{attempt::LogAttempt, error::IntentLogError};
 use crate::{
+    attempt::{
+        Ownership, Won,
+        settings::{AttemptSettings, TransactionOptions, check_store_timeout},
+    },
     consumer::Consumer,
     fingerprint::Fingerprint,
     key::IdempotencyKey,
-    layer::settings::Settings,
     node::{Node, reaper::Reaper},
-    policy::{AbandonedAttempts, ResultPolicy},
+    policy::AbandonedAttempts,
     redact::Length,
-    store::{IntoStore, transaction::TransactionOptions},
+    store::IntoStore,
     stored::{
+        codec::Codec,
         record::{Attempt, Claim, ClaimOutcome, Record, RecordState},
         response::{StoredBody, StoredResponse, UnreadableResponse},
     },
 };
 
-/// Performs what is no HTTP request once: a job, a message. It keeps its records in the store of an
-/// [`IdempotencyLayer`](crate::IdempotencyLayer) or in one of its own, with the same rules; keys share one name space with
-/// those of requests.
+/// Performs a job or a message once, as the layer performs a request. It keeps its records in the
+/// store of an [`IdempotencyLayer`](crate::IdempotencyLayer) or in one of its own, with the same
+/// rules. Keys share one name space with those of requests.
 ///
-/// Whatever dies at whatever moment: an attempt whose process is gone is taken over once its lease has run out, with the
-/// same [record id](crate::Idempotency::record_id), so that finalized [intents](crate::Idempotency::intent) and finished
-/// phases are not repeated; a result that was stored is never worked out again.
+/// An attempt whose process died is taken over once its lease has run out. The new attempt has the
+/// same [record id](crate::Idempotency::record_id), so that finalized
+/// [intents](crate::Idempotency::intent) and finished phases are not repeated. A stored result is
+/// never worked out again.
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")] {
-/// # async fn transfer(key: tower_idempotency::UpstreamKey) -> Result<String, tower_idempotency::CallFailure> { todo!() }
+/// # use tower_idempotency::{CallFailure, UpstreamKey};
+/// # async fn transfer(key: UpstreamKey) -> Result<String, CallFailure> { todo!() }
 /// use tower_idempotency::{Consumer, IdempotencyKey, IntentLog, LogOutcome, Resource};
 ///
 /// # async fn consume(pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {
@@ -57,26 +63,27 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct IntentLog {
     node: Arc<Node>,
-    settings: Arc<Settings>,
+    settings: Arc<AttemptSettings>,
+    reaper: Reaper,
 }
 
-/// What there is to do.
+/// The answer to the question for an attempt: what there is to do.
 #[expect(clippy::exhaustive_enums, reason = "a caller must handle every one")]
 pub enum LogOutcome {
-    /// The work, by this attempt.
+    /// Do the work, as this attempt.
     Run(LogAttempt),
-    /// Nothing: it is done, and this is its result.
+    /// Nothing: the work is done, and this is its result.
     Completed(Bytes),
     /// Nothing yet: another attempt is running. Ask again later.
     InProgress,
-    /// Nothing: the outcome of an earlier attempt is unknown, and it is not run again before an intent is reconciled or an
-    /// operator resolves the record.
+    /// Nothing: the outcome of an earlier attempt is unknown. The work is not done again before an
+    /// intent is reconciled or an operator resolves the record.
     Held,
     /// Nothing: the key was used with other arguments, or by a request.
     OtherArguments,
 }
 
-/// Shows how long a result is, and nothing of it.
+/// Shows the length of a result, and nothing of its content.
 impl fmt::Debug for LogOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -90,34 +97,52 @@ impl fmt::Debug for LogOutcome {
 }
 
 impl IntentLog {
-    /// A log over a store, or over a pool of connections that a store is made of.
+    /// A log over a store, or over a pool of connections of which a store is made.
     #[must_use]
     pub fn new(store: impl IntoStore) -> Self {
         Self::over(Node::new(store.into_store()))
     }
 
     pub(crate) fn over(node: Arc<Node>) -> Self {
-        Self { node, settings: Arc::default() }
+        Self { node, settings: Arc::default(), reaper: Reaper::default() }
     }
 
     pub(crate) fn node(&self) -> &Arc<Node> {
         &self.node
     }
 
-    /// Sets for how long an attempt owns its record without renewing. It is renewed every third of that. Default: 30 s.
+    /// Sets the lease: how long an attempt owns its record without renewing. It is renewed every
+    /// third of that. Default: 30 s.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IntentLog, MemoryStore};
+    /// let log = IntentLog::new(MemoryStore::new()).with_lease(Duration::from_secs(10));
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms, or longer than the retention allows: set a longer retention first.
+    /// If it is shorter than 100 ms, or longer than the retention allows: set a longer retention
+    /// first.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
         self.set(|settings| settings.timing.lease = lease)
     }
 
-    /// Sets for how long an attempt is renewed. After nine tenths of it the attempt is
-    /// [told](crate::Idempotency::cancelled); after all of it another attempt may take over, once the lease has run out.
-    /// Default: 10 min.
+    /// Limits how long an attempt is renewed. After nine tenths of it the attempt is
+    /// [told](crate::Idempotency::cancelled). After all of it, once the lease has run out, another
+    /// attempt may take over. Default: 10 min.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IntentLog, MemoryStore};
+    /// let log = IntentLog::new(MemoryStore::new()).with_max_execution(Duration::from_secs(3600));
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
@@ -128,9 +153,20 @@ impl IntentLog {
         self.set(|settings| settings.timing.max_execution = limit)
     }
 
-    /// Sets for how long a record is kept, counted from its first attempt. After that the key counts as new. A result
-    /// that is stored later than that, and what intents and phases of an attempt have done that may run past it, is kept for
-    /// as long again. Default: 24 h.
+    /// Sets the retention: how long a record is kept, counted from its first attempt. After that
+    /// the key counts as new. Default: 24 h.
+    ///
+    /// A result that is stored after the retention is over is kept for another retention. So is
+    /// what intents and phases have done in an attempt that may run past it.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IntentLog, MemoryStore};
+    /// let week = Duration::from_secs(7 * 24 * 60 * 60);
+    /// let log = IntentLog::new(MemoryStore::new()).with_retention(week);
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
@@ -141,14 +177,30 @@ impl IntentLog {
         self.set(|settings| settings.timing.retention = retention)
     }
 
-    /// Sets what becomes of a record whose attempt ended without a result: its process died, or its [`LogAttempt`] was
-    /// dropped. Default: [`AbandonedAttempts::RunAgain`].
+    /// Sets what becomes of a record whose attempt ended without a result: its process died, or its
+    /// [`LogAttempt`] was dropped. Default: [`AbandonedAttempts::RunAgain`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{AbandonedAttempts, IntentLog, MemoryStore};
+    /// let log = IntentLog::new(MemoryStore::new()).with_abandoned(AbandonedAttempts::Hold);
+    /// # }
+    /// ```
     #[must_use]
     pub fn with_abandoned(self, abandoned: AbandonedAttempts) -> Self {
-        self.set(|settings| settings.policy = ResultPolicy::default().with_abandoned(abandoned))
+        self.set(|settings| settings.abandoned = abandoned)
     }
 
-    /// Sets for how long the store may take to answer, at most three quarters of the lease. Default: 5 s.
+    /// Limits how long the store may take to answer, to at most three quarters of the lease.
+    /// Default: 5 s.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IntentLog, MemoryStore};
+    /// let log = IntentLog::new(MemoryStore::new()).with_store_timeout(Duration::from_secs(2));
+    /// # }
+    /// ```
     ///
     /// # Panics
     ///
@@ -156,36 +208,57 @@ impl IntentLog {
     #[must_use]
     #[track_caller]
     pub fn with_store_timeout(self, limit: Duration) -> Self {
-        assert!(!limit.is_zero(), "a store time-out of zero: no key could be claimed");
+        check_store_timeout(limit);
         self.set(|settings| settings.store_timeout = limit)
     }
 
-    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task serves all that share a
-    /// store.
+    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task
+    /// serves all logs and layers that share a store, with the settings of the one that is used
+    /// first.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{IntentLog, MemoryStore, Reaper};
+    /// let log = IntentLog::new(MemoryStore::new()).with_reaper(Reaper::off());
+    /// # }
+    /// ```
     #[must_use]
     pub fn with_reaper(self, reaper: Reaper) -> Self {
-        self.set(|settings| settings.reaper = reaper)
+        Self { reaper, ..self }
     }
 
-    /// Sets how the transactions of phases are begun and ended. Default: [`TransactionOptions::default`].
+    /// Sets how the transactions of phases are begun and ended. Default:
+    /// [`TransactionOptions::default`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{IntentLog, IsolationLevel, MemoryStore, TransactionOptions};
+    /// let options = TransactionOptions::default().with_isolation(IsolationLevel::Serializable);
+    /// let log = IntentLog::new(MemoryStore::new()).with_transactions(options);
+    /// # }
+    /// ```
     #[must_use]
     pub fn with_transactions(self, options: TransactionOptions) -> Self {
         self.set(|settings| settings.transactions = options)
     }
 
     #[track_caller]
-    fn set(mut self, change: impl FnOnce(&mut Settings)) -> Self {
+    fn set(mut self, change: impl FnOnce(&mut AttemptSettings)) -> Self {
         change(Arc::make_mut(&mut self.settings));
         self.settings.timing.check();
         self
     }
 
-    /// Begins an attempt at what `consumer` calls `key`, and answers at once, whatever there is to do. `arguments` are what
-    /// the work is done with, compared as JSON: a digest of them is stored, and the key cannot be used with others.
+    /// Begins an attempt at what `consumer` calls `key`, or says immediately why there is nothing
+    /// to do.
+    ///
+    /// `arguments` are what the work is done with. They are compared as JSON: a digest of them is
+    /// stored, and the key cannot be used with others.
     ///
     /// # Errors
     ///
-    /// [`IntentLogError`]. Nothing runs, and after an error of the store the key is given back if it was claimed.
+    /// [`IntentLogError`]. Nothing runs. If the key was claimed before the store failed, it is
+    /// given back.
     pub async fn attempt(
         &self,
         consumer: &Consumer,
@@ -196,14 +269,10 @@ impl IntentLog {
             return Err(IntentLogError::ShuttingDown);
         }
         let fingerprint = Fingerprint::of_arguments(arguments).ok_or(IntentLogError::Arguments)?;
-        self.settings.reaper.ensure_running(&self.node);
-        let claim = Claim {
-            lease: self.settings.timing.lease,
-            retention: self.settings.timing.retention,
-            max_abandoned: self.settings.policy.max_abandoned(),
-            ..Claim::new(Attempt::new(consumer.clone(), key.clone()), fingerprint)
-        };
-        // In a task: if nobody waits any more when the key is won, the attempt is given back.
+        self.reaper.ensure_running(&self.node);
+        let claim = self.settings.claim(Attempt::new(consumer.clone(), key.clone()), fingerprint);
+        // In a task: if the caller has gone when the key is won, the attempt is dropped and so
+        // given back.
         let this = self.clone();
         match self.node.tasks.run_to_end(async move { Ok(this.begin(claim).await) }).await? {
             Ok(LogOutcome::Run(attempt)) => Ok(LogOutcome::Run(attempt.hand_over())),
@@ -215,37 +284,38 @@ impl IntentLog {
         let claimed_at = Instant::now();
         match self.node.ask(&claim, self.settings.store_timeout).await? {
             ClaimOutcome::Won { record_id, attempt_number } => {
-                let record =
-                    Record::won(&claim.attempt, &claim.fingerprint, claim.lease, record_id, attempt_number);
-                Ok(LogOutcome::Run(LogAttempt::begin(&self, claim.attempt, record, claimed_at)))
+                let won = Won { claim, record_id, attempt_number, claimed_at };
+                Ok(LogOutcome::Run(LogAttempt::new(Ownership::begin(&self.node, &self.settings, won))))
             }
             ClaimOutcome::Contended => Ok(LogOutcome::InProgress),
-            ClaimOutcome::Exists(record) => found(&record, &claim.fingerprint),
+            ClaimOutcome::Exists(record) => found(&self.node.codec, &record, &claim.fingerprint),
         }
     }
 }
 
-fn found(record: &Record, fingerprint: &Fingerprint) -> Result<LogOutcome, IntentLogError> {
+fn found(codec: &Codec, record: &Record, fingerprint: &Fingerprint) -> Result<LogOutcome, IntentLogError> {
     if record.fingerprint != *fingerprint {
         return Ok(LogOutcome::OtherArguments);
     }
-    Ok(match &record.state {
-        RecordState::InProgress { .. } => LogOutcome::InProgress,
-        RecordState::Held => LogOutcome::Held,
-        RecordState::Completed { response } => LogOutcome::Completed(result_of(response)?),
-    })
+    if record.state == RecordState::Held {
+        return Ok(LogOutcome::Held);
+    }
+    Ok(result_of(codec, record)?.map_or(LogOutcome::InProgress, LogOutcome::Completed))
 }
 
-/// A result is stored as a response, so that operators look at it and resolve records as they do with requests.
-fn response_of(result: Bytes) -> Bytes {
-    StoredResponse::new(http::StatusCode::OK, http::HeaderMap::new(), result).encode()
+/// A result is stored as a response, so that operators look at it and resolve records as they do
+/// with requests.
+fn response_of(codec: &Codec, result: Bytes) -> Bytes {
+    codec.response(&StoredResponse::new(http::StatusCode::OK, http::HeaderMap::new(), result))
 }
 
-fn result_of(stored: &Bytes) -> Result<Bytes, IntentLogError> {
-    match StoredResponse::decode(stored)?.body {
-        StoredBody::Kept { data, .. } => Ok(data),
-        StoredBody::Representation(representation) => Ok(representation.data().clone()),
-        StoredBody::NotKept => Err(UnreadableResponse::Damaged.into()),
+/// The result of a completed record.
+fn result_of(codec: &Codec, record: &Record) -> Result<Option<Bytes>, UnreadableResponse> {
+    let RecordState::Completed { response } = &record.state else { return Ok(None) };
+    match codec.read_response(response)?.body {
+        StoredBody::Kept { data, .. } => Ok(Some(data)),
+        StoredBody::Representation(representation) => Ok(Some(representation.data().clone())),
+        StoredBody::NotKept => Err(UnreadableResponse::Damaged),
     }
 }
 

@@ -1,74 +1,80 @@
 //! Answers that the layer gives itself: replays and refusals.
 
+use std::error::Error;
+
+use bytes::Bytes;
 use http::{HeaderValue, Response, header};
 
 use crate::{
     consumer::Consumer,
     key::IdempotencyKey,
     layer::{body::ResponseBody, representation::rendered, settings::Settings},
+    node::Node,
     redact::TRACING_TARGET,
-    rejection::{OriginalResponse, Rejection, RejectionCode},
+    rejection::{OriginalResponse, Rejection, RejectionCode, render_again},
     stored::{
-        record::{Record, RecordState},
+        record::Record,
         response::{StoredBody, StoredResponse},
     },
 };
 
-/// What a record answers to a retry of its request.
-pub(crate) async fn answer_from(settings: &Settings, record: &Record) -> Result<StoredResponse, Rejection> {
-    let (consumer, key) = (&record.consumer, settings.shown(&record.key));
-    match &record.state {
-        RecordState::InProgress { .. } => Err(in_progress(settings, consumer, &record.key)),
-        RecordState::Held => {
-            tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
-            Err(match record.unresolved {
-                0 => outcome_unknown(),
-                _ => Rejection::outcome_unknown_for_now(),
-            })
-        }
-        RecordState::Completed { response } => {
-            let response = StoredResponse::decode(response).map_err(|error| {
-                let error = &error as &dyn std::error::Error;
-                tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a stored response cannot be read");
-                Rejection::new(
-                    RejectionCode::RecordUnreadable,
-                    "The request was performed, and its response cannot be read.",
-                )
-            })?;
-            let age = record.created_at.elapsed().unwrap_or_default();
-            let status = response.status.as_u16();
-            let what =
-                if response.body == StoredBody::NotKept { "conflict: response not kept" } else { "replay" };
-            tracing::info!(target: TRACING_TARGET, %consumer, %key, ?age, status, "{what}");
-            rendered(settings, consumer, &record.key, kept(response)?).await
-        }
-    }
-}
-
-fn kept(response: StoredResponse) -> Result<StoredResponse, Rejection> {
-    if response.body != StoredBody::NotKept {
-        return Ok(response);
-    }
-    let location = response.headers.get(header::LOCATION).and_then(|value| value.to_str().ok());
-    let original = OriginalResponse { status: response.status, location: location.map(str::to_owned) };
-    let detail =
-        "The request was performed once. Its response was too large or endless to be kept for a replay.";
-    Err(Rejection::new(RejectionCode::ResponseNotKept, detail).with_original(original))
-}
-
 pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &IdempotencyKey) -> Rejection {
-    tracing::info!(target: TRACING_TARGET, %consumer, key = %settings.shown(key), "conflict: in progress");
+    tracing::info!(
+        target: TRACING_TARGET, %consumer, key = %settings.attempt.shown(key), "conflict: in progress"
+    );
     Rejection::new(
         RejectionCode::InProgress,
-        "The first request with this key is still being processed. Send it again to get its response.",
+        "The first request with this key is still being processed. Send the request again with the same key \
+         to get its response.",
     )
 }
 
-fn outcome_unknown() -> Rejection {
+pub(crate) fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection {
+    let (consumer, key) = (&record.consumer, settings.attempt.shown(&record.key));
+    tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
+    if record.unresolved > 0 {
+        return Rejection::outcome_unknown_for_now();
+    }
     Rejection::new(
         RejectionCode::OutcomeUnknown,
-        "An earlier request with this key ended without a known outcome. It is not run again until that is resolved.",
+        "It is not known whether an earlier request with this key was performed. It is not performed again \
+         until the operator of the API has found that out. Do not send the request with a new key.",
     )
+}
+
+/// The response of a completed record, as the client gets it.
+pub(crate) async fn stored_answer(
+    node: &Node,
+    settings: &Settings,
+    record: &Record,
+    stored: &Bytes,
+) -> Result<StoredResponse, Rejection> {
+    let (consumer, key) = (&record.consumer, settings.attempt.shown(&record.key));
+    let response = node.codec.read_response(stored).map_err(|error| {
+        let error = &error as &dyn Error;
+        tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a stored response cannot be read");
+        Rejection::new(
+            RejectionCode::RecordUnreadable,
+            "The request was performed, and its response cannot be read. Do not send the request with a new \
+             key.",
+        )
+    })?;
+    let age = record.created_at.elapsed().unwrap_or_default();
+    let status = response.status.as_u16();
+    if response.body == StoredBody::NotKept {
+        tracing::info!(target: TRACING_TARGET, %consumer, %key, ?age, status, "conflict: response not kept");
+        return Err(not_kept(&response));
+    }
+    tracing::info!(target: TRACING_TARGET, %consumer, %key, ?age, status, "replay");
+    rendered(settings, consumer, &record.key, response).await
+}
+
+fn not_kept(response: &StoredResponse) -> Rejection {
+    let location = response.headers.get(header::LOCATION).and_then(|value| value.to_str().ok());
+    let original = OriginalResponse { status: response.status, location: location.map(str::to_owned) };
+    let detail = "The request was performed once. Its response was too large or endless to be kept for a \
+                  replay. Do not send the request with a new key.";
+    Rejection::new(RejectionCode::ResponseNotKept, detail).with_original(original)
 }
 
 /// A stored response, marked as a replay.
@@ -82,8 +88,19 @@ pub(crate) fn refused<B>(settings: &Settings, rejection: Rejection) -> Response<
     settings.refuse(rejection).map(|data| ResponseBody::buffered(data, None))
 }
 
+/// The response of a request that is not guarded. Refusals that its handler answers are rendered as
+/// the layer's own.
+pub(crate) fn passed<B>(settings: &Settings, response: Response<B>) -> Response<ResponseBody<B>> {
+    let (mut parts, body) = response.into_parts();
+    let body = match render_again(&mut parts, &*settings.renderer) {
+        Some(data) => ResponseBody::buffered(data, None),
+        None => ResponseBody::passed(body),
+    };
+    Response::from_parts(parts, body)
+}
+
 impl StoredResponse {
-    /// First responses and replays are both made here, so that they are framed alike.
+    /// Makes first responses and replays alike, so that they are framed alike.
     pub(crate) fn into_response<B>(self) -> Response<ResponseBody<B>> {
         let mut response = Response::new(match self.body {
             StoredBody::Kept { data, trailers } => ResponseBody::buffered(data, trailers),

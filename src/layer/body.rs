@@ -68,17 +68,18 @@ macro_rules! public_body {
 }
 
 public_body! {
-    /// The body that the inner service gets: the client's as it comes, or the buffered bytes of a request with a key.
+    /// Body of the inner service's requests: the client's as it comes, or the buffered bytes of a
+    /// request with a key.
     RequestBody
 }
 
 public_body! {
-    /// The body of the layer's responses: the inner service's as it comes, or buffered bytes.
+    /// Body of the layer's responses: the inner service's as it comes, or buffered bytes.
     ResponseBody
 }
 
 impl<B> ResponseBody<B> {
-    /// What was read of a body already, and the rest of it.
+    /// A body of which some frames were read already.
     pub(crate) fn resumed(frames: VecDeque<Frame<Bytes>>, rest: Pin<Box<B>>) -> Self {
         Self { inner: Inner::Resumed { frames, rest } }
     }

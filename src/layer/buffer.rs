@@ -37,26 +37,37 @@ pub(crate) struct Buffered {
 pub(crate) struct RequestLimits {
     /// Bytes of one body.
     pub(crate) body: u32,
-    /// Bytes of all bodies that are in memory.
+    /// Bytes of all bodies in memory.
     pub(crate) total_limit: usize,
-    /// What is left of them; one permit a byte.
+    /// The bytes that are left of them, one permit each.
     pub(crate) total: Arc<Semaphore>,
     pub(crate) timeout: Duration,
 }
 
+impl Default for RequestLimits {
+    fn default() -> Self {
+        Self {
+            body: 1024 * 1024,
+            total_limit: BUFFER_LIMIT,
+            total: Arc::new(Semaphore::new(BUFFER_LIMIT)),
+            timeout: Duration::from_secs(30),
+        }
+    }
+}
+
 impl RequestLimits {
-    /// Refuses what cannot work.
+    /// Panics if no body would fit.
     #[track_caller]
     pub(crate) fn check(&self) {
         let Self { body, total_limit, .. } = self;
         assert!(
             usize::try_from(*body).is_ok_and(|body| body <= *total_limit),
-            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: raise \
-             with_request_buffer_limit first, or lower with_request_body_limit"
+            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: \
+             raise with_request_buffer_limit first, or lower with_request_body_limit"
         );
     }
 
-    /// Reads the body of a request. `Ok(None)` if the caller has gone meanwhile.
+    /// Reads the body of a request. `None` if the caller has gone meanwhile.
     pub(crate) async fn read<B>(
         &self,
         body: B,
@@ -70,7 +81,11 @@ impl RequestLimits {
             Ok(read) => read,
             Err(_) => Err(Rejection::new(
                 RejectionCode::RequestTimeout,
-                format!("The body did not arrive within {:?}; nothing was done.", self.timeout),
+                format!(
+                    "The request was not performed: its body did not arrive within {:?}. Send it again with \
+                     the same key.",
+                    self.timeout
+                ),
             )),
         }
     }
@@ -131,7 +146,7 @@ impl RequestLimits {
     }
 
     fn too_large(&self) -> Rejection {
-        let detail = format!("The body is larger than {} bytes; nothing was done.", self.body);
+        let detail = format!("The request was not performed: its body is larger than {} bytes.", self.body);
         Rejection::new(RejectionCode::RequestTooLarge, detail)
     }
 }
@@ -158,29 +173,37 @@ impl AsRef<[u8]> for CountedBytes {
 }
 
 fn overloaded() -> Rejection {
-    Rejection::new(RejectionCode::Overloaded, "Too many requests are being received; nothing was done.")
+    Rejection::new(
+        RejectionCode::Overloaded,
+        "The request was not performed: too many requests are being received. Send it again later with the \
+         same key.",
+    )
 }
 
-/// A body that ended with an error. A limit outside the layer ends bodies too: those must not be sent again.
+/// The refusal of a body that ended with an error. A limit outside the layer ends bodies too: such
+/// a request must not be sent again.
 fn incomplete(error: &BoxError) -> Rejection {
     let mut sources = successors(Some(error.as_ref() as &(dyn Error + 'static)), |error| (*error).source());
     if sources.any(|error| error.is::<LengthLimitError>()) {
         return Rejection::new(
             RejectionCode::RequestTooLarge,
-            "The body is larger than allowed; nothing was done.",
+            "The request was not performed: its body is larger than allowed.",
         );
     }
     Rejection::new(
         RejectionCode::RequestIncomplete,
-        format!("The body broke off ({error}); nothing was done."),
+        format!(
+            "The request was not performed: its body broke off ({error}). Send it again with the same key."
+        ),
     )
 }
 
-/// The body of a response, as far as it could be collected.
+/// The collected part of a response's body.
 pub(crate) enum Collected<B> {
     /// All of it.
     Whole(Buffered),
-    /// Too large, too slow or endless: what was read, and the rest.
+    /// A part, because it is too large, too slow or endless: the frames that were read, and the
+    /// rest.
     Partial(VecDeque<Frame<Bytes>>, Pin<Box<B>>),
     /// It broke off.
     Broken(BoxError),
@@ -235,3 +258,5 @@ fn join(frames: VecDeque<Frame<Bytes>>, length: usize) -> Buffered {
     };
     whole
 }
+
+const BUFFER_LIMIT: usize = 64 * 1024 * 1024;

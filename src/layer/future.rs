@@ -4,6 +4,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -16,12 +17,12 @@ use tokio::{
 };
 
 use crate::{
-    layer::body::ResponseBody,
+    layer::{answer::passed, body::ResponseBody, settings::Settings},
     redact::TRACING_TARGET,
     rejection::{ProblemJson, Rejection, RejectionCode, respond},
 };
 
-/// What the task of a guarded request ends with.
+/// The result of a guarded request's task.
 pub(crate) type Answer<B, E> = Result<Response<ResponseBody<B>>, E>;
 
 pin_project! {
@@ -37,22 +38,24 @@ pin_project! {
 pin_project! {
     #[project = Projected]
     enum Inner<F, B, E> {
-        Passed { #[pin] future: F },
+        Passed { #[pin] future: F, settings: Option<Arc<Settings>> },
         Refused { response: Option<Response<Bytes>> },
         Guarded { task: JoinHandle<Answer<B, E>>, _caller: oneshot::Sender<()> },
     }
 }
 
 impl<F, B, E> ResponseFuture<F, B, E> {
-    pub(crate) fn passed(future: F) -> Self {
-        Self { inner: Inner::Passed { future } }
+    /// Waits for the inner service. With the settings by which refusals of the handler are
+    /// rendered.
+    pub(crate) fn passed(future: F, settings: Option<Arc<Settings>>) -> Self {
+        Self { inner: Inner::Passed { future, settings } }
     }
 
     pub(crate) fn refused(response: Response<Bytes>) -> Self {
         Self { inner: Inner::Refused { response: Some(response) } }
     }
 
-    /// Waits for a task, which learns through `caller` that nobody waits any more.
+    /// Waits for a task, which learns through `caller` that the client has gone.
     pub(crate) fn guarded(task: JoinHandle<Answer<B, E>>, caller: oneshot::Sender<()>) -> Self {
         Self { inner: Inner::Guarded { task, _caller: caller } }
     }
@@ -66,8 +69,11 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().inner.project() {
-            Projected::Passed { future } => {
-                Poll::Ready(ready!(future.poll(cx)).map(|response| response.map(ResponseBody::passed)))
+            Projected::Passed { future, settings } => {
+                Poll::Ready(ready!(future.poll(cx)).map(|response| match settings {
+                    Some(settings) => passed(settings, response),
+                    None => response.map(ResponseBody::passed),
+                }))
             }
             Projected::Refused { response } => {
                 let response = response.take().unwrap_or_default();
@@ -86,11 +92,13 @@ impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
     }
 }
 
-/// A closure of the application panicked, or the runtime is going down.
+/// A closure of the application panicked, which may be the renderer, or the runtime is going down.
 fn task_ended<B>(error: &JoinError) -> Response<ResponseBody<B>> {
     let error = error as &dyn std::error::Error;
     tracing::error!(target: TRACING_TARGET, error, "the task of a request ended early");
-    let rejection =
-        Rejection::new(RejectionCode::Internal, "The request could not be finished; send it again.");
-    respond(rejection, &ProblemJson).map(|data| ResponseBody::buffered(data, None))
+    let rejection = Rejection::new(
+        RejectionCode::Internal,
+        "The server failed, and the request may have been performed. Send it again with the same key.",
+    );
+    respond(rejection, &ProblemJson::default()).map(|data| ResponseBody::buffered(data, None))
 }

@@ -1,55 +1,174 @@
-//! Keeps a request before its handler runs.
+//! Keeping requests before their handlers run.
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, header, request::Parts};
-use tokio::time::Instant;
 
 use crate::{
+    attempt::Won,
     consumer::OTHER_CREDENTIALS,
     error::StoreError,
     fingerprint::original_uri,
-    layer::settings::Settings,
-    node::Node,
-    stored::{
-        record::{Claim, Fenced, RecordId},
-        request::encode,
+    layer::{
+        decision::{Guarded, KeySource},
+        settings::Settings,
     },
+    rejection::{Rejection, RejectionCode},
+    stored::{codec::Codec, record::Fenced},
 };
 
+/// Settings for keeping requests, so that a [`Completer`](crate::Completer) can send those that are
+/// abandoned again.
+///
+/// Before the handler runs, these parts of a request are kept: method, original path and query,
+/// body (without trailers), and the headers `Content-Type`, `Content-Encoding`, that of the key,
+/// those that the [`Fingerprinter`](crate::Fingerprinter) covers, and those that are
+/// [added](Self::add_header). A request is kept until its record is completed or gone.
+///
+/// **Credentials are never kept.** Building a layer fails if it would keep `Authorization`,
+/// `Cookie`, `Proxy-Authorization`, the header of
+/// [`ConsumerExtractor::header`](crate::ConsumerExtractor::header), or a header that the default
+/// extractor takes for credentials (`X-Api-Key`, `Api-Key`, `ApiKey`, `X-Auth-Token`,
+/// `X-Access-Token`). A value that is [marked as sensitive](http::HeaderValue::is_sensitive) is
+/// left out. Do not add other headers that hold credentials. Do not keep requests whose path, query
+/// or body holds credentials: those are stored as they are.
+///
+/// A request that is sent again goes through the whole application. Whatever changes its path,
+/// query, content type or body on the way must change the kept request in the same way. Otherwise
+/// its fingerprint differs, and it is not run: it waits for an operator. The same holds for a
+/// [custom fingerprint](crate::Fingerprinter::custom) over headers that are not kept.
+///
+/// ```
+/// # #[cfg(feature = "sqlite")] {
+/// # fn layer(pool: sqlx::SqlitePool) {
+/// use http::header;
+/// use tower_idempotency::{IdempotencyLayer, KeptRequests};
+///
+/// let kept = KeptRequests::new().add_header(header::ACCEPT).add_header(header::ACCEPT_LANGUAGE);
+/// let layer = IdempotencyLayer::new(pool).with_kept_requests(kept);
+/// # }
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct KeptRequests {
+    headers: Vec<HeaderName>,
+    abandoned_after: Duration,
+}
+
+impl Default for KeptRequests {
+    fn default() -> Self {
+        Self { headers: Vec::new(), abandoned_after: Duration::from_secs(60) }
+    }
+}
+
+impl KeptRequests {
+    /// Keeps the parts that every request needs, and counts a request as abandoned a minute after
+    /// its first lease.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Keeps another header too, with all its lines. `Host` is taken from the URI where HTTP/2 has
+    /// it.
+    #[must_use]
+    pub fn add_header(mut self, name: HeaderName) -> Self {
+        self.headers.push(name);
+        self
+    }
+
+    /// Sets how long a client may take to come back before its request counts as abandoned.
+    /// Default: 1 min.
+    ///
+    /// The time begins at the end of the lease that the attempt has when the request is kept. A
+    /// request whose lease is renewed is not abandoned, however long it runs.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::KeptRequests;
+    /// let kept = KeptRequests::new().with_abandoned_after(Duration::from_secs(5 * 60));
+    /// ```
+    #[must_use]
+    pub fn with_abandoned_after(mut self, time: Duration) -> Self {
+        self.abandoned_after = time;
+        self
+    }
+}
+
 impl Settings {
-    /// Whether a header is one that is never kept.
+    /// Panics if credentials would be kept.
+    #[track_caller]
+    pub(crate) fn check_kept_requests(&self) {
+        let Some(kept) = &self.kept_requests else { return };
+        if let Some(name) = kept.headers.iter().find(|name| self.is_credential(name)) {
+            panic!(
+                "{name} identifies who sends a request and cannot be kept with it: remove it from \
+                 KeptRequests; what Restore puts back takes its place"
+            );
+        }
+        if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
+            panic!(
+                "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with \
+                 it, so that a request that is sent again would never be the same: remove it from the \
+                 Fingerprinter"
+            );
+        }
+    }
+
     fn is_credential(&self, name: &HeaderName) -> bool {
         CREDENTIALS.contains(name)
             || OTHER_CREDENTIALS.contains(&name.as_str())
             || self.consumer.header_name() == Some(name)
     }
 
-    /// Refuses to keep credentials.
-    #[track_caller]
-    pub(crate) fn check_kept_requests(&self) {
-        let Some(kept) = &self.kept_requests else { return };
-        if let Some(name) = kept.headers.iter().find(|name| self.is_credential(name)) {
-            panic!(
-                "{name} identifies who sends a request and cannot be kept with it: remove it from KeptRequests; what \
-                 Restore puts back takes its place"
-            );
-        }
-        if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
-            panic!(
-                "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with it, so that \
-                 a request that is sent again would never be the same: remove it from the Fingerprinter"
-            );
-        }
+    fn names_of_kept_headers(&self) -> impl Iterator<Item = &HeaderName> {
+        let always = [&header::CONTENT_TYPE, &header::CONTENT_ENCODING, &self.key_header];
+        let chosen = self.kept_requests.iter().flat_map(|kept| &kept.headers);
+        always.into_iter().chain(self.fingerprinter.headers()).chain(chosen)
     }
 }
 
-/// The bytes that are kept of a request.
-fn encoded(settings: &Settings, parts: &Parts, body: &Bytes) -> Bytes {
+impl Guarded {
+    /// Keeps the request of a claim that was won. A request that is sent again is kept already, and
+    /// runs only for the record for which it was kept.
+    pub(crate) async fn keep(&self, won: &Won, parts: &Parts, body: &Bytes) -> Result<(), Rejection> {
+        if let KeySource::Resent(resent) = &self.key {
+            return if resent.record_id == won.record_id { Ok(()) } else { Err(record_gone()) };
+        }
+        match self.keep_once(won, parts, body).await {
+            Ok(Fenced::Applied) => Ok(()),
+            Ok(Fenced::Lost) => Err(self.in_progress(&won.claim.attempt)),
+            Err(error) => Err(self.no_claim(&won.claim.attempt, &error)),
+        }
+    }
+
+    /// The lease is not renewed yet: the request is kept in the time in which the attempt surely
+    /// owns its record.
+    async fn keep_once(&self, won: &Won, parts: &Parts, body: &Bytes) -> Result<Fenced, StoreError> {
+        let Some(kept) = &self.settings.kept_requests else { return Ok(Fenced::Applied) };
+        let recovery = self.node.recovery()?;
+        let Won { claim, record_id, claimed_at, .. } = won;
+        let (attempt, record_id) = (claim.attempt.clone(), *record_id);
+        let request = encoded(&self.node.codec, &self.settings, parts, body);
+        let after = claim.lease.saturating_add(kept.abandoned_after);
+        let usable = (claim.lease * 3 / 4).saturating_sub(claimed_at.elapsed());
+        let limit = self.settings.attempt.store_timeout.min(usable);
+        let keep = async move { recovery.keep_request(&attempt, record_id, &request, after).await };
+        self.node.tasks.call(limit, keep).await
+    }
+}
+
+fn record_gone() -> Rejection {
+    Rejection::new(RejectionCode::KeyReused, "The record of the request that is sent again has gone.")
+}
+
+fn encoded(codec: &Codec, settings: &Settings, parts: &Parts, body: &Bytes) -> Bytes {
     let uri = original_uri(parts);
     let target = uri.path_and_query().map_or_else(|| uri.path(), |target| target.as_str());
-    // In absolute form a query may follow the authority at once.
+    // In absolute form a query may follow the authority without a path.
     let target = if target.starts_with('?') { format!("/{target}") } else { target.to_owned() };
-    encode(&parts.method, &target, &kept_headers(settings, parts, uri), body)
+    codec.request(&parts.method, &target, &kept_headers(settings, parts, uri), body)
 }
 
 fn kept_headers(settings: &Settings, parts: &Parts, uri: &Uri) -> HeaderMap {
@@ -74,35 +193,6 @@ fn host_of(uri: &Uri) -> Option<HeaderValue> {
     HeaderValue::from_str(&format!("{host}{port}")).ok()
 }
 
-impl Settings {
-    fn names_of_kept_headers(&self) -> impl Iterator<Item = &HeaderName> {
-        let always = [&header::CONTENT_TYPE, &header::CONTENT_ENCODING, &self.key_header];
-        let chosen = self.kept_requests.iter().flat_map(|kept| &kept.headers);
-        always.into_iter().chain(self.fingerprinter.headers()).chain(chosen)
-    }
-}
-
-impl Node {
-    /// Keeps the request of an attempt, in the time in which the attempt surely owns its record.
-    pub(crate) async fn keep_request(
-        &self,
-        settings: &Settings,
-        claim: &Claim,
-        claimed_at: Instant,
-        record: RecordId,
-        (parts, body): (&Parts, &Bytes),
-    ) -> Result<Fenced, StoreError> {
-        let Some(kept) = &settings.kept_requests else { return Ok(Fenced::Applied) };
-        let recovery = self.recovery()?;
-        let (attempt, request) = (claim.attempt.clone(), encoded(settings, parts, body));
-        let after = claim.lease.saturating_add(kept.abandoned_after);
-        let usable = (claim.lease * 3 / 4).saturating_sub(claimed_at.elapsed());
-        let limit = settings.store_timeout.min(usable);
-        let keep = async move { recovery.keep_request(&attempt, record, &request, after).await };
-        self.tasks.call(limit, keep).await
-    }
-}
-
 const CREDENTIALS: [HeaderName; 3] = [header::AUTHORIZATION, header::COOKIE, header::PROXY_AUTHORIZATION];
 
 #[cfg(test)]
@@ -114,8 +204,7 @@ mod tests {
         consumer::{Consumer, ConsumerExtractor},
         fingerprint::Fingerprinter,
         key::IdempotencyKey,
-        layer::kept_requests::KeptRequests,
-        stored::request::KeptRequest,
+        stored::{record::RecordId, request::KeptRequest},
     };
 
     fn settings() -> Settings {
@@ -150,7 +239,7 @@ mod tests {
         let mut sensitive = HeaderValue::from_static("secret");
         sensitive.set_sensitive(true);
         parts.headers.append("x-tenant", sensitive);
-        let encoded = encoded(&settings, &parts, &Bytes::new());
+        let encoded = encoded(&Codec, &settings, &parts, &Bytes::new());
         assert!(!encoded.windows(6).any(|window| window == b"secret"));
         let (consumer, key) = (Consumer::new("acme").unwrap(), IdempotencyKey::new("k").unwrap());
         let decoded = KeptRequest::new(RecordId::random(), consumer, key, encoded).decode().unwrap();

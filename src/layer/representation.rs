@@ -1,4 +1,4 @@
-//! Representations: what is stored of a response instead of the response, and the function that renders it.
+//! Rendering of responses from stored representations.
 
 use std::{error::Error, future::Future, sync::Arc, time::Duration};
 
@@ -16,19 +16,19 @@ use crate::{
     layer::settings::Settings,
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode},
-    stored::response::StoredRepresentation,
-    stored::response::{StoredBody, StoredResponse},
+    stored::response::{StoredBody, StoredRepresentation, StoredResponse},
 };
 
 /// Renders responses from representations. Implemented by asynchronous closures; set by
 /// [`with_representation`](crate::IdempotencyLayer::with_representation).
 #[async_trait]
 pub trait RenderRepresentation: Send + Sync {
-    /// Makes the response. It is sent with the status that it has here and without its extensions.
+    /// Renders the response. It is sent with the status that it has here and without its
+    /// extensions.
     ///
     /// # Errors
     ///
-    /// Whatever stands in the way. It is logged, and the client gets 500 `representation-unrenderable`.
+    /// Any. The error is logged, and the client gets 500 `representation-unrenderable`.
     async fn render(
         &self,
         stored: StoredRepresentation,
@@ -51,7 +51,7 @@ where
     }
 }
 
-/// A response as the client gets it: one that is represented is rendered.
+/// The response as the client gets it: rendered if only a representation of it is stored.
 pub(crate) async fn rendered(
     settings: &Settings,
     consumer: &Consumer,
@@ -61,9 +61,10 @@ pub(crate) async fn rendered(
     let StoredBody::Representation(representation) = response.body else { return Ok(response) };
     let stored = StoredRepresentation::new(consumer.clone(), response.status, representation.data().clone());
     let response = render(settings, stored).await.map_err(|error| {
-        let (key, error) = (settings.shown(key), &error as &dyn Error);
+        let (key, error) = (settings.attempt.shown(key), &error as &dyn Error);
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a response cannot be rendered");
-        let detail = "The request was performed, and its response cannot be rendered right now. Send it again with the same key.";
+        let detail = "The request was performed, and its response cannot be rendered right now. Send the \
+                      request again with the same key to get it.";
         Rejection::new(RejectionCode::RepresentationUnrenderable, detail)
     })?;
     let (parts, data) = response.into_parts();
@@ -76,7 +77,7 @@ pub(crate) async fn rendered(
 async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Response<Bytes>, Unrenderable> {
     let renderer = Arc::clone(settings.representation_renderer.as_ref().ok_or(Unrenderable::NoRenderer)?);
     let task = tokio::spawn(async move { renderer.render(stored).await }.in_current_span());
-    let limit = settings.store_timeout;
+    let limit = settings.attempt.store_timeout;
     match timeout(limit, AbortOnDropHandle::new(task)).await {
         Ok(Ok(rendered)) => rendered.map_err(Unrenderable::Failed),
         Ok(Err(error)) => Err(Unrenderable::EndedEarly(error)),

@@ -12,8 +12,9 @@ use crate::{
     stored::{record::RecordId, request::KeptRequest},
 };
 
-/// In the extensions of a request that a [`Completer`](crate::Completer) sends: the layer takes record, consumer and key
-/// from here. Nothing that comes from a network can hold it, because only this crate can name it.
+/// In the extensions of a request that a [`Completer`](crate::Completer) sends. The layer takes
+/// record, consumer and key from here. No request from a network can hold it, because only this
+/// crate can name it.
 #[derive(Clone)]
 pub(crate) struct Resent {
     pub(crate) record_id: RecordId,
@@ -22,7 +23,7 @@ pub(crate) struct Resent {
     passage: Arc<Passage>,
 }
 
-/// What a layer has done with the request.
+/// The traces that a layer leaves on the request.
 #[derive(Debug, Default)]
 pub(crate) struct Passage {
     reached: OnceLock<()>,
@@ -36,12 +37,12 @@ impl Resent {
         (Self { record_id, consumer, key, passage: Arc::clone(&passage) }, passage)
     }
 
-    /// A layer has it.
+    /// Notes that a layer has the request.
     pub(crate) fn reached(&self) {
         let _ = self.passage.reached.set(());
     }
 
-    /// The layer does not run it.
+    /// Notes that the layer does not run the request.
     pub(crate) fn refused(&self, rejection: &Rejection) {
         let _ = self.passage.refused.set(rejection.code());
     }
@@ -52,7 +53,7 @@ impl Passage {
         self.reached.get().is_some()
     }
 
-    /// Why the layer did not run it, if it did not.
+    /// The reason why the layer did not run the request, if it did not.
     pub(crate) fn refusal(&self) -> Option<RejectionCode> {
         self.refused.get().copied()
     }

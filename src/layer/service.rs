@@ -1,27 +1,29 @@
-//! The service: who passes, who is refused, who is guarded.
+//! The service: passes a request through, refuses it, or guards it in a task.
 
 use std::{
+    future::poll_fn,
     mem,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, request::Parts};
 use http_body::Body;
 use tokio::sync::oneshot;
 use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    attempt::idempotency::Idempotency,
+    attempt::idempotency::Unprotected,
     error::BoxError,
     layer::{
+        answer::{passed, replay},
         body::{RequestBody, ResponseBody},
-        future::ResponseFuture,
-        guarded::Guarded,
-        resent::Resent,
-        settings::{KeySource, Settings},
+        buffer::Buffered,
+        decision::{Entrance, Guarded, Outcome},
+        future::{Answer, ResponseFuture},
+        settings::Settings,
     },
     node::Node,
     rejection::{Rejection, RejectionCode},
@@ -30,7 +32,8 @@ use crate::{
 /// Middleware that performs a request with an idempotency key once. Made by
 /// [`IdempotencyLayer`](crate::IdempotencyLayer).
 ///
-/// The inner service receives `Request<RequestBody<B>>`. It must be [`Clone`], as the services of axum and tower are.
+/// The inner service receives `Request<RequestBody<B>>`. It must be [`Clone`], as the services of
+/// axum and tower are.
 #[derive(Clone, Debug)]
 pub struct IdempotencyService<S> {
     inner: S,
@@ -46,14 +49,6 @@ impl<S> IdempotencyService<S> {
     /// The inner service.
     pub fn get_ref(&self) -> &S {
         &self.inner
-    }
-
-    /// The key of a request that is to be guarded. A layer around this one may guard it already.
-    fn key_of<B>(&self, request: &Request<B>) -> Result<Option<KeySource>, Rejection> {
-        let key = self.settings.key_of(request.method(), request.headers())?;
-        Ok(key.filter(|_| {
-            !request.extensions().get::<Idempotency>().is_some_and(|outer| outer.is_of(&self.node))
-        }))
     }
 }
 
@@ -75,32 +70,91 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        let resent = request.extensions_mut().remove::<Resent>();
-        let key = match resent
-            .map_or_else(|| self.key_of(&request), |resent| Ok(Some(KeySource::Resent(resent))))
-        {
-            Ok(Some(key)) => key,
-            Ok(None) => return ResponseFuture::passed(self.inner.call(request.map(RequestBody::passed))),
-            Err(rejection) => return ResponseFuture::refused(self.settings.refuse(rejection)),
-        };
-        let (parts, body) = request.into_parts();
-        let consumer = match &key {
-            KeySource::Resent(resent) => Some(resent.consumer.clone()),
-            KeySource::Sent(_) | KeySource::Derived(_) => self.settings.consumer.extract(&parts),
-        };
-        let Some(consumer) = consumer else {
-            let rejection = Rejection::new(
-                RejectionCode::ConsumerUnidentified,
-                "It cannot be told safely whose idempotency key this is.",
-            );
-            return ResponseFuture::refused(self.settings.refuse(rejection));
-        };
-        let clone = self.inner.clone();
-        let ready = mem::replace(&mut self.inner, clone);
-        let (caller, gone) = oneshot::channel();
-        let guarded = Guarded::new(&self.node, &self.settings, consumer, key);
-        let task = guarded.answer(ready, parts, body, gone).in_current_span();
-        ResponseFuture::guarded(self.node.tasks.spawn(task), caller)
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        let (mut parts, body) = request.into_parts();
+        match Entrance::of(&self.node, &self.settings, &mut parts) {
+            Entrance::Pass(settings) => {
+                let request = Request::from_parts(parts, RequestBody::passed(body));
+                ResponseFuture::passed(self.inner.call(request), settings)
+            }
+            Entrance::Refuse(rejection) => ResponseFuture::refused(self.settings.refuse(rejection)),
+            Entrance::Guard(guarded) => {
+                // The service that was polled ready, and not its clone.
+                let clone = self.inner.clone();
+                let ready = mem::replace(&mut self.inner, clone);
+                let (caller, gone) = oneshot::channel();
+                let task = guard(guarded, ready, parts, body, gone).in_current_span();
+                ResponseFuture::guarded(self.node.tasks.spawn(task), caller)
+            }
+        }
     }
+}
+
+/// The task of a guarded request, which goes on when its caller has gone.
+async fn guard<S, ReqBody, ResBody>(
+    guarded: Guarded,
+    mut inner: S,
+    parts: Parts,
+    body: ReqBody,
+    caller: oneshot::Receiver<()>,
+) -> Answer<ResBody, S::Error>
+where
+    S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>> + Clone + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    ReqBody: Body<Data = Bytes> + Send + 'static,
+    ReqBody::Error: Into<BoxError>,
+    ResBody: Body<Data = Bytes> + Send + 'static,
+    ResBody::Error: Into<BoxError>,
+{
+    let body = match guarded.receive(body, caller).await {
+        Ok(Some(body)) => body,
+        // The caller has gone before its request was complete: nothing was claimed.
+        Ok(None) => return Ok(Response::default()),
+        Err(rejection) => return Ok(guarded.refuse(rejection)),
+    };
+    for _ in 0..guarded.settings.attempt.transactions.reruns {
+        let clone = inner.clone();
+        let ready = mem::replace(&mut inner, clone);
+        let answer = perform(&guarded, ready, parts.clone(), body.clone()).await;
+        if !answer.as_ref().is_ok_and(collided) {
+            return answer;
+        }
+        poll_fn(|cx| inner.poll_ready(cx)).await?;
+    }
+    perform(&guarded, inner, parts, body).await
+}
+
+async fn perform<S, ReqBody, ResBody>(
+    guarded: &Guarded,
+    mut inner: S,
+    parts: Parts,
+    body: Buffered,
+) -> Answer<ResBody, S::Error>
+where
+    S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>> + Send + 'static,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    ReqBody: Body<Data = Bytes> + Send + 'static,
+    ResBody: Body<Data = Bytes> + Send + 'static,
+    ResBody::Error: Into<BoxError>,
+{
+    let outcome = guarded.decide(&parts, &body.data).await;
+    let mut request = Request::from_parts(parts, RequestBody::buffered(body.data, body.trailers));
+    match outcome {
+        Ok(Outcome::Run(handler)) => handler.run(inner, request).await,
+        Ok(Outcome::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
+        Ok(Outcome::RunUnprotected) => {
+            request.extensions_mut().insert(Unprotected);
+            inner.call(request).await.map(|response| passed(&guarded.settings, response))
+        }
+        Err(rejection) => Ok(guarded.refuse(rejection)),
+    }
+}
+
+/// The transaction collided with another one, so that the request may be performed again
+/// immediately.
+fn collided<B>(response: &Response<B>) -> bool {
+    let rejection = response.extensions().get::<Rejection>();
+    rejection.is_some_and(|rejection| rejection.code() == RejectionCode::TransactionConflict)
 }

@@ -1,5 +1,4 @@
-//! Claims run in tasks of their own, which learn the outcome even if the caller has stopped
-//! waiting.
+//! Claims, in tasks that learn their outcome even when the caller has gone.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,7 +15,7 @@ use crate::{
 };
 
 impl Node {
-    /// Claims a key, or answers immediately if an attempt of this process has it.
+    /// Claims a key, unless an attempt of this process runs for it.
     pub(crate) async fn ask(
         self: &Arc<Self>,
         claim: &Claim,
@@ -28,9 +27,10 @@ impl Node {
         }
     }
 
-    /// Claims a key and waits at most `limit`. A claim that is won after that is released.
+    /// Claims a key, waiting at most `limit`. A claim that is won later is released again.
     async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
-        // A claim near the end of its lease is useless: another attempt may run before the first renewal.
+        // Near the end of its lease a claim is worth nothing: another attempt may run before it is
+        // renewed.
         let usable = claim.lease * 3 / 4;
         let limit = limit.min(usable);
         // Before the claim is sent: the store starts the lease at some moment after this.
@@ -41,7 +41,8 @@ impl Node {
         let answer = match timeout(limit, &mut receiver).await {
             Ok(answer) => answer.ok(),
             Err(_) => {
-                // Closed, then read: what was sent in between is taken here, and what comes later fails.
+                // Closed first: an answer is either seen here, or the task learns that it is not
+                // taken.
                 receiver.close();
                 receiver.try_recv().ok()
             }
@@ -53,7 +54,7 @@ impl Node {
         answer.unwrap_or_else(|| Err(no_answer(limit)))
     }
 
-    /// Claims until the outcome is known, and releases the key if the caller does not get it.
+    /// Learns the outcome of a claim. A claim that is won and cannot be delivered is released.
     async fn claim_for(
         self: Arc<Self>,
         claim: Claim,
@@ -86,11 +87,8 @@ impl Node {
         }
     }
 
-    /// Releases a claim whose reply was lost, and repeats the release while the claim may still
-    /// arrive.
-    ///
-    /// A server that was frozen, or that waits for its standby, may carry the claim out after the
-    /// first release.
+    /// Releases a claim whose reply was lost, and again while it may still arrive: a server that
+    /// was frozen, or waits for its standby, carries it out after the first release.
     async fn release_late(&self, claim: &Claim) {
         // A claim that arrives even later keeps the key for one lease.
         let end = Instant::now() + claim.lease;
@@ -120,7 +118,7 @@ impl Node {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = &error as &dyn std::error::Error,
-                "a claim without a handler could not be released; its key is free when its lease runs out"
+                "a claim without an attempt could not be released; the end of its lease gives the key back"
             );
         }
     }

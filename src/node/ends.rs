@@ -1,4 +1,4 @@
-//! The end of an attempt is written to the store, and tried again while the store is away.
+//! The ends of attempts, written to the store and tried again while it is away.
 
 use std::{future::Future, pin::pin, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     stored::record::{Attempt, CompleteOutcome, Fenced, Record, RecordState},
 };
 
-/// The way in which an attempt ends.
+/// The end of an attempt.
 #[derive(Clone, Debug)]
 pub(crate) enum End {
     Complete(Bytes),
@@ -21,9 +21,9 @@ pub(crate) enum End {
     Hold,
 }
 
-/// The outcome of an [`End`].
+/// The outcome of writing an [`End`].
 #[derive(Debug)]
-pub(crate) enum Ended {
+pub(crate) enum Written {
     /// The record says what the attempt says.
     Done,
     /// The record says something else.
@@ -33,30 +33,30 @@ pub(crate) enum Ended {
 }
 
 impl Node {
-    /// Writes the end of an attempt, and tries again until `give_up`.
-    ///
-    /// Between two tries, and while one of them hangs, the lease is renewed, so that no other
-    /// attempt takes the record over.
+    /// Writes the end of an attempt, trying again until `give_up`. Between two tries, and while one
+    /// hangs, the lease is renewed, so that no other attempt takes the record over.
     pub(crate) async fn end(
         &self,
         attempt: &Attempt,
         lease: Option<&Lease>,
         end: &End,
         give_up: Instant,
-    ) -> Result<Ended, StoreError> {
+    ) -> Result<Written, StoreError> {
         let end_once = || {
-            // Before the write is sent: a renewal that overtakes it would extend a lease that has ended.
+            // Before the write is sent: a renewal that overtook it would extend a lease that has
+            // ended.
             if let Some(lease) = lease {
                 lease.leave();
             }
             keep_if_late(lease, self.end_once(attempt, end))
         };
-        // Every error is tried again: a server may be read-only just while another becomes the primary.
+        // After every error, also one that looks final: a server may be read-only while another
+        // becomes the primary.
         retry_until(give_up, RETRY, end_once, |error| {
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id,
                 error = error as &dyn std::error::Error,
-                "the end of an attempt could not be stored; trying again"
+                "the end of an attempt is not stored yet; trying again"
             );
             // During the pause the lease could run out: renewed immediately, until the next try leaves it.
             if let Some(lease) = lease {
@@ -66,12 +66,12 @@ impl Node {
         .await
     }
 
-    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Ended, StoreError> {
+    async fn end_once(&self, attempt: &Attempt, end: &End) -> Result<Written, StoreError> {
         match end {
             End::Complete(response) => Ok(match self.store.complete(attempt, response.clone()).await? {
-                CompleteOutcome::Completed => Ended::Done,
-                CompleteOutcome::Lost(record) => Ended::Lost(record),
-                CompleteOutcome::Absent => Ended::Absent,
+                CompleteOutcome::Completed => Written::Done,
+                CompleteOutcome::Lost(record) => Written::Lost(record),
+                CompleteOutcome::Absent => Written::Absent,
             }),
             End::Release => self.after(attempt, self.store.release(attempt).await?).await,
             End::Hold => {
@@ -87,21 +87,20 @@ impl Node {
         }
     }
 
-    /// Reads what another attempt has stored, if the fence did not hold: the answer must not
-    /// contradict it.
-    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Ended, StoreError> {
+    /// An attempt that has lost its record must not contradict what another one has stored.
+    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Written, StoreError> {
         if fenced == Fenced::Applied {
-            return Ok(Ended::Done);
+            return Ok(Written::Done);
         }
         // Only a stored response can contradict the answer; a record in progress has none yet.
         let record = self.store.get(&attempt.consumer, &attempt.key).await?;
         let completed = record.filter(|record| matches!(record.state, RecordState::Completed { .. }));
-        Ok(completed.map_or(Ended::Done, |record| Ended::Lost(Box::new(record))))
+        Ok(completed.map_or(Written::Done, |record| Written::Lost(Box::new(record))))
     }
 }
 
-/// Renews the lease again if the call takes long: on a broken connection it may hang for longer
-/// than the lease.
+/// Renews the lease again if the store takes long: on a broken connection the call may hang for
+/// longer than the lease.
 async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
     let Some(lease) = lease else { return call.await };
     // An answer within the interval, the usual case, costs no renewal.

@@ -69,7 +69,12 @@ impl Renewer {
         }
     }
 
-    /// The time at which the next lease is due. `None` if there is no lease; then the task ends.
+    /// Stops renewing the lease of an attempt.
+    pub(crate) fn leave(&self, attempt: AttemptId) {
+        self.state().leases.remove(&attempt);
+    }
+
+    /// When the next lease is due. `None` ends the task: there is no lease.
     fn next_due(&self) -> Option<Instant> {
         let mut state = self.state();
         state.next = state.leases.values().map(|entry| entry.due).min();
@@ -78,8 +83,8 @@ impl Renewer {
         state.next
     }
 
-    /// Takes the renewals that are due or will be soon. They become due again after an interval,
-    /// unless an answer comes first.
+    /// Takes the renewals that are due, or soon will be. Each is due again after another interval,
+    /// whatever becomes of this one.
     fn take_due(&self) -> Vec<Renewal> {
         let now = Instant::now();
         let mut state = self.state();
@@ -121,7 +126,7 @@ impl Renewer {
         self.wake.notify_one();
     }
 
-    /// Calls the store in a task of its own, which is left behind when it takes too long.
+    /// Asks the store in a task that goes on when it takes longer than `limit`.
     async fn ask(&self, batch: Vec<Renewal>, limit: Duration) -> Result<Vec<RenewOutcome>, StoreError> {
         let store = Arc::clone(&self.store);
         self.tasks.call(limit, async move { store.renew(&batch).await }).await
@@ -132,7 +137,8 @@ impl Renewer {
         for (renewal, outcome) in batch.iter().zip(outcomes) {
             // Its attempt has ended while the call was under way.
             let Some(entry) = state.leases.get_mut(&renewal.attempt.id) else { continue };
-            // A row may be locked by its handler's transaction, and have an old lease when it is unlocked.
+            // A row that is locked, for example by a transaction of its handler, may be unlocked
+            // with an old lease.
             let wait = if *outcome == RenewOutcome::Skipped { entry.interval / 4 } else { entry.interval };
             // From the start of the call: the store may have renewed at any moment since.
             entry.due = started + wait;
@@ -151,8 +157,8 @@ impl Renewer {
     }
 }
 
-/// The renewing task. If its runtime shuts down, the next attempt on another runtime must start a
-/// new one.
+/// The task. If its runtime goes down, the next attempt, on another runtime, must be able to start
+/// another.
 struct Alive {
     renewer: Arc<Renewer>,
     ended: bool,
@@ -212,7 +218,7 @@ impl Lease {
 
     /// Stops renewing. The lease then runs to its end.
     pub(crate) fn leave(&self) {
-        self.renewer.state().leases.remove(&self.renewal.attempt.id);
+        self.renewer.leave(self.renewal.attempt.id);
     }
 
     pub(crate) fn interval(&self) -> Duration {

@@ -1,4 +1,4 @@
-//! One process over a store: the work that runs here and must not be cut off.
+//! One process over a store: its attempts, its leases and its tasks, which must not be cut off.
 
 mod claims;
 pub(crate) mod ends;
@@ -18,11 +18,13 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     retry::Backoff,
     store::{Store, recovery::RecoveryStore},
+    stored::codec::Codec,
 };
 
-/// The state that a layer, its clones, its services and its handles share.
+/// The part that a layer, its clones, its services and its handles share.
 pub(crate) struct Node {
     pub(crate) store: Arc<dyn Store>,
+    pub(crate) codec: Codec,
     pub(crate) tasks: Tasks,
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
@@ -34,10 +36,10 @@ impl Node {
         let tasks = Tasks::default();
         let running = Arc::<Running>::default();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
-        Arc::new(Self { store, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
+        Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
     }
 
-    /// The part of the store that keeps intents, phases and requests; an error if it has none.
+    /// The store of intents, phases and kept requests.
     pub(crate) fn recovery(&self) -> Result<Arc<dyn RecoveryStore>, StoreError> {
         self.store.recovery().ok_or_else(|| {
             let message = "this store keeps no intents, phases or requests: use a store of this crate";
@@ -52,9 +54,10 @@ impl fmt::Debug for Node {
     }
 }
 
-/// The time for which the release of a claim, or the undoing of an opening, is tried.
+/// The time in which a claim or an opening that was made in vain is undone, before its lease or
+/// reconciler does it.
 pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
-/// The pause before a release is repeated whose claim may still arrive; it grows from there.
+/// The first pause between two tries to undo a write that may still be carried out.
 pub(crate) const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);
-/// Pauses between two tries of a call to the store.
+/// The pauses between two tries of a call to the store.
 pub(crate) const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));

@@ -1,4 +1,4 @@
-//! Purges records that count as absent, and the intents, phases and requests of records that are
+//! The background task that purges expired records, and intents and phases of records that are
 //! gone.
 
 use std::{
@@ -17,18 +17,11 @@ use crate::{
     retry::jittered,
 };
 
-/// Purges expired records in the background. Default: every 60 s, in batches of 1000.
+/// The schedule by which expired records are purged in the background.
 ///
-/// Purging only frees space: each claim decides whether a record has expired. The task starts with
-/// the first request that has a key, and ends when the layer is drained or dropped. It continues
-/// after errors of the store, and many nodes may run one simultaneously.
-///
-/// ```
-/// # use std::time::Duration;
-/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Reaper};
-/// let layer = IdempotencyLayer::new(MemoryStore::new())
-///     .with_reaper(Reaper::every(Duration::from_secs(300), 500));
-/// ```
+/// The task starts with the first request that has a key, survives errors of the store, and ends
+/// when the layer is drained or dropped. It may run on many nodes simultaneously. Purging only
+/// frees space: each claim decides for itself whether a record has expired.
 #[derive(Clone, Debug)]
 pub struct Reaper(Option<Schedule>);
 
@@ -46,8 +39,14 @@ impl Default for Reaper {
 }
 
 impl Reaper {
-    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` rows
-    /// until no more are due. Default: 60 s and 1000 rows.
+    /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records
+    /// until none is left. Default: every 60 s, 1000 records.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::Reaper;
+    /// let reaper = Reaper::every(Duration::from_secs(10), 500);
+    /// ```
     ///
     /// # Panics
     ///
@@ -62,18 +61,18 @@ impl Reaper {
         Self(Some(Schedule { interval, batch, intent_retention: INTENT_RETENTION }))
     }
 
-    /// Sets the time for which settled intents and finished phases stay after their record is gone,
-    /// counted from when they were opened or finished. Default: 90 days.
+    /// Sets how long settled intents and finished phases are kept when their record is gone,
+    /// counted from when they were opened or finished. They are the trace of what a request has
+    /// done. Default: 90 days.
     ///
-    /// They prove which calls were made for a request. They always stay while their record exists,
-    /// while they are open and while they need attention. No effect on a reaper that is
-    /// [`off`](Self::off).
+    /// Those whose record exists always stay, and so do those that are open or need attention. A
+    /// reaper that is off stays off.
     ///
     /// ```
     /// # use std::time::Duration;
     /// # use tower_idempotency::Reaper;
-    /// let year = Duration::from_secs(365 * 24 * 60 * 60);
-    /// let reaper = Reaper::default().with_intent_retention(year);
+    /// let month = Duration::from_secs(30 * 24 * 60 * 60);
+    /// let reaper = Reaper::default().with_intent_retention(month);
     /// ```
     #[must_use]
     pub fn with_intent_retention(mut self, retention: Duration) -> Self {
@@ -83,16 +82,9 @@ impl Reaper {
         self
     }
 
-    /// Turns the background purge off.
-    ///
-    /// A job must then call [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
-    /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled); without one,
-    /// the tables grow.
-    ///
-    /// ```
-    /// # use tower_idempotency::Reaper;
-    /// let reaper = Reaper::off();
-    /// ```
+    /// Purges nothing in the background. Have a job call
+    /// [`IdempotencyHandle::purge`](crate::IdempotencyHandle::purge) and
+    /// [`IdempotencyHandle::purge_settled`](crate::IdempotencyHandle::purge_settled).
     #[must_use]
     pub fn off() -> Self {
         Self(None)
@@ -110,7 +102,7 @@ impl Reaper {
     }
 }
 
-/// Purges records, then the intents, phases and requests of records that are gone.
+/// Purges records, then intents and phases, until there are none left to purge.
 async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
     let Schedule { batch, intent_retention, .. } = schedule;
     let store = &node.store;
@@ -119,7 +111,7 @@ async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
         async move { store.purge(batch).await }
     })
     .await;
-    // After the records: while its record exists, an intent is not purged.
+    // After the records: an intent or a phase may be purged only when its record is gone.
     let Some(recovery) = store.recovery() else { return records };
     let settled = purge_by(node, batch, Purged::Settled, || {
         let recovery = Arc::clone(&recovery);

@@ -1,7 +1,7 @@
-//! The records that this process is running: a duplicate is refused without asking the store.
+//! The running attempts of this process. Their duplicates are refused without asking the store.
 //!
-//! After an outage that is longer than a lease, the store would let a duplicate take over a record
-//! whose attempt still runs here.
+//! After an outage longer than a lease, the store would let a duplicate take over an attempt that
+//! still runs here.
 
 use std::{
     collections::HashMap,
@@ -25,7 +25,7 @@ impl Running {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a record whose claim was won, until the returned guard is dropped.
+    /// Notes a record whose claim was won, until the returned guard is dropped.
     pub(crate) fn enter(self: &Arc<Self>, attempt: Attempt, record: Record) -> Entered {
         self.records().insert((record.consumer.clone(), record.key.clone()), record);
         Entered { running: Arc::clone(self), attempt }

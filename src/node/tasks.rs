@@ -1,4 +1,4 @@
-//! The tasks of a node: work that must run to its end, and work in the background.
+//! Tasks of a node: those that must run to their end, and those in the background.
 
 use std::{fmt, future::Future, time::Duration};
 
@@ -24,9 +24,9 @@ use crate::{
 /// The tasks of a node. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Tasks {
-    /// Work that must not be cut off: attempts, claims, the ends of attempts.
+    /// Those that must not be cut off: attempts, claims, the ends of attempts.
     tracked: TaskTracker,
-    /// Work that runs for as long as the layer exists.
+    /// Those that run for as long as the layer does.
     background: TaskTracker,
     /// Cancelled when guarded requests are refused.
     pub(crate) draining: CancellationToken,
@@ -35,7 +35,7 @@ pub(crate) struct Tasks {
 }
 
 impl Tasks {
-    /// Spawns work that runs to its end, even if the caller stops waiting.
+    /// Runs work to its end, even if its caller has gone.
     pub(crate) fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -43,7 +43,7 @@ impl Tasks {
         self.tracked.spawn(work)
     }
 
-    /// Spawns the same on another runtime than the current one.
+    /// The same, on a given runtime.
     pub(crate) fn spawn_on<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -52,12 +52,12 @@ impl Tasks {
         self.tracked.spawn_on(work, runtime)
     }
 
-    /// Makes draining wait for work that runs in a task of someone else.
+    /// Lets draining wait for work, in whatever task it runs.
     pub(crate) fn track<F: Future>(&self, work: F) -> TrackedFuture<F> {
         self.tracked.track_future(work)
     }
 
-    /// Makes draining wait until the token is dropped.
+    /// Lets draining wait until the token is dropped.
     pub(crate) fn token(&self) -> TaskTrackerToken {
         self.tracked.token()
     }
@@ -83,7 +83,7 @@ impl Tasks {
         answer_of(self.spawn(work), limit).await
     }
 
-    /// Spawns work that runs for as long as the layer exists.
+    /// Starts a task that runs for as long as the layer does.
     pub(crate) fn spawn_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
@@ -91,7 +91,7 @@ impl Tasks {
         self.background.spawn(work)
     }
 
-    /// Runs a pass to its end as a background task and waits for it.
+    /// Runs work to its end as a background task, even if its caller has gone.
     pub(crate) async fn in_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
@@ -99,8 +99,8 @@ impl Tasks {
         self.spawn_background(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
 
-    /// Refuses new work and waits for all tasks, the background tasks last. The error is the number
-    /// of tasks left after `limit`.
+    /// Refuses new work and waits for all tasks, the background tasks last. After `limit`, returns
+    /// how many are left.
     pub(crate) async fn drain(&self, limit: Duration) -> Result<(), usize> {
         // A closed tracker still takes tasks, and waits for them: a running attempt may need some to end.
         self.draining.cancel();
@@ -124,11 +124,9 @@ impl fmt::Debug for Tasks {
     }
 }
 
-/// Runs a pass again and again, as each background task does.
-///
-/// Between two passes it pauses, with a jitter of a quarter. While passes fail, the pause doubles,
-/// up to eight times the interval. It ends with the token, or when a pass finds that its node is
-/// gone.
+/// Runs a background task: a pass, then a pause with a jitter of a quarter. While passes fail, the
+/// pause doubles, up to eight times its length. Ends with the token, or when a pass finds that its
+/// node is gone.
 pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     ended: CancellationToken,
     interval: Duration,
@@ -152,8 +150,8 @@ pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     }
 }
 
-/// Waits at most `limit` for a task that calls the store. After that the task goes on, and its
-/// effect is not known.
+/// Waits for a task that works with the store. After `limit` the task goes on, and its effect is
+/// not known.
 pub(crate) async fn answer_of<T>(
     task: JoinHandle<Result<T, StoreError>>,
     limit: Duration,

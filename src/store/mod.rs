@@ -30,7 +30,7 @@ pub use sql::{InvalidIdentifier, TableCreation};
 pub use sqlite::SqliteStore;
 pub use transaction::{
     IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
-    TransactionOptions, TransactionUsage,
+    TransactionUsage,
 };
 
 use crate::{consumer::Consumer, key::IdempotencyKey};

@@ -11,27 +11,8 @@ use crate::{
     rejection::{Rejection, RejectionCode},
 };
 
-/// Settings of the transactions of handlers.
-///
-/// ```
-/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, TransactionOptions};
-/// # use std::time::Duration;
-/// let options = TransactionOptions::default().with_statement_timeout(Duration::from_secs(5));
-/// let layer = IdempotencyLayer::new(MemoryStore::new()).with_transactions(options);
-/// ```
-///
-/// An [`IntentLog`](crate::IntentLog::with_transactions) takes them too.
-#[derive(Clone, Debug, Default)]
-pub struct TransactionOptions {
-    isolation: Option<IsolationLevel>,
-    idle_timeout: Option<Duration>,
-    statement_timeout: Option<Duration>,
-    time_limit: Option<Duration>,
-    pub(crate) keep_writes_of_client_errors: bool,
-    pub(crate) reruns: u32,
-}
-
-/// The limits of one transaction: [`TransactionOptions`], completed with the defaults of the layer.
+/// The limits of one transaction: [`TransactionOptions`](crate::TransactionOptions), completed with
+/// the defaults of the layer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct TransactionLimits {
@@ -61,125 +42,8 @@ pub enum IsolationLevel {
     Serializable,
 }
 
-impl TransactionOptions {
-    /// Sets the isolation level. Default: that of the database. No effect on SQLite, which has one
-    /// level, the strictest.
-    ///
-    /// A handler cannot choose it with `SET TRANSACTION`, because the record is already locked when
-    /// the handler gets the transaction.
-    ///
-    /// ```
-    /// # use tower_idempotency::{IsolationLevel, TransactionOptions};
-    /// let options = TransactionOptions::default().with_isolation(IsolationLevel::Serializable);
-    /// ```
-    #[must_use]
-    pub fn with_isolation(mut self, level: IsolationLevel) -> Self {
-        self.isolation = Some(level);
-        self
-    }
-
-    /// Sets the time for which the server lets a transaction be open without a running statement,
-    /// like PostgreSQL's `idle_in_transaction_session_timeout`. Default: the lease.
-    ///
-    /// It ends the locks of a frozen process. It also ends a handler that waits longer for
-    /// something else between two statements. A shorter setting of the server takes precedence. No
-    /// effect on SQLite.
-    ///
-    /// ```
-    /// # use tower_idempotency::TransactionOptions;
-    /// let options = TransactionOptions::default()
-    ///     .with_idle_timeout(std::time::Duration::from_secs(10));
-    /// ```
-    #[must_use]
-    pub fn with_idle_timeout(mut self, limit: Duration) -> Self {
-        self.idle_timeout = Some(limit);
-        self
-    }
-
-    /// Sets the time that one statement of the handler may take, like PostgreSQL's
-    /// `statement_timeout`. Default: the lease.
-    ///
-    /// A shorter setting of the server takes precedence. No effect on SQLite.
-    ///
-    /// ```
-    /// # use tower_idempotency::TransactionOptions;
-    /// let options = TransactionOptions::default()
-    ///     .with_statement_timeout(std::time::Duration::from_secs(5));
-    /// ```
-    #[must_use]
-    pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
-        self.statement_timeout = Some(limit);
-        self
-    }
-
-    /// Sets the time for which a transaction may be open on a store with one writer (SQLite).
-    /// Default: a third of the lease.
-    ///
-    /// No other transaction can write in that time. After it, the handler is cancelled and its
-    /// transaction is rolled back. With a limit longer than the lease, duplicates at other
-    /// processes may get 503 `store-unavailable` instead of 409. No effect on PostgreSQL, where the
-    /// other two limits and `with_max_execution` hold.
-    ///
-    /// ```
-    /// # use tower_idempotency::TransactionOptions;
-    /// let options = TransactionOptions::default()
-    ///     .with_time_limit(std::time::Duration::from_secs(5));
-    /// ```
-    #[must_use]
-    pub fn with_time_limit(mut self, limit: Duration) -> Self {
-        self.time_limit = Some(limit);
-        self
-    }
-
-    /// Commits what a handler has written even if its response is a stored 4xx. Default: the writes
-    /// are rolled back.
-    ///
-    /// ```
-    /// # use tower_idempotency::TransactionOptions;
-    /// let options = TransactionOptions::default().keep_writes_of_client_errors();
-    /// ```
-    #[must_use]
-    pub fn keep_writes_of_client_errors(mut self) -> Self {
-        self.keep_writes_of_client_errors = true;
-        self
-    }
-
-    /// Performs a request again, immediately and at most this many times, if its transaction
-    /// collided with another one. Default: 0, and the client is asked to send the request again.
-    ///
-    /// Use it only for handlers whose effects are all in the transaction: every other effect would
-    /// happen again. A collision is found at COMMIT, or by a `TxError` that the handler returns. If
-    /// the handler answers a collision with a response of its own, it is not performed again. On
-    /// SQLite, transactions do not collide.
-    ///
-    /// ```
-    /// # use tower_idempotency::TransactionOptions;
-    /// let options = TransactionOptions::default().with_reruns(3);
-    /// ```
-    #[must_use]
-    pub fn with_reruns(mut self, reruns: u32) -> Self {
-        self.reruns = reruns;
-        self
-    }
-
-    /// Adds the defaults that depend on the settings of the layer.
-    pub(crate) fn limits(&self, lease: Duration, store_timeout: Duration) -> TransactionLimits {
-        TransactionLimits {
-            lease,
-            isolation: self.isolation,
-            idle_timeout: self.idle_timeout.unwrap_or(lease),
-            statement_timeout: self.statement_timeout.unwrap_or(lease),
-            // No lease is renewed while the only writer is busy, so it ends well before the lease.
-            time_limit: self.time_limit.unwrap_or(lease / 3),
-            begin_timeout: store_timeout,
-        }
-    }
-}
-
-/// The transaction of one attempt, as the layer sees it.
-///
-/// A store that offers transactions puts something into the request's extensions from which the
-/// handler gets the transaction, and returns this from
+/// The transaction of one attempt, as the layer sees it. A store that offers transactions puts something into the
+/// request's extensions that the handler gets it from, and returns this from
 /// [`Store::transaction`](crate::store::Store::transaction).
 ///
 /// # Rules

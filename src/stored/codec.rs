@@ -1,20 +1,55 @@
-//! What is stored as bytes: a version, a checksum and length-prefixed fields.
+//! The bytes of stored responses and kept requests: a version, a checksum and length-prefixed
+//! fields.
 
 use bytes::{Buf, BufMut, Bytes};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request};
 use sha2::{Digest, Sha256};
+
+use crate::stored::{
+    request::{self, UnreadableRequest},
+    response::{self, StoredResponse, UnreadableResponse},
+};
+
+/// Encodes and decodes responses and requests for a node. The one place that knows the outer form
+/// of the bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Codec;
+
+impl Codec {
+    /// Encodes a response.
+    pub(crate) fn response(&self, response: &StoredResponse) -> Bytes {
+        seal(response::VERSION, &response.payload())
+    }
+
+    /// Decodes a response.
+    pub(crate) fn read_response(&self, stored: &Bytes) -> Result<StoredResponse, UnreadableResponse> {
+        let payload = unseal(response::VERSION, stored)?;
+        StoredResponse::from_payload(payload).ok_or(UnreadableResponse::Damaged)
+    }
+
+    /// Encodes a request, as it is sent again.
+    pub(crate) fn request(&self, method: &Method, target: &str, headers: &HeaderMap, body: &Bytes) -> Bytes {
+        seal(request::VERSION, &request::payload(method, target, headers, body))
+    }
+
+    /// Decodes a request.
+    pub(crate) fn read_request(&self, kept: &Bytes) -> Result<Request<Bytes>, UnreadableRequest> {
+        let payload = unseal(request::VERSION, kept)?;
+        request::from_payload(payload).ok_or(UnreadableRequest::Damaged)
+    }
+}
 
 /// Stored bytes that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unsealed {
-    /// Of a version that is not known here.
+pub(super) enum Unsealed {
+    /// Their version is not known here.
     Version(u8),
-    /// Cut or changed.
+    /// They were cut or changed.
     Damaged,
 }
 
-/// One version byte, eight bytes of checksum, then the payload.
-pub(crate) fn seal(version: u8, payload: &[u8]) -> Bytes {
+/// Puts one version byte and eight bytes of checksum before the payload.
+pub(super) fn seal(version: u8, payload: &[u8]) -> Bytes {
     let mut encoded = Vec::with_capacity(1 + CHECKSUM_LENGTH + payload.len());
     encoded.put_u8(version);
     encoded.put_slice(&checksum(payload));
@@ -22,10 +57,11 @@ pub(crate) fn seal(version: u8, payload: &[u8]) -> Bytes {
     encoded.into()
 }
 
-/// The payload of what was sealed with this version.
-pub(crate) fn unseal(version: u8, encoded: &Bytes) -> Result<Bytes, Unsealed> {
+/// Returns the payload of what was sealed with this version.
+fn unseal(version: u8, encoded: &Bytes) -> Result<Bytes, Unsealed> {
     let mut input = encoded.clone();
     let found = input.try_get_u8().map_err(|_| Unsealed::Damaged)?;
+    // Before the checksum, which another version may compute in another way.
     if found != version {
         return Err(Unsealed::Version(found));
     }
@@ -42,7 +78,7 @@ fn checksum(payload: &[u8]) -> [u8; CHECKSUM_LENGTH] {
     checksum
 }
 
-pub(crate) fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
+pub(super) fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
     put_length(out, headers.len());
     for (name, value) in headers {
         put_bytes(out, name.as_str().as_bytes());
@@ -50,7 +86,7 @@ pub(crate) fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
     }
 }
 
-pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+pub(super) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     put_length(out, bytes.len());
     out.put_slice(bytes);
 }
@@ -59,7 +95,7 @@ fn put_length(out: &mut Vec<u8>, length: usize) {
     out.put_u64(length as u64);
 }
 
-pub(crate) fn get_headers(input: &mut Bytes) -> Option<HeaderMap> {
+pub(super) fn get_headers(input: &mut Bytes) -> Option<HeaderMap> {
     let count = input.try_get_u64().ok()?;
     let mut headers = HeaderMap::new();
     for _ in 0..count {
@@ -70,7 +106,7 @@ pub(crate) fn get_headers(input: &mut Bytes) -> Option<HeaderMap> {
     Some(headers)
 }
 
-pub(crate) fn get_bytes(input: &mut Bytes) -> Option<Bytes> {
+pub(super) fn get_bytes(input: &mut Bytes) -> Option<Bytes> {
     let length = usize::try_from(input.try_get_u64().ok()?).ok()?;
     (length <= input.len()).then(|| input.split_to(length))
 }

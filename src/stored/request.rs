@@ -10,7 +10,7 @@ use crate::{
     key::IdempotencyKey,
     redact::Length,
     stored::{
-        codec::{Unsealed, get_bytes, get_headers, put_bytes, put_headers, seal, unseal},
+        codec::{Codec, Unsealed, get_bytes, get_headers, put_bytes, put_headers},
         record::RecordId,
     },
 };
@@ -27,30 +27,31 @@ pub struct KeptRequest {
     pub key: IdempotencyKey,
     /// The encoded request.
     pub request: Bytes,
-    /// How often it was sent again.
+    /// The number of times it was sent again.
     pub tries: u32,
-    /// What an operator must know.
+    /// The reason why it waits for an operator, if it does.
     pub attention: Option<String>,
 }
 
 impl KeptRequest {
-    /// A request that was not sent again yet.
+    /// A request that has not been sent again.
     #[must_use]
     pub fn new(record_id: RecordId, consumer: Consumer, key: IdempotencyKey, request: Bytes) -> Self {
         Self { record_id, consumer, key, request, tries: 0, attention: None }
     }
 
-    /// The request as it is sent again: method, original URI, the headers that were kept, and the body.
+    /// The request as it is sent again: method, original URI, the headers that were kept, and the
+    /// body.
     ///
     /// # Errors
     ///
     /// [`UnreadableRequest`] if it is damaged or was kept by an unknown version of this crate.
     pub fn decode(&self) -> Result<Request<Bytes>, UnreadableRequest> {
-        decode(&self.request)
+        Codec.read_request(&self.request)
     }
 }
 
-/// Shows how long the request is, and nothing of it.
+/// Shows the length of the request, and nothing of its content.
 impl fmt::Debug for KeptRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeptRequest")
@@ -63,24 +64,24 @@ impl fmt::Debug for KeptRequest {
     }
 }
 
-/// What becomes of a kept request that was sent again.
+/// The next step for a kept request that was sent again.
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
 pub enum RequestUpdate {
-    /// It is sent again, if its record is still not completed.
+    /// Send it again, unless its record is completed by then.
     SendAgain {
         /// After this time.
         after: Duration,
-        /// Whether it was sent. If not, that it was taken does not count as a try.
+        /// `true` if it was sent. If it was only taken, that does not count as a try.
         tried: bool,
     },
-    /// It is not sent any more and waits for an operator, who is told this.
+    /// Do not send it any more: it waits for an operator, for this reason.
     NeedsAttention(String),
-    /// It is not needed any more, because its record is completed or gone, and is deleted.
+    /// Delete it: its record is completed or gone.
     Done,
 }
 
-/// Kept bytes that are no request. They are never sent.
+/// Kept bytes cannot be read as a request. They are never sent.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnreadableRequest {
@@ -101,33 +102,28 @@ impl From<Unsealed> for UnreadableRequest {
     }
 }
 
-/// The bytes of a request: one version byte, eight bytes of checksum, then length-prefixed fields.
-pub(crate) fn encode(method: &Method, target: &str, headers: &HeaderMap, body: &Bytes) -> Bytes {
+/// The fields of a request, each with its length before it.
+pub(super) fn payload(method: &Method, target: &str, headers: &HeaderMap, body: &Bytes) -> Vec<u8> {
     let mut payload = Vec::new();
     put_bytes(&mut payload, method.as_str().as_bytes());
     put_bytes(&mut payload, target.as_bytes());
     put_headers(&mut payload, headers);
     put_bytes(&mut payload, body);
-    seal(VERSION, &payload)
+    payload
 }
 
-fn decode(encoded: &Bytes) -> Result<Request<Bytes>, UnreadableRequest> {
-    let mut input = unseal(VERSION, encoded)?;
-    decode_payload(&mut input).ok_or(UnreadableRequest::Damaged)
-}
-
-fn decode_payload(input: &mut Bytes) -> Option<Request<Bytes>> {
-    let method = Method::from_bytes(&get_bytes(input)?).ok()?;
-    let uri = Uri::from_maybe_shared(get_bytes(input)?).ok()?;
-    let headers = get_headers(input)?;
-    let mut request = Request::new(get_bytes(input)?);
+pub(super) fn from_payload(mut input: Bytes) -> Option<Request<Bytes>> {
+    let method = Method::from_bytes(&get_bytes(&mut input)?).ok()?;
+    let uri = Uri::from_maybe_shared(get_bytes(&mut input)?).ok()?;
+    let headers = get_headers(&mut input)?;
+    let mut request = Request::new(get_bytes(&mut input)?);
     *request.method_mut() = method;
     *request.uri_mut() = uri;
     *request.headers_mut() = headers;
     input.is_empty().then_some(request)
 }
 
-const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 1;
 
 #[cfg(test)]
 mod tests {
@@ -138,7 +134,7 @@ mod tests {
     use super::*;
 
     fn encoded(headers: &HeaderMap, body: &[u8]) -> Bytes {
-        encode(&Method::PATCH, "/a/%20b?c=d&e", headers, &Bytes::copy_from_slice(body))
+        Codec.request(&Method::PATCH, "/a/%20b?c=d&e", headers, &Bytes::copy_from_slice(body))
     }
 
     proptest! {
@@ -152,7 +148,7 @@ mod tests {
             for tenant in tenants {
                 headers.append("x-tenant", HeaderValue::from_bytes(&tenant).unwrap());
             }
-            let decoded = decode(&encoded(&headers, &body)).unwrap();
+            let decoded = Codec.read_request(&encoded(&headers, &body)).unwrap();
             prop_assert_eq!(decoded.method(), Method::PATCH);
             prop_assert_eq!(decoded.uri(), "/a/%20b?c=d&e");
             prop_assert_eq!(decoded.headers(), &headers);
@@ -164,8 +160,8 @@ mod tests {
             let encoded = encoded(&HeaderMap::new(), &[7; 64]);
             let mut changed = encoded.to_vec();
             changed[at] ^= 0x55;
-            prop_assert!(decode(&changed.into()).is_err());
-            prop_assert!(decode(&encoded.slice(..cut)).is_err());
+            prop_assert!(Codec.read_request(&changed.into()).is_err());
+            prop_assert!(Codec.read_request(&encoded.slice(..cut)).is_err());
         }
     }
 
@@ -173,6 +169,6 @@ mod tests {
     fn an_unknown_version_is_named() {
         let mut encoded = encoded(&HeaderMap::new(), b"").to_vec();
         encoded[0] = 9;
-        assert_eq!(decode(&encoded.into()).unwrap_err(), UnreadableRequest::Version(9));
+        assert_eq!(Codec.read_request(&encoded.into()).unwrap_err(), UnreadableRequest::Version(9));
     }
 }

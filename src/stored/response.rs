@@ -1,4 +1,4 @@
-//! Stored responses: what of a response is kept, and its encoding.
+//! Stored responses and their bytes.
 
 use std::fmt;
 
@@ -8,18 +8,20 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response::Par
 use crate::{
     consumer::Consumer,
     redact::Length,
-    stored::codec::{Unsealed, get_bytes, get_headers, put_bytes, put_headers, seal, unseal},
+    stored::codec::{Codec, Unsealed, get_bytes, get_headers, put_bytes, put_headers},
 };
 
-/// A response as it is stored and replayed: status, every header line with its raw bytes, body and trailers.
+/// A response as it is stored and replayed: status, every header line with its raw bytes, body and
+/// trailers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoredResponse {
     /// The status.
     pub status: StatusCode,
-    /// The headers, without those that belong to one connection and without `Content-Length`, which is recomputed.
+    /// The headers, without those that belong to one connection and without `Content-Length`, which
+    /// is recomputed.
     pub headers: HeaderMap,
-    /// The body, what it is rendered from, or that it was not kept.
+    /// The body, or what stands for it.
     pub body: StoredBody,
 }
 
@@ -35,9 +37,10 @@ pub enum StoredBody {
         /// Its trailers, if it had any.
         trailers: Option<HeaderMap>,
     },
-    /// It was too large, endless or an event stream. The request was performed; its response cannot be replayed.
+    /// It was too large, endless or an event stream. The request was performed; its response cannot
+    /// be replayed.
     NotKept,
-    /// What the response is rendered from: see
+    /// A representation, from which the response is rendered: see
     /// [`with_representation`](crate::IdempotencyLayer::with_representation).
     Representation(Representation),
 }
@@ -55,7 +58,7 @@ impl StoredResponse {
         Self { status, headers: HeaderMap::new(), body: StoredBody::Representation(representation) }
     }
 
-    /// What is kept of a response's head, with a body.
+    /// The stored parts of a response's head, with a body.
     pub(crate) fn of(parts: &Parts, body: StoredBody) -> Self {
         let mut headers = parts.headers.clone();
         remove_connection_headers(&mut headers);
@@ -71,9 +74,24 @@ impl StoredResponse {
         }
     }
 
-    /// Encodes the response: one version byte, eight bytes of checksum, then length-prefixed fields.
+    /// Encodes the response: one version byte, eight bytes of checksum, then length-prefixed
+    /// fields.
     #[must_use]
     pub fn encode(&self) -> Bytes {
+        Codec.response(self)
+    }
+
+    /// Decodes what [`encode`](Self::encode) made.
+    ///
+    /// # Errors
+    ///
+    /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does
+    /// not match.
+    pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
+        Codec.read_response(encoded)
+    }
+
+    pub(super) fn payload(&self) -> Vec<u8> {
         let mut payload = Vec::new();
         payload.put_u16(self.status.as_u16());
         put_headers(&mut payload, &self.headers);
@@ -91,21 +109,26 @@ impl StoredResponse {
                 put_bytes(&mut payload, representation.data());
             }
         }
-        seal(VERSION, &payload)
+        payload
     }
 
-    /// Decodes what [`encode`](Self::encode) made.
-    ///
-    /// # Errors
-    ///
-    /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does not match.
-    pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
-        let mut input = unseal(VERSION, encoded)?;
-        decode_payload(&mut input).ok_or(UnreadableResponse::Damaged)
+    pub(super) fn from_payload(mut input: Bytes) -> Option<Self> {
+        let status = StatusCode::from_u16(input.try_get_u16().ok()?).ok()?;
+        let headers = get_headers(&mut input)?;
+        let body = match input.try_get_u8().ok()? {
+            BODY_NOT_KEPT => StoredBody::NotKept,
+            BODY_KEPT => StoredBody::Kept { data: get_bytes(&mut input)?, trailers: None },
+            BODY_WITH_TRAILERS => {
+                StoredBody::Kept { data: get_bytes(&mut input)?, trailers: Some(get_headers(&mut input)?) }
+            }
+            BODY_REPRESENTED => StoredBody::Representation(Representation::new(get_bytes(&mut input)?)),
+            _ => return None,
+        };
+        input.is_empty().then_some(Self { status, headers, body })
     }
 }
 
-/// Shows how long the body is, and nothing of it.
+/// Shows the length of the body, and nothing of its content.
 impl fmt::Debug for StoredBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -118,25 +141,27 @@ impl fmt::Debug for StoredBody {
     }
 }
 
-/// What a handler has stored instead of its response, for example an id: opaque bytes that
-/// [`with_representation`](crate::IdempotencyLayer::with_representation) renders.
+/// Opaque bytes that are stored instead of a handler's response, for example an id.
+/// [`with_representation`](crate::IdempotencyLayer::with_representation) renders the response from
+/// them.
 ///
-/// The handler, or a layer around it, puts it into the extensions of its response; a handler of axum returns
-/// `(StatusCode::CREATED, Extension(Representation::new(id)))`. If the response is one to be stored (see
-/// [`ResultPolicy`](crate::ResultPolicy) and [`Directive`](crate::Directive)), its status and these bytes are, and headers
-/// and body of its own are dropped: the client gets the response that is rendered of it, first and with every replay.
+/// The handler, or a layer around it, puts them into the extensions of its response. A handler of
+/// axum returns `(StatusCode::CREATED, Extension(Representation::new(id)))`. If the response is one
+/// that is stored (see [`ResultPolicy`](crate::ResultPolicy) and [`Directive`](crate::Directive)),
+/// only its status and these bytes are. Its own headers and body are dropped: the client gets the
+/// rendered response, first and with every replay.
 ///
-/// In any other response it has no effect, and the response is sent as it is: when the result is not stored, and in
-/// requests that are not guarded, because they have no key or run
-/// [unprotected](crate::StoreOutage::RunUnprotected). In those there is no [`Idempotency`](crate::Idempotency) either:
-/// require it, or give them a whole response.
+/// In any other response they have no effect, and the response is sent as it is: when the result is
+/// not stored, and in requests that are not guarded, because they have no key or run
+/// [unprotected](crate::StoreOutage::RunUnprotected). Those requests have no
+/// [`Idempotency`](crate::Idempotency) either: require it, or give them a whole response.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Representation(Bytes);
 
 impl Representation {
-    /// A representation of these bytes. Those that are longer than
-    /// [`with_response_body_limit`](crate::IdempotencyLayer::with_response_body_limit) allows are rendered for the first
-    /// caller and not kept: retries get 409 `response-not-kept`.
+    /// A representation of these bytes. Bytes over the
+    /// [limit](crate::IdempotencyLayer::with_response_body_limit) are rendered for the first caller
+    /// and not stored: retries get 409 `response-not-kept`.
     #[must_use]
     pub fn new(data: impl Into<Bytes>) -> Self {
         Self(data.into())
@@ -149,34 +174,35 @@ impl Representation {
     }
 }
 
-/// Shows how long it is, and nothing of it.
+/// Shows the length, and nothing of the content.
 impl fmt::Debug for Representation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Representation({} bytes)", self.0.len())
     }
 }
 
-/// What a response is rendered from.
+/// The input from which a response is rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoredRepresentation {
-    /// Whose request it was: whom the response is for.
+    /// The consumer who sent the request and gets the response.
     pub consumer: Consumer,
     /// The status of the handler's response.
     pub status: StatusCode,
-    /// What the handler had stored, as [`Representation`].
+    /// The bytes of the handler's [`Representation`].
     pub data: Bytes,
 }
 
 impl StoredRepresentation {
-    /// What the layer hands over for a [`Representation`] of these bytes.
+    /// The input for a [`Representation`] of these bytes, as the layer makes it.
     #[must_use]
     pub fn new(consumer: Consumer, status: StatusCode, data: impl Into<Bytes>) -> Self {
         Self { consumer, status, data: data.into() }
     }
 }
 
-/// Stored bytes that are no response. They are never replayed and never lead to another execution.
+/// Stored bytes cannot be read as a response. They are never replayed and never lead to another
+/// execution.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnreadableResponse {
@@ -199,7 +225,8 @@ impl From<Unsealed> for UnreadableResponse {
     }
 }
 
-/// Removes what belongs to one connection ([RFC 9110, section 7.6.1]) and what the server computes anew.
+/// Removes headers that belong to one connection ([RFC 9110, section 7.6.1]) or are computed by the
+/// server.
 ///
 /// [RFC 9110, section 7.6.1]: https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
 fn remove_connection_headers(headers: &mut HeaderMap) {
@@ -223,22 +250,7 @@ fn names_of(trailers: &HeaderMap) -> HeaderValue {
     HeaderValue::from_str(&names.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
-fn decode_payload(input: &mut Bytes) -> Option<StoredResponse> {
-    let status = StatusCode::from_u16(input.try_get_u16().ok()?).ok()?;
-    let headers = get_headers(input)?;
-    let body = match input.try_get_u8().ok()? {
-        BODY_NOT_KEPT => StoredBody::NotKept,
-        BODY_KEPT => StoredBody::Kept { data: get_bytes(input)?, trailers: None },
-        BODY_WITH_TRAILERS => {
-            StoredBody::Kept { data: get_bytes(input)?, trailers: Some(get_headers(input)?) }
-        }
-        BODY_REPRESENTED => StoredBody::Representation(Representation::new(get_bytes(input)?)),
-        _ => return None,
-    };
-    input.is_empty().then_some(StoredResponse { status, headers, body })
-}
-
-const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 1;
 const BODY_NOT_KEPT: u8 = 0;
 const BODY_KEPT: u8 = 1;
 const BODY_WITH_TRAILERS: u8 = 2;
@@ -260,6 +272,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::stored::codec::seal;
 
     #[test]
     fn the_bytes_of_a_representation_are_not_shown() {

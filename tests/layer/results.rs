@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -178,6 +178,22 @@ async fn at_most_once_holds_after_a_time_out_inside_the_layer() {
     assert!(service.clone().oneshot(charge("k")).await.is_err());
     let retry = service.oneshot(charge("k")).await.unwrap();
     assert_eq!(retry.extensions().get::<Rejection>().unwrap().code(), RejectionCode::OutcomeUnknown);
+}
+
+#[tokio::test]
+async fn a_handle_that_outlives_its_attempt_does_not_keep_the_key() {
+    let handles = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&handles);
+    let handler = move |idempotency: Idempotency| async move {
+        let mut handles = kept.lock().unwrap();
+        handles.push(idempotency);
+        if handles.len() == 1 { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::CREATED }
+    };
+    let app = Router::new().route("/charges", post(handler)).layer(layer());
+    assert_eq!(send(&app, charge("k")).await.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(send(&app, charge("k")).await.status, StatusCode::CREATED);
+    assert!(send(&app, charge("k")).await.is_replay());
+    assert_eq!(handles.lock().unwrap().len(), 2);
 }
 
 #[tokio::test]

@@ -7,13 +7,15 @@ use axum::{
     Extension, Router,
     body::Body,
     extract::{Path, Request},
-    http::{HeaderName, Method, StatusCode, header},
+    http::{HeaderName, HeaderValue, Method, StatusCode, header},
+    middleware::map_response,
+    response::{IntoResponse, Response},
     routing::post,
 };
 use bytes::Bytes;
 use tower_idempotency::{
-    Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyLayer, KeySyntax, MemoryStore,
-    Rejection, RejectionCode,
+    Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyLayer, IntentError, KeySyntax,
+    MemoryStore, ProblemJson, Rejection, RejectionCode, Tx, TxError,
     store::{RecordFilter, RecordState, Store},
 };
 
@@ -86,6 +88,135 @@ async fn names_methods_and_refusals_are_configurable() {
     assert_eq!((refused.status, &refused.body[..]), (StatusCode::IM_A_TEAPOT, &b"key-invalid"[..]));
     assert_eq!(refused.headers[header::CACHE_CONTROL], "no-store");
     assert_eq!(send(&app, charge("k")).await.body, "run 2");
+}
+
+/// A house style of errors that nothing of a problem document is in.
+fn plain(rejection: &Rejection) -> http::Response<Bytes> {
+    let mut response = http::Response::new(Bytes::from(rejection.code().as_str()));
+    *response.status_mut() = StatusCode::IM_A_TEAPOT;
+    response.headers_mut().insert("x-style", HeaderValue::from_static("plain"));
+    response
+}
+
+fn answering_with<R: IntoResponse + 'static>(answer: fn() -> R) -> (Router, Count) {
+    let runs = Count::default();
+    let counter = runs.clone();
+    let handler = move || async move {
+        counter.add();
+        answer()
+    };
+    (Router::new().route("/charges", post(handler)), runs)
+}
+
+#[tokio::test]
+async fn refusals_of_handlers_and_extractors_are_rendered_as_the_layers() {
+    let unreachable = || IntentError::NotSent("no connection".into());
+    let apps = [
+        ("upstream-unavailable", answering_with(unreachable).0),
+        ("upstream-unavailable", answering_with(|| TxError::from(IntentError::NotSent("none".into()))).0),
+        ("transaction-lost", answering_with(|| TxError::from(sqlx::Error::WorkerCrashed)).0),
+        ("store-misconfigured", Router::new().route("/charges", post(async |_: Tx<sqlx::Sqlite>| {}))),
+    ];
+    for (code, app) in apps {
+        let answer = send(&app.layer(layer().with_renderer(plain)), charge("k")).await;
+        assert_eq!((answer.status, &answer.body[..]), (StatusCode::IM_A_TEAPOT, code.as_bytes()));
+        assert_eq!(answer.rejection.unwrap().as_str(), code);
+        assert_eq!(answer.headers["x-style"], "plain");
+        assert_eq!(answer.headers[header::CACHE_CONTROL], "no-store");
+        assert!(!answer.headers.contains_key(header::CONTENT_TYPE), "{answer:?}");
+    }
+}
+
+#[tokio::test]
+async fn refusals_of_requests_without_a_key_are_rendered_as_the_layers() {
+    let apps = [
+        Router::new().route("/charges", post(async |_: Tx<sqlx::Sqlite>| {})),
+        Router::new().route("/charges", post(async |_: Idempotency| {})),
+    ];
+    for app in apps {
+        let answer = send(&app.layer(layer().with_renderer(plain)), request(Method::POST, None, "")).await;
+        assert_eq!((answer.status, &answer.body[..]), (StatusCode::IM_A_TEAPOT, &b"key-missing"[..]));
+        assert_eq!(answer.rejection, Some(RejectionCode::KeyMissing));
+    }
+}
+
+#[tokio::test]
+async fn an_upstreams_refusal_is_stored_as_it_was_rendered() {
+    let (app, runs) = answering_with(|| IntentError::Refused("the card is stolen".into()));
+    let app = app.layer(layer().with_renderer(plain));
+    let first = send(&app, charge("k")).await;
+    assert_eq!((first.status, &first.body[..]), (StatusCode::IM_A_TEAPOT, &b"upstream-refused"[..]));
+    assert_eq!(first.rejection, None);
+    first.assert_same_replay(&send(&app, charge("k")).await);
+    assert_eq!(runs.get(), 1);
+}
+
+#[tokio::test]
+async fn what_a_middleware_inside_has_added_to_a_refusal_stays() {
+    let mark = |mut response: Response| async {
+        let headers = response.headers_mut();
+        headers.insert("x-request-id", HeaderValue::from_static("7"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("private"));
+        headers.append(header::RETRY_AFTER, HeaderValue::from_static("9"));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("1"));
+        response.extensions_mut().insert(7_u8);
+        response
+    };
+    let (app, _) = answering_with(|| IntentError::NotSent("no connection".into()));
+    let app = app.layer(map_response(mark)).layer(layer().with_renderer(plain)).layer(map_response(
+        |mut response: Response| async {
+            let kept = response.extensions().get::<u8>().copied().unwrap_or_default();
+            response.headers_mut().insert("x-kept", u16::from(kept).into());
+            response
+        },
+    ));
+    let answer = send(&app, charge("k")).await;
+    assert_eq!(answer.body, "upstream-unavailable");
+    assert_eq!(answer.headers["x-request-id"], "7");
+    assert_eq!(answer.headers["x-kept"], "7");
+    let all = |name: HeaderName| answer.headers.get_all(name).iter().cloned().collect::<Vec<_>>();
+    assert_eq!(all(header::CACHE_CONTROL), ["private"]);
+    assert_eq!(all(header::RETRY_AFTER), ["1", "9"]);
+    assert_ne!(all(header::CONTENT_LENGTH), ["1"]);
+}
+
+#[tokio::test]
+async fn what_a_middleware_inside_has_made_of_a_refusal_is_left_alone() {
+    let (app, _) = answering_with(|| IntentError::NotSent("no connection".into()));
+    let page = map_response(|response: Response| async {
+        let (mut parts, _) = response.into_parts();
+        parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/html"));
+        Response::from_parts(parts, Body::from("<h1>later</h1>"))
+    });
+    let answer = send(&app.layer(page).layer(layer().with_renderer(plain)), charge("k")).await;
+    assert_eq!((answer.status, &answer.body[..]), (StatusCode::SERVICE_UNAVAILABLE, &b"<h1>later</h1>"[..]));
+}
+
+#[tokio::test]
+async fn a_refusal_is_rendered_by_the_innermost_layer_that_makes_it() {
+    let (app, runs) = answering_with(|| StatusCode::CREATED);
+    let inner = layer().with_key_header(HeaderName::from_static("x-other")).required().with_renderer(plain);
+    let answer = send(&app.layer(inner).layer(layer()), charge("k")).await;
+    assert_eq!((answer.status, &answer.body[..]), (StatusCode::IM_A_TEAPOT, &b"key-missing"[..]));
+    assert_eq!(runs.get(), 0);
+
+    // A layer inside its clone has no say.
+    let (app, _) = answering_with(|| IntentError::NotSent("no connection".into()));
+    let outer = layer();
+    let app = app.layer(outer.clone().with_renderer(plain)).layer(outer);
+    send(&app, charge("k")).await.assert_refused(RejectionCode::UpstreamUnavailable);
+}
+
+#[tokio::test]
+async fn the_type_of_a_problem_can_lead_to_a_page_of_the_applications_own() {
+    let problems = ProblemJson::default().with_type_base("https://errors.example.com/");
+    let (app, _) = answering_with(|| IntentError::NotSent("no connection".into()));
+    let answer = send(&app.clone().layer(layer().with_renderer(problems)), charge("k")).await;
+    answer.assert_refused(RejectionCode::UpstreamUnavailable);
+    assert_eq!(answer.problem()["type"], "https://errors.example.com/upstream-unavailable");
+    let answer = send(&app.layer(layer()), charge("k")).await;
+    let docs = "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";
+    assert_eq!(answer.problem()["type"], format!("{docs}#variant.UpstreamUnavailable"));
 }
 
 #[tokio::test]

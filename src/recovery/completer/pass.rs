@@ -122,7 +122,7 @@ impl Completer {
             return Ok(ended(record.as_ref()).unwrap_or(Fate::Later("its record was changed".to_owned())));
         }
         // The record says what happened, and not the answer, which a layer outside may have changed.
-        let passed = self.pass_on(request).await;
+        let passed = self.pass_on(node, request).await;
         let record = record_of(node, request).await?;
         Ok(ended(record.as_ref()).unwrap_or_else(|| self.not_completed(request, record.as_ref(), passed)))
     }

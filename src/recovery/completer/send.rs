@@ -14,6 +14,7 @@ use tower_service::Service;
 use crate::{
     error::BoxError,
     layer::resent::{Passage, Resent},
+    node::Node,
     recovery::completer::{Completer, Refused},
     stored::request::KeptRequest,
 };
@@ -53,8 +54,8 @@ where
 }
 
 impl Completer {
-    pub(super) async fn pass_on(&self, kept: &KeptRequest) -> Passed {
-        let (mut parts, body) = match kept.decode() {
+    pub(super) async fn pass_on(&self, node: &Node, kept: &KeptRequest) -> Passed {
+        let (mut parts, body) = match node.codec.read_request(&kept.request) {
             Ok(request) => request.into_parts(),
             Err(error) => return Passed::Never(error.to_string()),
         };

@@ -1,0 +1,204 @@
+//! Settings of attempts.
+
+use std::time::Duration;
+
+use crate::{
+    attempt::settings::{TransactionOptions, check_store_timeout},
+    layer::{IdempotencyLayer, KeptRequests, StoreOutage},
+    node::reaper::Reaper,
+    redact::KeyLogging,
+};
+
+/// Attempts: leases, time-outs, the store, transactions and recovery.
+impl IdempotencyLayer {
+    /// Sets the retention: how long a record is kept, counted from its first claim. After that the
+    /// key counts as new. Default: 24 h.
+    ///
+    /// A response that is stored after the retention is over is kept for another retention. So is
+    /// what intents and phases have done in an attempt that may run past it.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// let week = Duration::from_secs(7 * 24 * 60 * 60);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_retention(week);
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than `max_execution` and lease together.
+    #[must_use]
+    #[track_caller]
+    pub fn with_retention(self, retention: Duration) -> Self {
+        self.set_attempt(|attempt| attempt.timing.retention = retention).checked()
+    }
+
+    /// Sets the lease: how long an attempt owns its record without renewing. Retries are refused
+    /// with 409 for that long after a crash. Default: 30 s.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_lease(Duration::from_secs(10));
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 100 ms or two renewals, or longer than the retention allows: set a
+    /// longer retention first.
+    #[must_use]
+    #[track_caller]
+    pub fn with_lease(self, lease: Duration) -> Self {
+        self.set_attempt(|attempt| attempt.timing.lease = lease).checked()
+    }
+
+    /// Sets the interval between two renewals of a lease. Default: a third of the lease.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_renewal_interval(Duration::from_secs(5));
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is zero or longer than half the lease.
+    #[must_use]
+    #[track_caller]
+    pub fn with_renewal_interval(self, interval: Duration) -> Self {
+        self.set_attempt(|attempt| attempt.timing.renewal = Some(interval)).checked()
+    }
+
+    /// Limits how long a handler may run before it is cancelled. Default: 10 min. For a shorter
+    /// limit, put a time-out layer inside this one.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_max_execution(Duration::from_secs(60));
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is zero or longer than the retention allows: set a longer retention first.
+    #[must_use]
+    #[track_caller]
+    pub fn with_max_execution(self, limit: Duration) -> Self {
+        self.set_attempt(|attempt| attempt.timing.max_execution = limit).checked()
+    }
+
+    /// Limits how long a request waits for the store to claim its key, to at most three quarters of
+    /// the lease, and for its response to be [rendered](Self::with_representation). Default: 5 s.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_store_timeout(Duration::from_secs(2));
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is zero.
+    #[must_use]
+    #[track_caller]
+    pub fn with_store_timeout(self, limit: Duration) -> Self {
+        check_store_timeout(limit);
+        self.set_attempt(|attempt| attempt.store_timeout = limit)
+    }
+
+    /// Sets the behaviour while the store is unavailable. Default: [`StoreOutage::Refuse`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreOutage};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_store_outage(StoreOutage::RunUnprotected);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_store_outage(self, behaviour: StoreOutage) -> Self {
+        self.set(|settings| settings.on_store_outage = behaviour)
+    }
+
+    /// Sets how keys appear in logs. Default: [`KeyLogging::Plain`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{IdempotencyLayer, KeyLogging, MemoryStore};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_key_logging(KeyLogging::Redacted);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_key_logging(self, logging: KeyLogging) -> Self {
+        self.set_attempt(|attempt| attempt.key_logging = logging)
+    }
+
+    /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task
+    /// serves a layer and its clones, with the settings of the one that gets a request first.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use std::time::Duration;
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Reaper};
+    /// let reaper = Reaper::every(Duration::from_secs(10), 500);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_reaper(reaper);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_reaper(self, reaper: Reaper) -> Self {
+        self.set(|settings| settings.reaper = reaper)
+    }
+
+    /// Sets how the transactions of handlers (`Tx`) are begun and ended. Default:
+    /// [`TransactionOptions::default`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, TransactionOptions};
+    /// let options = TransactionOptions::default().with_reruns(3);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_transactions(options);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_transactions(self, options: TransactionOptions) -> Self {
+        self.set_attempt(|attempt| attempt.transactions = options)
+    }
+
+    /// Keeps requests before their handlers run, so that a [`Completer`](crate::Completer) can send
+    /// them again when their process has died and their client does not come back. Off by default.
+    ///
+    /// Each request with a key then costs another write. A request that cannot be kept is not run:
+    /// 503 `store-unavailable`, and its key is given back. The store must be able to keep requests,
+    /// as SQLite and PostgreSQL are. With any other, every request with a key is refused: 500
+    /// `store-misconfigured`.
+    ///
+    /// A process that dies before the request is kept has not begun its handler: nothing was done,
+    /// and only the client's retry performs the request.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use http::header;
+    /// # use tower_idempotency::{IdempotencyLayer, KeptRequests, MemoryStore};
+    /// let kept = KeptRequests::new().add_header(header::ACCEPT);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_kept_requests(kept);
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If a header that identifies who sends a request would be kept: see [`KeptRequests`].
+    #[must_use]
+    #[track_caller]
+    pub fn with_kept_requests(self, kept: KeptRequests) -> Self {
+        self.set(|settings| settings.kept_requests = Some(kept)).checked()
+    }
+}

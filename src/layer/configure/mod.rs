@@ -1,0 +1,5 @@
+//! Settings of the layer, as its users make them.
+
+mod answers;
+mod attempts;
+mod requests;

@@ -1,0 +1,365 @@
+//! The decision table: how a request is decided, from top to bottom, as the crate's documentation
+//! shows it.
+//!
+//! | row | situation | here |
+//! |---|---|---|
+//! | 1 | the method is not guarded | [`head`] |
+//! | 2, 3, 4 | there is no key, or a malformed one | [`key_of`] |
+//! | 5 | the consumer cannot be identified | [`consumer_of`] |
+//! | 6 | the server shuts down, the body is too large, broken off or late | [`Guarded::receive`] |
+//! | 7 | too many requests are running, the store is away | [`Guarded::admit`], [`Guarded::without_store`] |
+//! | 8 | the fingerprint differs | [`Guarded::same_request`] |
+//! | 9, 10, 11, 12 | the record is in progress, held or completed | [`answer_from`] |
+//! | 13 | the key is claimed | [`Guarded::run`] |
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Response, request::Parts};
+use http_body::Body;
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
+
+use crate::{
+    attempt::{Ownership, Won, idempotency::Idempotency},
+    consumer::Consumer,
+    error::{BoxError, StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
+    key::IdempotencyKey,
+    layer::{
+        answer::{in_progress, outcome_unknown, refused, stored_answer},
+        body::ResponseBody,
+        buffer::Buffered,
+        handler::Handler,
+        resent::Resent,
+        settings::{Settings, StoreOutage},
+    },
+    node::Node,
+    redact::TRACING_TARGET,
+    rejection::{Rejection, RejectionCode},
+    stored::{
+        record::{Attempt, Claim, ClaimOutcome, Record, RecordState},
+        response::StoredResponse,
+    },
+};
+
+/// The decision by the head of a request.
+pub(crate) enum Entrance {
+    /// The request passes through. With the settings by which refusals of its handler are rendered,
+    /// unless an outer layer does that.
+    Pass(Option<Arc<Settings>>),
+    Refuse(Rejection),
+    Guard(Guarded),
+}
+
+/// The decision by body and record, for a guarded request that is not refused.
+pub(crate) enum Outcome {
+    Run(Handler),
+    Replay(StoredResponse),
+    RunUnprotected,
+}
+
+/// A request with a key, of a known consumer.
+pub(crate) struct Guarded {
+    pub(crate) node: Arc<Node>,
+    pub(crate) settings: Arc<Settings>,
+    consumer: Consumer,
+    pub(crate) key: KeySource,
+}
+
+/// The origin of a request's key.
+pub(crate) enum KeySource {
+    /// The client sent it.
+    Sent(IdempotencyKey),
+    /// It is derived from the request and counts for this long.
+    Derived(Duration),
+    /// A completer sends the request again.
+    Resent(Resent),
+}
+
+impl Entrance {
+    pub(crate) fn of(node: &Arc<Node>, settings: &Arc<Settings>, parts: &mut Parts) -> Self {
+        if let Some(resent) = parts.extensions.remove::<Resent>() {
+            let consumer = resent.consumer.clone();
+            return Self::Guard(Guarded::new(node, settings, consumer, KeySource::Resent(resent)));
+        }
+        // A layer around this one guards the request already.
+        if parts.extensions.get::<Idempotency>().is_some_and(|outer| outer.is_of(node)) {
+            return Self::Pass(None);
+        }
+        match head(settings, parts) {
+            Ok(Some((key, consumer))) => Self::Guard(Guarded::new(node, settings, consumer, key)),
+            Ok(None) => Self::Pass(Some(Arc::clone(settings))),
+            Err(rejection) => Self::Refuse(rejection),
+        }
+    }
+}
+
+/// Rows 1 to 5: key and consumer. `None` passes through.
+fn head(settings: &Settings, parts: &Parts) -> Result<Option<(KeySource, Consumer)>, Rejection> {
+    // Row 1: the method is not guarded.
+    if !settings.enabled || !settings.methods.contains(&parts.method) {
+        return Ok(None);
+    }
+    let Some(key) = key_of(settings, parts)? else { return Ok(None) };
+    Ok(Some((key, consumer_of(settings, parts)?)))
+}
+
+/// Rows 2, 3 and 4: the key.
+fn key_of(settings: &Settings, parts: &Parts) -> Result<Option<KeySource>, Rejection> {
+    let header = &settings.key_header;
+    match settings.key_syntax.read(&parts.headers, header) {
+        Ok(Some(key)) => Ok(Some(KeySource::Sent(key))),
+        Ok(None) => match settings.derived_key {
+            Some(window) => Ok(Some(KeySource::Derived(window))),
+            // Row 3: the key is required.
+            None if settings.required => Err(Rejection::new(
+                RejectionCode::KeyMissing,
+                format!(
+                    "The request was not performed. This operation needs the header {header}, with a new key \
+                     for each operation and the same key for every retry."
+                ),
+            )),
+            // Row 2: the key is optional.
+            None => Ok(None),
+        },
+        // Row 4: the key is malformed, or there are more than one.
+        Err(error) => Err(Rejection::new(
+            RejectionCode::KeyInvalid,
+            format!("The request was not performed. The header {header} is invalid: {error}."),
+        )),
+    }
+}
+
+/// Row 5: the consumer.
+fn consumer_of(settings: &Settings, parts: &Parts) -> Result<Consumer, Rejection> {
+    settings.consumer.extract(parts).ok_or_else(|| {
+        Rejection::new(
+            RejectionCode::ConsumerUnidentified,
+            "The request was not performed: the server cannot tell safely whose idempotency key this is.",
+        )
+    })
+}
+
+impl Guarded {
+    fn new(node: &Arc<Node>, settings: &Arc<Settings>, consumer: Consumer, key: KeySource) -> Self {
+        Self { node: Arc::clone(node), settings: Arc::clone(settings), consumer, key }
+    }
+
+    pub(crate) fn refuse<B>(&self, rejection: Rejection) -> Response<ResponseBody<B>> {
+        if let KeySource::Resent(resent) = &self.key {
+            resent.refused(&rejection);
+        }
+        refused(&self.settings, rejection)
+    }
+
+    /// Row 6: the body, unless the server shuts down. `None` if the caller has gone meanwhile.
+    pub(crate) async fn receive<B>(
+        &self,
+        body: B,
+        caller: oneshot::Receiver<()>,
+    ) -> Result<Option<Buffered>, Rejection>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<BoxError>,
+    {
+        if let KeySource::Resent(resent) = &self.key {
+            resent.reached();
+        }
+        if self.node.tasks.is_draining() {
+            return Err(Rejection::new(
+                RejectionCode::ShuttingDown,
+                "The request was not performed: the server is shutting down. Send it again with the same \
+                 key.",
+            ));
+        }
+        self.settings.request_limits.read(body, caller).await
+    }
+
+    /// Rows 7 to 13: the store. Asks it twice if the record was made in another fingerprint scheme
+    /// that is known here.
+    pub(crate) async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Outcome, Rejection> {
+        let permit = self.admit()?;
+        self.settings.reaper.ensure_running(&self.node);
+        let mut claim = self.claim(parts, body);
+        for _ in 0..2 {
+            let claimed_at = Instant::now();
+            let record = match self.node.ask(&claim, self.settings.attempt.store_timeout).await {
+                Err(error) => return self.without_store(&claim.attempt, &error),
+                Ok(ClaimOutcome::Won { record_id, attempt_number }) => {
+                    let won = Won { claim, record_id, attempt_number, claimed_at };
+                    return self.run(won, permit, parts, body).await.map(Outcome::Run);
+                }
+                // Row 9: another request is claiming the key at this very moment.
+                Ok(ClaimOutcome::Contended) => break,
+                Ok(ClaimOutcome::Exists(record)) => record,
+            };
+            let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
+            if claim.fingerprint == fingerprint || !may_be_taken_over(&record) {
+                return answer_from(&self.node, &self.settings, &record).await.map(Outcome::Replay);
+            }
+            claim.fingerprint = fingerprint;
+        }
+        Err(self.in_progress(&claim.attempt))
+    }
+
+    /// Row 7: there is a place for the request, and the store can do what the settings ask for.
+    /// Found out before anything is claimed.
+    fn admit(&self) -> Result<Option<OwnedSemaphorePermit>, Rejection> {
+        let places = self.settings.in_flight.as_ref();
+        let permit = places.map(|places| Arc::clone(places).try_acquire_owned()).transpose().map_err(|_| {
+            Rejection::new(
+                RejectionCode::Overloaded,
+                "The request was not performed: too many requests are running. Send it again later with the \
+                 same key.",
+            )
+        })?;
+        if self.settings.kept_requests.is_some() && self.node.store.recovery().is_none() {
+            tracing::error!(
+                target: TRACING_TARGET,
+                "this store cannot keep requests: use a store of this crate, or remove with_kept_requests"
+            );
+            return Err(Rejection::new(
+                RejectionCode::StoreMisconfigured,
+                "The request was not performed: the store of this server cannot keep requests.",
+            ));
+        }
+        Ok(permit)
+    }
+
+    fn claim(&self, parts: &Parts, body: &Bytes) -> Claim {
+        let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
+        let (key, window) = match &self.key {
+            KeySource::Sent(key) => (key.clone(), None),
+            KeySource::Derived(window) => {
+                (IdempotencyKey::from_digest(fingerprint.as_bytes()), Some(*window))
+            }
+            KeySource::Resent(resent) => (resent.key.clone(), None),
+        };
+        let attempt = Attempt::new(self.consumer.clone(), key);
+        let claim = self.settings.attempt.claim(attempt, fingerprint);
+        Claim { retention: window.unwrap_or(claim.retention), ..claim }
+    }
+
+    /// Row 7: the store is away, or cannot keep its contract.
+    fn without_store(&self, attempt: &Attempt, error: &StoreError) -> Result<Outcome, Rejection> {
+        let resent = matches!(self.key, KeySource::Resent(_));
+        if is_down(error) && !resent && self.settings.on_store_outage == StoreOutage::RunUnprotected {
+            let (consumer, key) = (&attempt.consumer, self.settings.attempt.shown(&attempt.key));
+            let error = error as &dyn Error;
+            tracing::error!(
+                target: TRACING_TARGET, %consumer, %key, error,
+                "the handler runs without protection"
+            );
+            return Ok(Outcome::RunUnprotected);
+        }
+        Err(self.no_claim(attempt, error))
+    }
+
+    pub(crate) fn no_claim(&self, attempt: &Attempt, error: &StoreError) -> Rejection {
+        let (consumer, key) = (&attempt.consumer, self.settings.attempt.shown(&attempt.key));
+        let source = error as &dyn Error;
+        tracing::error!(
+            target: TRACING_TARGET, %consumer, %key, error = source,
+            "the key could not be claimed"
+        );
+        let detail = match is_down(error) {
+            true => {
+                "The request was not performed: the store of idempotency keys does not answer. Send it again \
+                 with the same key."
+            }
+            false => "The request was not performed. The server's log says why.",
+        };
+        Rejection::new(RejectionCode::of_store(error.kind()), detail)
+    }
+
+    /// Row 8: the request's fingerprint in the scheme of the record, if it is the record's.
+    fn same_request(
+        &self,
+        record: &Record,
+        fingerprint: &Fingerprint,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Result<Fingerprint, Rejection> {
+        if record.fingerprint == *fingerprint {
+            return Ok(fingerprint.clone());
+        }
+        let (consumer, key) = (&self.consumer, self.settings.attempt.shown(&record.key));
+        match self.settings.fingerprinter.fingerprint_like(&record.fingerprint, parts, body) {
+            Some(fingerprint) if fingerprint == record.fingerprint => Ok(fingerprint),
+            Some(_) => {
+                tracing::info!(
+                    target: TRACING_TARGET, %consumer, %key,
+                    "mismatch: the key was used for another request"
+                );
+                Err(Rejection::new(
+                    RejectionCode::KeyReused,
+                    "The request was not performed: its key was used for a request with another method, path \
+                     or body. Use a new key for a new request.",
+                ))
+            }
+            None => {
+                tracing::warn!(
+                    target: TRACING_TARGET, %consumer, %key,
+                    "the record's fingerprint was made with settings that are unknown here: see \
+                     Fingerprinter::add_previous"
+                );
+                Err(Rejection::new(
+                    RejectionCode::FingerprintUnknown,
+                    "The request was not performed: the first request with this key was recorded by a server \
+                     with other settings. Send it again later with the same key.",
+                ))
+            }
+        }
+    }
+
+    pub(crate) fn in_progress(&self, attempt: &Attempt) -> Rejection {
+        in_progress(&self.settings, &attempt.consumer, &attempt.key)
+    }
+
+    /// Row 13: the key is claimed. The request is kept if that is configured, and then its handler
+    /// runs.
+    async fn run(
+        &self,
+        won: Won,
+        permit: Option<OwnedSemaphorePermit>,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Result<Handler, Rejection> {
+        if let Err(rejection) = self.keep(&won, parts, body).await {
+            // Whatever the reason: if only the lease of the claim is over, the key is still this
+            // attempt's to give back.
+            self.node.give_back(won.claim.attempt);
+            return Err(rejection);
+        }
+        let resent = matches!(self.key, KeySource::Resent(_));
+        let ownership = Ownership::begin(&self.node, &self.settings.attempt, won);
+        Ok(Handler { settings: Arc::clone(&self.settings), ownership, resent, permit })
+    }
+}
+
+/// Rows 9 to 12: the answer of a record to a retry of its request.
+pub(crate) async fn answer_from(
+    node: &Node,
+    settings: &Settings,
+    record: &Record,
+) -> Result<StoredResponse, Rejection> {
+    match &record.state {
+        // Row 9.
+        RecordState::InProgress { .. } => Err(in_progress(settings, &record.consumer, &record.key)),
+        // Row 10.
+        RecordState::Held => Err(outcome_unknown(settings, record)),
+        // Rows 11 and 12.
+        RecordState::Completed { response } => stored_answer(node, settings, record, response).await,
+    }
+}
+
+fn may_be_taken_over(record: &Record) -> bool {
+    matches!(record.state, RecordState::InProgress { lease_remaining } if lease_remaining.is_zero())
+}
+
+fn is_down(error: &StoreError) -> bool {
+    matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous)
+}

@@ -1,0 +1,281 @@
+//! The verdict on a handler's end: one part for its record, one for its client.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use http::{Extensions, Response, response::Parts};
+
+use crate::{
+    attempt::Facts,
+    layer::{
+        answer::{refused, replay},
+        body::ResponseBody,
+        buffer::{Buffered, Collected},
+        closing::{Closed, Outcome},
+        decision::answer_from,
+        future::Answer,
+        representation::rendered,
+        settings::Settings,
+    },
+    node::ends::End,
+    policy::Directive,
+    redact::TRACING_TARGET,
+    rejection::{Rejection, RejectionCode, render_again},
+    store::transaction::{TransactionErrorKind, TransactionUsage},
+    stored::response::{Representation, StoredBody, StoredResponse},
+};
+
+/// A response whose body was collected as far as possible, or the error of the inner service.
+pub(crate) type Performed<B, E> = Result<(Parts, Collected<B>), E>;
+
+/// The end of the handler's task.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is made and taken apart once, and the large variant is the rule"
+)]
+pub(crate) enum HandlerEnd<B, E> {
+    Performed(Performed<B, E>),
+    Panicked,
+    Cancelled(Cause),
+}
+
+/// The reason why a handler is cancelled.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub(crate) enum Cause {
+    #[error("it runs longer than max_execution")]
+    TooLong,
+    #[error("its transaction is open for longer than TransactionOptions::with_time_limit")]
+    TransactionOverdue,
+}
+
+/// The outcome that is written down, and the verdict that the client gets then.
+pub(crate) struct Judged<B, E> {
+    pub(crate) outcome: Outcome,
+    pub(crate) verdict: Verdict<B, E>,
+}
+
+/// The client's part of a judgement.
+pub(crate) enum Verdict<B, E> {
+    /// The handler's response or error.
+    Passed(Answer<B, E>),
+    /// The stored response, with the extensions of the handler's.
+    Stored(StoredResponse, Extensions),
+    /// A refusal instead of the handler's answer.
+    Refused(Rejection),
+}
+
+/// Judges the end of one handler.
+pub(crate) struct Judge {
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) facts: Arc<Facts>,
+    /// A completer has sent the request.
+    pub(crate) resent: bool,
+}
+
+impl Judge {
+    /// Judges a handler's end. Calls closures of the application, the policy and the renderer,
+    /// which may panic.
+    pub(crate) fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
+        let judge = || {
+            if let Some(rejection) = self.facts.progress.held() {
+                drop(ended);
+                return Judged { outcome: End::Hold.into(), verdict: Verdict::Refused(rejection) };
+            }
+            if matches!(ended, HandlerEnd::Performed(Ok(_))) && self.transaction_is_in_use() {
+                // If the body of the response has the transaction, this gives it back.
+                drop(ended);
+                return self.transaction_kept();
+            }
+            self.judge_end(ended)
+        };
+        catch_unwind(AssertUnwindSafe(judge)).unwrap_or_else(|_| {
+            self.without_result(Rejection::new(
+                RejectionCode::Internal,
+                "The server failed after the request was performed. Send the request again with the same \
+                 key.",
+            ))
+        })
+    }
+
+    fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
+        match ended {
+            HandlerEnd::Performed(Ok((mut parts, mut body))) => {
+                // Before the response is judged: an upstream's refusal is stored as the client sees
+                // it.
+                if let Some(data) = render_again(&mut parts, &*self.settings.renderer) {
+                    body = Collected::Whole(Buffered { data, trailers: None });
+                }
+                self.judge_response(parts, body)
+            }
+            HandlerEnd::Performed(Err(error)) => {
+                Judged { outcome: self.end_without_result().into(), verdict: Verdict::Passed(Err(error)) }
+            }
+            HandlerEnd::Panicked => self.without_result(Rejection::new(
+                RejectionCode::HandlerPanicked,
+                "The server failed while it performed the request. Send the request again with the same key, \
+                 never with a new one.",
+            )),
+            HandlerEnd::Cancelled(cause) => self.without_result(cause.rejection()),
+        }
+    }
+
+    fn judge_response<B, E>(&self, mut parts: Parts, body: Collected<B>) -> Judged<B, E> {
+        let representation = parts.extensions.remove::<Representation>();
+        let (body, kept) = match body {
+            Collected::Whole(Buffered { data, trailers }) => {
+                (ResponseBody::buffered(data.clone(), trailers.clone()), StoredBody::Kept { data, trailers })
+            }
+            Collected::Partial(frames, rest) => (ResponseBody::resumed(frames, rest), StoredBody::NotKept),
+            Collected::Broken(error) => {
+                self.facts.log_failure(&*error, "the response broke off");
+                return self.without_result(Rejection::new(
+                    RejectionCode::ResponseIncomplete,
+                    "The server's response broke off. Send the request again with the same key.",
+                ));
+            }
+        };
+        if let Some(outcome) = self.unstored(&parts) {
+            return Judged { outcome, verdict: Verdict::Passed(Ok(Response::from_parts(parts, body))) };
+        }
+        if let Some(representation) = representation {
+            return self.judge_represented(parts, representation);
+        }
+        let first = StoredResponse::of(&parts, kept);
+        let outcome = self.stored(first.clone());
+        let verdict = match first.body == StoredBody::NotKept {
+            true => Verdict::Passed(Ok(Response::from_parts(parts, body))),
+            false => Verdict::Stored(first, parts.extensions),
+        };
+        Judged { outcome, verdict }
+    }
+
+    fn judge_represented<B, E>(&self, parts: Parts, representation: Representation) -> Judged<B, E> {
+        let too_large = representation.data().len() > self.settings.response_body_limit;
+        let first = StoredResponse::represented(parts.status, representation);
+        let mut kept = first.clone();
+        if too_large {
+            kept.body = StoredBody::NotKept;
+        }
+        Judged { outcome: self.stored(kept), verdict: Verdict::Stored(first, parts.extensions) }
+    }
+
+    fn transaction_is_in_use(&self) -> bool {
+        let transaction = self.facts.transaction.as_ref();
+        transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::InUse)
+    }
+
+    fn transaction_kept<B, E>(&self) -> Judged<B, E> {
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %self.facts.attempt.consumer, attempt = %self.facts.attempt.id,
+            "the handler returned without giving its transaction back: it is in a task, a static or the \
+             response's body"
+        );
+        let rejection = TransactionErrorKind::InUse.rejection();
+        Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) }
+    }
+
+    /// The end of an attempt with this response. `None` if the response is stored.
+    fn unstored(&self, parts: &Parts) -> Option<Outcome> {
+        // A refusal, of this layer or of one inside it, is never stored.
+        let refused = parts.extensions.get::<Rejection>().is_some();
+        let release = refused || self.may_lack_a_header(parts);
+        let directive = if release { Directive::Release } else { self.settings.policy.directive(parts) };
+        let Facts { settings, attempt, attempt_number, .. } = &*self.facts;
+        tracing::debug!(
+            target: TRACING_TARGET, consumer = %attempt.consumer, key = %settings.shown(&attempt.key),
+            attempt = %attempt.id, attempt_number, status = parts.status.as_u16(), ?directive, "performed"
+        );
+        match directive {
+            Directive::Store => None,
+            Directive::Release => Some(End::Release.into()),
+            Directive::Hold => Some(End::Hold.into()),
+        }
+    }
+
+    /// Not every header of a request is kept. If a request that was sent again gets no further than
+    /// to a client error, a header may be missing that the client would have sent: the error is no
+    /// result.
+    fn may_lack_a_header(&self, parts: &Parts) -> bool {
+        let overridden = parts.extensions.get::<Directive>().is_some();
+        self.resent && parts.status.is_client_error() && !overridden && !self.facts.progress.has_begun()
+    }
+
+    fn stored(&self, mut response: StoredResponse) -> Outcome {
+        let status = response.status;
+        let keeps_writes = status.is_success()
+            || status.is_redirection()
+            || status.is_client_error() && self.settings.attempt.transactions.keep_writes_of_client_errors;
+        response.remove_headers(&self.settings.headers_not_kept);
+        Outcome { end: End::Complete(self.facts.node.codec.response(&response)), keeps_writes }
+    }
+
+    fn without_result<B, E>(&self, rejection: Rejection) -> Judged<B, E> {
+        let end = self.end_without_result();
+        let held = matches!(end, End::Hold);
+        Judged { outcome: end.into(), verdict: Verdict::Refused(rejection.final_if(held)) }
+    }
+
+    fn end_without_result(&self) -> End {
+        self.settings.attempt.end_without_result()
+    }
+
+    /// The answer to a client whose handler was cancelled and runs on.
+    pub(crate) fn refuse_cancelled<B>(&self, cause: Cause) -> Response<ResponseBody<B>> {
+        let held = matches!(self.end_without_result(), End::Hold);
+        refused(&self.settings, cause.rejection().final_if(held))
+    }
+
+    /// The answer to the client, now that the attempt has ended.
+    pub(crate) async fn answer<B, E>(&self, closed: Closed, verdict: Verdict<B, E>) -> Answer<B, E> {
+        match (closed, verdict) {
+            (Closed::AsJudged, Verdict::Passed(answer)) => answer,
+            (Closed::AsJudged, Verdict::Stored(response, extensions)) => {
+                Ok(self.first_response(response, extensions).await)
+            }
+            (Closed::AsJudged, Verdict::Refused(rejection)) | (Closed::Refused(rejection), _) => {
+                Ok(refused(&self.settings, rejection))
+            }
+            (Closed::Superseded(record), _) => {
+                Ok(match answer_from(&self.facts.node, &self.settings, &record).await {
+                    Ok(stored) => replay(&self.settings, stored),
+                    Err(rejection) => refused(&self.settings, rejection),
+                })
+            }
+        }
+    }
+
+    async fn first_response<B>(
+        &self,
+        response: StoredResponse,
+        extensions: Extensions,
+    ) -> Response<ResponseBody<B>> {
+        let attempt = &self.facts.attempt;
+        match rendered(&self.settings, &attempt.consumer, &attempt.key, response).await {
+            Ok(response) => {
+                let mut response = response.into_response();
+                *response.extensions_mut() = extensions;
+                response
+            }
+            Err(rejection) => refused(&self.settings, rejection),
+        }
+    }
+}
+
+impl Cause {
+    fn rejection(self) -> Rejection {
+        match self {
+            Self::TooLong => Rejection::new(
+                RejectionCode::MaxExecutionExceeded,
+                "The request took too long and was cancelled; a part of it may have been performed. Send it \
+                 again with the same key, never with a new one.",
+            ),
+            Self::TransactionOverdue => Rejection::new(
+                RejectionCode::TransactionLost,
+                "The request was not performed: its transaction was open for too long and was rolled back. \
+                 Send it again with the same key.",
+            ),
+        }
+    }
+}
