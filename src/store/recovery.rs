@@ -22,21 +22,29 @@ use crate::{
 ///
 /// # Rules
 ///
-/// * **The record knows.** Whatever changes an intent changes, in the same transaction, how many open ones its record has
-///   and until when they may all be called again. Claims, takeovers, releases and the purge look at the record only, so
-///   that none of them slips past an intent that is being opened.
-/// * **A record whose lease ran out or that was released, and that has an open intent that may not be called again, is
-///   held** until that intent is settled. One that may be called again is taken over as usual.
-/// * **A record on which an intent or a finished phase hangs stays when it is released**: its id, fingerprint and attempt
-///   number go on. It is not purged while an intent is open. What was open or held past the record's expiry and then ends
-///   gives it its whole retention anew, and so does a lease that outlives the expiry, so that a retry finds what was recorded.
-/// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and repeatable: an opening
-///   with the id of the last call is won again.
-/// * **An intent may be called** if it is new; if it is open and was certainly not sent; if it is open and the upstream
-///   still recognizes its key; if it is dead because the upstream does not know it. Never with other arguments.
-/// * **Intents outlive their record.** Those whose record has gone are settled alone.
-/// * **Kept requests do not.** One is sent again only while its record waits for the next attempt, and is purged once its
-///   record is completed or gone.
+/// The words in bold are also the names of these rules in the source of this crate's stores.
+///
+/// * **The record knows.** A change to an intent also tells its record, in the same transaction, how
+///   many of its intents are open and until when they may all be called again. Claims, takeovers,
+///   releases and the purge look at the record only, so none of them misses an intent that is being
+///   opened.
+/// * **Unrepeatable** is a record with an open intent that may not be called again. If it has lapsed or
+///   was released, it is **blocked**: it counts as held until that intent is settled. A record whose
+///   open intents may all be called again is taken over as usual.
+/// * **Retained** is a record that has an intent or a finished phase, or whose request is about to be
+///   sent again. Releasing it leaves it: its id, fingerprint and attempt number go on.
+/// * **The whole retention**, counted from that moment, goes to a record that was kept past its expiry
+///   by an open intent, a hold or a live lease, when that ends; and to a retained record whose lease
+///   outlives the expiry. So a retry finds what was recorded.
+/// * **Owned** is a record by the attempt with a live lease. Opening an intent needs it, is committed
+///   before the call returns, and is repeatable: an opening with the id of the last call is won again.
+///   While the record is owned by the attempt that called last, the intent is **in flight**.
+/// * **Callable** is an intent that is new; that is open and was certainly not sent; that is open and
+///   whose key the upstream still recognizes; or that is dead because the upstream does not know it.
+///   Never with other arguments.
+/// * **Intents outlive their record.** Those whose record is gone are settled alone.
+/// * **Kept requests do not.** One is sent again only while its record is **abandoned**, which means
+///   that it waits for the next attempt. It is purged once its record is completed or gone.
 #[async_trait]
 pub trait RecoveryStore: Debug + Send + Sync {
     /// Opens an intent before its call.
@@ -118,13 +126,13 @@ pub trait RecoveryStore: Debug + Send + Sync {
         after: Duration,
     ) -> Result<Fenced, StoreError>;
 
-    /// Makes a record stay when it is released, as if an intent hung on it, because its request is about to be sent again.
-    /// Lost if there is no such record any more, or it is completed.
+    /// Retains a record, as if it had an intent, because its request is about to be sent again. Lost
+    /// if there is no such record any more, or it is completed.
     ///
     /// # Errors
     ///
-    /// Any; the record may stay.
-    async fn keep_record(
+    /// Any; the record may be retained.
+    async fn retain_record(
         &self,
         consumer: &Consumer,
         key: &IdempotencyKey,

@@ -58,7 +58,7 @@ macro_rules! forward_recovery {
                 request: &'b bytes::Bytes,
                 after: std::time::Duration
             ) -> tower_idempotency::store::Fenced;
-            keep_record<'a, 'b>(
+            retain_record<'a, 'b>(
                 consumer: &'a tower_idempotency::Consumer,
                 key: &'b tower_idempotency::IdempotencyKey,
                 record: tower_idempotency::store::RecordId

@@ -110,7 +110,7 @@ impl Completer {
         }
         // From now on a failure does not delete the record, which nobody but the completer would then perform again.
         let (recovery, kept) = (node.recovery()?, request.clone());
-        let keep = async move { recovery.keep_record(&kept.consumer, &kept.key, kept.record_id).await };
+        let keep = async move { recovery.retain_record(&kept.consumer, &kept.key, kept.record_id).await };
         if node.tasks.run_to_end(keep).await? == Fenced::Lost {
             let record = record_of(node, request).await?;
             return Ok(ended(record.as_ref()).unwrap_or(Fate::Later("its record was changed".to_owned())));
