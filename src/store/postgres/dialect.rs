@@ -52,6 +52,8 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("never", "'-infinity'"),
     ("far", "'infinity'"),
     ("place", "ctid"),
+    // Faster than IN, which first sorts out duplicates.
+    ("where_doomed", "USING doomed WHERE ctid = doomed.place"),
     ("materialized", "MATERIALIZED"),
     ("for_update", "FOR NO KEY UPDATE"),
     ("skip_locked_r", "FOR UPDATE SKIP LOCKED"),

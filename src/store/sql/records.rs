@@ -62,6 +62,8 @@ impl<E: Engine> Store for E {
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let records = &self.statements().await?.records;
+        // In this order: what is retained between the two statements is left by the second one, and
+        // never deleted.
         match fenced(self, "release", &records.release, attempt).await? {
             Fenced::Applied => Ok(Fenced::Applied),
             Fenced::Lost => fenced(self, "release", &records.release_retained, attempt).await,
@@ -106,6 +108,7 @@ impl<E: Engine> Store for E {
                 vec![Call::new(&records.resolve_complete).with("response", &**response)]
             }
         };
+        // Deleting comes first, for the same reason as in `release`.
         for call in calls {
             if self.change(Rank::Newcomer, "resolve", call.of_key(consumer, key)).await? > 0 {
                 return Ok(ResolveOutcome::Resolved);

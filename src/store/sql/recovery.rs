@@ -67,6 +67,8 @@ impl<E: Engine> RecoveryStore for E {
         let statements = self.statements().await?;
         let text = update_text(fence, update, attention.is_some());
         let (statement, words) = (statements.dialect.statement(&text), Words::of(update, attention));
+        // The lock first: otherwise the count at the end could miss what another transaction is
+        // changing.
         let calls = vec![
             Call::new(&statements.recovery.lock).of_key(&found.consumer, &found.key),
             update_call(&statement, intent, fence, update, &words),
@@ -112,6 +114,7 @@ impl<E: Engine> RecoveryStore for E {
     ) -> Result<Option<Bytes>, StoreError> {
         const OPERATION: &str = "find a phase";
         let statements = &self.statements().await?.recovery;
+        // The lock waits for a transaction that is finishing the phase.
         let calls = vec![
             Call::new(&statements.lock).of_key(&attempt.consumer, &attempt.key),
             Call::new(&statements.find_phase).with("record", record.as_uuid()).with("name", name),

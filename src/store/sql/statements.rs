@@ -234,7 +234,7 @@ WITH doomed AS (
     SELECT {r}.{place} AS place FROM {records} AS {r}
     WHERE {r}.expires_at <= {now} AND {purgeable} ORDER BY {r}.expires_at LIMIT :limit {skip_locked_r}
 )
-DELETE FROM {records} AS {r} WHERE {r}.{place} IN (SELECT place FROM doomed) AND {purgeable} IS TRUE";
+DELETE FROM {records} AS {r} {where_doomed} AND {purgeable} IS TRUE";
 
 /// Those of a record that is still there may be asked for again. One that was opened since it was
 /// chosen stays.
@@ -245,7 +245,7 @@ WITH doomed AS (
         AND NOT EXISTS (SELECT 1 FROM {records} AS {r} WHERE {record_of_intent})
     ORDER BY {i}.created_at LIMIT :limit {skip_locked_i}
 )
-DELETE FROM {intents} WHERE {place} IN (SELECT place FROM doomed) AND look_at IS NULL AND state <> 'open'";
+DELETE FROM {intents} {where_doomed} AND look_at IS NULL AND state <> 'open'";
 
 const PURGE_PHASES: &str = "
 WITH doomed AS (
@@ -255,7 +255,7 @@ WITH doomed AS (
         WHERE {r}.consumer = p.consumer AND {r}.key = p.key AND {r}.id = p.record_id)
     ORDER BY p.finished_at LIMIT :limit {skip_locked_p}
 )
-DELETE FROM {phases} WHERE {place} IN (SELECT place FROM doomed)";
+DELETE FROM {phases} {where_doomed}";
 
 const PURGE_REQUESTS: &str = "
 WITH doomed AS (
@@ -263,4 +263,4 @@ WITH doomed AS (
         SELECT 1 FROM {records} AS {r} WHERE {record_of_request} AND {r}.state <> 'completed')
     LIMIT :limit {skip_locked_q}
 )
-DELETE FROM {requests} WHERE {place} IN (SELECT place FROM doomed)";
+DELETE FROM {requests} {where_doomed}";

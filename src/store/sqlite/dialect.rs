@@ -46,6 +46,7 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("never", "0"),
     ("far", "9000000000000000"),
     ("place", "rowid"),
+    ("where_doomed", "WHERE rowid IN (SELECT place FROM doomed)"),
     ("materialized", "MATERIALIZED"),
     ("for_update", ""),
     ("skip_locked_r", ""),
