@@ -37,8 +37,8 @@ use crate::{
 ///
 /// The store opens connections of its own, with the connect options of the given pool: one that
 /// writes, for which all writes of this process wait in one fair queue, and up to four that read.
-/// They use write-ahead logging and flush at every commit (`journal_mode = WAL`, `synchronous =
-/// FULL`). A duplicate of a known key only reads, and never waits for a writer.
+/// They use write-ahead logging (`journal_mode = WAL`) and flush at every commit
+/// (`synchronous = FULL`). A duplicate of a known key only reads, and never waits for a writer.
 ///
 /// SQLite has one writer at a time. A process that is stopped while it holds the write lock stops
 /// all writers. After the busy time-out (5 s) calls fail as
