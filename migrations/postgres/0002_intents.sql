@@ -7,7 +7,7 @@
 ALTER TABLE idempotency_records
     ADD COLUMN unresolved       integer     NOT NULL DEFAULT 0,     -- how many of its intents are open
     ADD COLUMN repeatable_until timestamptz NULL,                   -- until when they may all be called again; NULL: always
-    ADD COLUMN kept             boolean     NOT NULL DEFAULT FALSE; -- it has an intent or a finished phase: releasing keeps it
+    ADD COLUMN kept             boolean     NOT NULL DEFAULT FALSE; -- retained: it has an intent or a finished phase
 
 -- No foreign key leads to the records: intents outlive them, and the share lock that one takes would turn the lock that a
 -- transaction of a handler has on its record into one that nobody can attribute any more.

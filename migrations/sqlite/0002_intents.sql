@@ -6,7 +6,7 @@
 -- Claims, takeovers and the purge look at these columns only, never at the intents themselves.
 ALTER TABLE idempotency_records ADD COLUMN unresolved INTEGER NOT NULL DEFAULT 0; -- how many of its intents are open
 ALTER TABLE idempotency_records ADD COLUMN repeatable_until INTEGER NULL;         -- until when they may all be called again; NULL: always
-ALTER TABLE idempotency_records ADD COLUMN kept INTEGER NOT NULL DEFAULT FALSE;   -- it has an intent or a finished phase: releasing keeps it
+ALTER TABLE idempotency_records ADD COLUMN kept INTEGER NOT NULL DEFAULT FALSE;   -- retained: it has an intent or a finished phase
 
 CREATE TABLE idempotency_intents (
     id               BLOB                NOT NULL PRIMARY KEY, -- the upstream key, derived from record, name and discriminator

@@ -65,28 +65,35 @@ pub use crate::{
 ///
 /// # Rules
 ///
-/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces
-///   matter.
-/// * **A claim is atomic.** Of any number of claims of an absent key, in any number of processes,
-///   exactly one is won. A store may read first, but it must not decide by what it read.
+/// The words in bold are also the names of these rules in the source of this crate's stores.
+///
+/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces matter.
+/// * **A claim is atomic.** Of any number of claims of an absent key, over any number of processes,
+///   exactly one is won. Reading first is fine. Deciding by what was read is not.
 /// * **Absent** is also a record past its expiry, purged or not, unless its lease is alive, it is
-///   held, or it is in progress with an open intent. A claim of such a record makes a new one: new
-///   id, attempt number 1, any fingerprint. A response that is stored past the expiry gives the
-///   record its whole retention again; so do the cases that [`RecoveryStore`] names.
-/// * **A lease that ran out** is taken over by a claim with the *same* fingerprint: same record id,
-///   next attempt number, one more abandoned attempt. If that reaches `max_abandoned`, as the
-///   record was claimed with, the record becomes held instead, and stays held past its expiry.
-/// * **Fencing.** `renew`, `complete`, `release` and `hold` change a record only while it carries
-///   the id of the attempt that asks. The age of the lease does not matter: a lease that ran out
-///   and was not taken over still belongs to its owner.
-/// * **A repeated claim by the same attempt** is won again, with the same number, because the reply
-///   to the first may have been lost.
+///   held, or it is in progress with an open intent. A claim makes a new record of it: new id, attempt
+///   number 1, any fingerprint. **Purgeable** is an absent record without an open intent.
+/// * **Lapsed** is a record in progress whose lease has run out. A claim with the *same* fingerprint
+///   takes it over: same record id, next attempt number, one more abandoned attempt.
+/// * **Exhausted** is a lapsed record whose attempt, counted as abandoned, is number `max_abandoned`,
+///   as the record was claimed with. It counts as held before a claim makes it so.
+/// * **Held** is a record that was made so, that is exhausted, or that is blocked by an intent (see
+///   [`RecoveryStore`]). It stays past its expiry, and no claim takes it over.
+/// * **Mine** is a record, in progress or held, with the id of the attempt that asks. `renew`,
+///   `complete`, `release` and `hold` change no other. The age of the lease does not matter: until
+///   another attempt takes a lapsed record over, its owner may still end it.
+/// * **Resolvable** is a record that is held or lapsed: an operator may complete it. It is
+///   **releasable** as well unless an intent makes it unrepeatable (see [`RecoveryStore`]).
+/// * **The whole retention**, counted from that moment, goes to a record whose response is stored past
+///   its expiry. Other reasons are in [`RecoveryStore`].
+/// * **A repeated claim by the same attempt** is won again, with the same number: the reply to the
+///   first may have been lost.
 /// * **Completed records never change**, and a claim that finds one writes nothing.
-/// * **Time** is the clock of the store. Claims and renewals carry durations.
-/// * **No waiting.** A claim that finds the key taken answers immediately. A call that serves more
-///   than one request never waits for a lock on one of its rows: it skips that row.
-/// * **Durability.** After a call has answered, its effect survives a crash of the process and, for
-///   a store that promises it, of the machine.
+/// * **Time** is the clock of the store alone. Claims and renewals carry durations.
+/// * **No claim waits.** One that finds the key taken answers immediately. No call that serves more
+///   than one request waits for a lock on one of its rows: it skips the row.
+/// * **Durability.** When a call has answered, its effect survives a crash of the process and, for a
+///   store that promises it, of the machine.
 /// * **Errors** say by their [kind](crate::store::StoreErrorKind) what is known about the effect.
 ///
 /// # Implementing it

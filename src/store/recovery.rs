@@ -23,25 +23,29 @@ use crate::{
 ///
 /// # Rules
 ///
-/// * **The record knows.** Every change of an intent also writes to its record, in the same
-///   transaction, the number of its open intents and the time until which they may all be called
-///   again. Claims, takeovers, releases and the purge read the record only, so none of them misses
-///   an intent that is just being opened.
-/// * **An open intent that may not be called again holds its record** once the lease has run out or
-///   the record was released, until that intent is settled. If every open intent may be called
-///   again, the record is taken over as usual.
-/// * **A record with an intent or a finished phase is retained when it is released.** Its id,
-///   fingerprint and attempt number continue. It is not purged while an intent is open. If an open
-///   intent or a held state lasts past the expiry and then ends, or if the lease outlives the
-///   expiry, the record gets its whole retention again, so that a retry finds the outcome.
-/// * **Opening is fenced** by the attempt with a live lease, committed before the call returns, and
-///   repeatable: an opening with the id of the last call is won again.
-/// * **An intent may be called** in four cases: it is new; it is open and was certainly not sent;
-///   it is open and the upstream still recognizes its key; it is dead because the upstream does not
-///   know it. It is never called with other arguments.
-/// * **Intents outlive their record.** Without their record, they can still be settled.
-/// * **Kept requests do not.** A request is sent again only while its record waits for the next
-///   attempt, and is purged after its record is completed or gone.
+/// The words in bold are also the names of these rules in the source of this crate's stores.
+///
+/// * **The record knows.** A change to an intent also tells its record, in the same transaction, how
+///   many of its intents are open and until when they may all be called again. Claims, takeovers,
+///   releases and the purge look at the record only, so none of them misses an intent that is being
+///   opened.
+/// * **Unrepeatable** is a record with an open intent that may not be called again. If it has lapsed or
+///   was released, it is **blocked**: it counts as held until that intent is settled. A record whose
+///   open intents may all be called again is taken over as usual.
+/// * **Retained** is a record that has an intent or a finished phase, or whose request is about to be
+///   sent again. Releasing it leaves it: its id, fingerprint and attempt number go on.
+/// * **The whole retention**, counted from that moment, goes to a record that was kept past its expiry
+///   by an open intent, a hold or a live lease, when that ends; and to a retained record whose lease
+///   outlives the expiry. So a retry finds what was recorded.
+/// * **Owned** is a record by the attempt with a live lease. Opening an intent needs it, is committed
+///   before the call returns, and is repeatable: an opening with the id of the last call is won again.
+///   While the record is owned by the attempt that called last, the intent is **in flight**.
+/// * **Callable** is an intent that is new; that is open and was certainly not sent; that is open and
+///   whose key the upstream still recognizes; or that is dead because the upstream does not know it.
+///   Never with other arguments.
+/// * **Intents outlive their record.** Those whose record is gone are settled alone.
+/// * **Kept requests do not.** One is sent again only while its record is **abandoned**, which means
+///   that it waits for the next attempt. It is purged once its record is completed or gone.
 #[async_trait]
 pub trait RecoveryStore: Debug + Send + Sync {
     /// Opens an intent before its call.
@@ -140,7 +144,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// # Errors
     ///
     /// After any error, the record may be retained.
-    async fn keep_record(
+    async fn retain_record(
         &self,
         consumer: &Consumer,
         key: &IdempotencyKey,

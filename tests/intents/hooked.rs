@@ -77,7 +77,7 @@ struct HookedRecovery {
 impl RecoveryStore for HookedRecovery {
     forward!(store:
         take_dangling get_intent list_intents count_intents
-        find_phase keep_request keep_record take_abandoned update_request
+        find_phase keep_request retain_record take_abandoned update_request
         list_requests purge_settled
     );
 

@@ -113,8 +113,8 @@ macro_rules! forward_call {
             after: std::time::Duration
         ) -> tower_idempotency::store::Fenced
     } };
-    (keep_record $field:ident) => { $crate::support::forward::forward_signature! { $field
-        keep_record<'a, 'b>(
+    (retain_record $field:ident) => { $crate::support::forward::forward_signature! { $field
+        retain_record<'a, 'b>(
             consumer: &'a tower_idempotency::Consumer,
             key: &'b tower_idempotency::IdempotencyKey,
             record: tower_idempotency::store::RecordId

@@ -194,7 +194,7 @@ impl<S: Store> Store for Trapped<S> {
 impl RecoveryStore for Trapped<Arc<dyn RecoveryStore>> {
     forward!(inner:
         update_intent take_dangling get_intent list_intents count_intents
-        find_phase keep_request keep_record take_abandoned update_request
+        find_phase keep_request retain_record take_abandoned update_request
         list_requests purge_settled
     );
 

@@ -116,7 +116,7 @@ impl Completer {
         }
         // Before it is sent: a failure would release and delete the record, and with it this request.
         let (recovery, kept) = (node.recovery()?, request.clone());
-        let keep = async move { recovery.keep_record(&kept.consumer, &kept.key, kept.record_id).await };
+        let keep = async move { recovery.retain_record(&kept.consumer, &kept.key, kept.record_id).await };
         if node.tasks.run_to_end(keep).await? == Fenced::Lost {
             let record = record_of(node, request).await?;
             return Ok(ended(record.as_ref()).unwrap_or(Fate::Later("its record was changed".to_owned())));

@@ -26,9 +26,9 @@ impl Recovery {
         assert_eq!(self.keep(claim, &request(), Duration::ZERO).await, Fenced::Applied, "kept by the owner");
     }
 
-    pub(super) async fn keep_record(&self, claim: &Claim) -> Fenced {
+    pub(super) async fn retain_record(&self, claim: &Claim) -> Fenced {
         let Attempt { consumer, key, .. } = &claim.attempt;
-        expected(self.inner.keep_record(consumer, key, claim.record_id).await, "keep_record")
+        expected(self.inner.retain_record(consumer, key, claim.record_id).await, "retain_record")
     }
 
     /// Lets the lease of an attempt run out at once.
@@ -40,7 +40,7 @@ impl Recovery {
 
     /// Releases a record by its attempt so that it stays.
     pub(super) async fn abandon(&self, claim: &Claim) {
-        assert_eq!(self.keep_record(claim).await, Fenced::Applied, "keep_record");
+        assert_eq!(self.retain_record(claim).await, Fenced::Applied, "retain_record");
         assert_eq!(self.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
     }
 
@@ -180,14 +180,14 @@ pub(super) async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixtur
 pub(super) async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [gone, completed] = ["gone", "completed"].map(claim_of);
-    assert_eq!(recovery.keep_record(&gone).await, Fenced::Lost, "there is no record");
+    assert_eq!(recovery.retain_record(&gone).await, Fenced::Lost, "there is no record");
     recovery.store.win_and_complete(&completed, response("r")).await;
-    assert_eq!(recovery.keep_record(&completed).await, Fenced::Lost, "it is completed");
+    assert_eq!(recovery.retain_record(&completed).await, Fenced::Lost, "it is completed");
     recovery.store.win(&gone, "first claim").await;
     assert!(recovery.store.evict(&gone).await, "there was a record to evict");
     let next = retry_of(&gone);
     recovery.store.win(&next, "it was evicted").await;
-    assert_eq!(recovery.keep_record(&gone).await, Fenced::Lost, "it is another record");
+    assert_eq!(recovery.retain_record(&gone).await, Fenced::Lost, "it is another record");
     assert_eq!(recovery.store.release(&next.attempt).await, Fenced::Applied, "release by the owner");
     assert!(recovery.store.find(&next).await.is_none(), "nothing hung on the record that was released");
 }

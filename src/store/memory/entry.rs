@@ -1,4 +1,5 @@
-//! One record, what may be done with it, and what a claim makes of it: the contract, in a form that can be read.
+//! One record and the rules about it: the contract, in a form that can be read. The SQL of the
+//! rules is in `sql/rules.rs`, under the same names.
 
 use std::time::Duration;
 
@@ -23,11 +24,11 @@ pub(super) struct Entry {
     pub(super) expires_at: Instant,
     /// As the record was claimed with.
     pub(super) retention: Duration,
-    /// An intent hangs on it, or its request is about to be sent again: it stays when it is released.
-    pub(super) kept: bool,
-    /// How many of its intents are open.
+    /// It has an intent, or its request is about to be sent again: releasing it leaves it.
+    pub(super) retained: bool,
+    /// The number of its open intents.
     pub(super) unresolved: u32,
-    /// Until when its open intents may all be called again. `None`: always.
+    /// The end of the time in which its open intents may all be called again. `None`: always.
     pub(super) repeatable_until: Option<Instant>,
 }
 
@@ -58,14 +59,14 @@ impl Entry {
             created_at: now,
             expires_at: now + retention,
             retention,
-            kept: false,
+            retained: false,
             unresolved: 0,
             repeatable_until: None,
         }
     }
 
-    /// A record past its expiry counts as absent, unless its lease is alive, it is held, or it is in progress with an open
-    /// intent.
+    /// A record past its expiry counts as absent, unless its lease is alive, it is held, or it is
+    /// in progress with an open intent.
     pub(super) fn is_absent(&self, now: Instant) -> bool {
         let must_stay = match self.state {
             State::InProgress { .. } => !self.has_lapsed(now) || self.unresolved > 0 || self.is_held(now),
@@ -76,7 +77,7 @@ impl Entry {
     }
 
     /// What counts as absent is purged, unless an intent is open.
-    pub(super) fn may_be_purged(&self, now: Instant) -> bool {
+    pub(super) fn is_purgeable(&self, now: Instant) -> bool {
         self.is_absent(now) && self.unresolved == 0
     }
 
@@ -84,20 +85,20 @@ impl Entry {
         matches!(self.state, State::InProgress { lease_until } if lease_until <= now)
     }
 
-    /// It shows as held: it was made so, or the next claim would find it so.
+    /// It shows as held: it was made so, or the next claim must not take it over.
     pub(super) fn is_held(&self, now: Instant) -> bool {
-        matches!(self.state, State::Held) || self.is_to_be_held(now) || self.is_blocked(now)
+        matches!(self.state, State::Held) || self.is_exhausted(now) || self.is_blocked(now)
     }
 
-    /// The last permitted attempt was abandoned, whether or not anybody has claimed the key since. A record that was
+    /// Its last permitted attempt was abandoned, even if no claim has come since. A record that was
     /// released has no attempt that could be abandoned.
-    pub(super) fn is_to_be_held(&self, now: Instant) -> bool {
+    pub(super) fn is_exhausted(&self, now: Instant) -> bool {
         self.has_lapsed(now)
             && self.attempt.is_some()
             && self.abandoned.saturating_add(1) >= self.max_abandoned
     }
 
-    /// Nobody owns it, and the next attempt would have to wait for an intent.
+    /// It has lapsed, and the next attempt would have to wait for an intent.
     fn is_blocked(&self, now: Instant) -> bool {
         self.has_lapsed(now) && self.is_unrepeatable(now)
     }
@@ -114,9 +115,11 @@ impl Entry {
 
     /// The attempt owns this very record, with a live lease, and may be calling an upstream.
     pub(super) fn is_owned_by(&self, attempt: AttemptId, record: RecordId, now: Instant) -> bool {
-        self.record_id == record
-            && self.attempt == Some(attempt)
-            && matches!(self.state, State::InProgress { lease_until } if lease_until > now)
+        self.record_id == record && self.attempt == Some(attempt) && self.is_leased(now)
+    }
+
+    fn is_leased(&self, now: Instant) -> bool {
+        matches!(self.state, State::InProgress { lease_until } if lease_until > now)
     }
 
     /// It waits for the next attempt, which need not be the client's.
@@ -124,38 +127,54 @@ impl Entry {
         self.has_lapsed(now) && !self.is_held(now) && self.expires_at > now && self.max_abandoned > 1
     }
 
-    /// When it expires, if what keeps it ends now. What was kept past its expiry, by an open intent, a hold or a live lease,
-    /// gets its whole retention anew: it must not be forgotten in the moment in which it is freed.
-    pub(super) fn kept_on(&self, now: Instant) -> Instant {
-        if self.expires_at <= now && !self.is_absent(now) { now + self.retention } else { self.expires_at }
+    /// When it expires if what has kept it ends now. What outlived its expiry by an open intent, a
+    /// hold or a live lease gets its whole retention: it must not be forgotten in the moment in
+    /// which it is freed.
+    pub(super) fn expiry_if_freed(&self, now: Instant) -> Instant {
+        if self.expires_at <= now && !self.is_absent(now) {
+            self.whole_retention(now)
+        } else {
+            self.expires_at
+        }
     }
 
-    /// With its lease from now on. If that outlives the expiry, what hangs on the record is not forgotten when it runs out.
-    pub(super) fn with_lease(self, lease: Duration, now: Instant) -> Self {
-        Self { state: State::in_progress(now, lease), ..self }.outlived(now)
-    }
-
-    /// A lease that outlives the expiry gives its whole retention anew to a record on which something hangs.
-    pub(super) fn outlived(self, now: Instant) -> Self {
+    /// When it expires if its lease counts from now on. What is retained must not be forgotten when
+    /// a lease that outlives the expiry runs out.
+    pub(super) fn expiry_if_leased(&self, now: Instant) -> Instant {
         let outlives = matches!(self.state, State::InProgress { lease_until }
             if lease_until > now && lease_until >= self.expires_at);
-        if self.kept && outlives { Self { expires_at: now + self.retention, ..self } } else { self }
+        if self.retained && outlives { self.whole_retention(now) } else { self.expires_at }
     }
 
-    /// With its response, which is kept for its whole retention if it comes after the expiry.
+    /// When it expires if it is completed now. A response must not be forgotten in the moment in
+    /// which it is stored.
+    fn expiry_if_completed(&self, now: Instant) -> Instant {
+        if self.expires_at <= now { self.whole_retention(now) } else { self.expires_at }
+    }
+
+    pub(super) fn whole_retention(&self, now: Instant) -> Instant {
+        now + self.retention
+    }
+
+    /// With its lease from now on.
+    pub(super) fn with_lease(self, lease: Duration, now: Instant) -> Self {
+        let leased = Self { state: State::in_progress(now, lease), ..self };
+        Self { expires_at: leased.expiry_if_leased(now), ..leased }
+    }
+
     pub(super) fn completed(&self, response: Bytes, now: Instant) -> Self {
-        let expires_at = if self.expires_at <= now { now + self.retention } else { self.expires_at };
+        let expires_at = self.expiry_if_completed(now);
         Self { state: State::Completed { response }, expires_at, ..self.clone() }
     }
 
-    /// Given back, with all that hangs on it.
+    /// Given back, if it is retained.
     pub(super) fn released(&self, now: Instant) -> Self {
         let state = State::InProgress { lease_until: now };
-        Self { state, attempt: None, expires_at: self.kept_on(now), ..self.clone() }
+        Self { state, attempt: None, expires_at: self.expiry_if_freed(now), ..self.clone() }
     }
 
-    /// Whether the attempt may still end the record.
-    pub(super) fn is_open_to(&self, attempt: &Attempt) -> bool {
+    /// The attempt may still end the record, however old its lease is.
+    pub(super) fn is_mine(&self, attempt: &Attempt) -> bool {
         self.attempt == Some(attempt.id) && !self.is_completed()
     }
 
@@ -180,7 +199,7 @@ impl Entry {
     }
 }
 
-/// What a claim does to the record of its key.
+/// The effect of a claim on the record of its key.
 pub(super) enum Decision<'a> {
     Create,
     Change(Box<Entry>, ClaimOutcome),
@@ -198,7 +217,7 @@ pub(super) fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) 
     if entry.fingerprint != claim.fingerprint || !entry.has_lapsed(now) || entry.is_blocked(now) {
         return Decision::Show(entry);
     }
-    if entry.is_to_be_held(now) {
+    if entry.is_exhausted(now) {
         return Decision::Hold(Box::new(Entry { state: State::Held, ..entry.without_owner() }));
     }
     let next = Entry {

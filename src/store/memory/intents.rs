@@ -24,7 +24,7 @@ pub(super) struct Now {
 pub(super) struct KeptIntent {
     /// As it is shown, but for what depends on the time.
     pub(super) intent: Intent,
-    /// Until when the upstream recognizes its call by the key.
+    /// The end of the time in which the upstream recognizes its call by the key.
     repeatable_until: Instant,
     dangling_at: Instant,
     look: Look,
@@ -32,7 +32,7 @@ pub(super) struct KeptIntent {
     sent_before: bool,
 }
 
-/// When it is to be looked up.
+/// The next look-up.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Look {
     At(Instant),
@@ -53,8 +53,8 @@ impl KeptIntent {
         }
     }
 
-    /// It may be called again if the upstream recognizes the call, if no call has arrived, or if the upstream does not know
-    /// it; with the same arguments only.
+    /// It may be called again if the upstream recognizes the call, if no call has arrived, or if
+    /// the upstream does not know it; with the same arguments only.
     pub(super) fn is_callable(&self, opening: &Opening, now: Now) -> bool {
         let allowed = match self.intent.state {
             IntentState::Open { sent: true } => {
@@ -83,7 +83,8 @@ impl KeptIntent {
         Self { intent, repeatable_until, sent_before: true, ..again }
     }
 
-    /// Whether the fence of an update holds. An intent is in flight while its attempt owns the record.
+    /// Tells if the fence of an update holds. An intent is in flight while its attempt owns the
+    /// record.
     pub(super) fn permits(&self, fence: IntentFence, update: &IntentUpdate, is_in_flight: bool) -> bool {
         let Intent { state, call: last, takes, .. } = &self.intent;
         let open = self.is_open();
@@ -144,7 +145,7 @@ impl KeptIntent {
         Look::At(now.instant + after.min(LONGEST))
     }
 
-    /// Since when it is to be looked up.
+    /// The time since which its look-up is due.
     pub(super) fn due_since(&self, now: Now) -> Option<Instant> {
         match self.look {
             Look::At(at) if at <= now.instant => Some(at),
@@ -169,7 +170,7 @@ impl KeptIntent {
         now.shown.duration_since(self.intent.created_at).unwrap_or_default()
     }
 
-    /// Whose record it hangs on.
+    /// The identity of its record.
     pub(super) fn identity(&self) -> Identity {
         (self.intent.consumer.clone(), self.intent.key.clone())
     }
@@ -182,17 +183,17 @@ impl KeptIntent {
         self.is_open() && self.intent.call == call
     }
 
-    /// The last call may have arrived, and nobody knows what became of it.
+    /// The last call may have arrived, and its outcome is unknown.
     fn may_have_arrived(&self) -> bool {
         matches!(self.intent.state, IntentState::Open { sent: true })
     }
 
-    /// Until when its record may be taken over. `None`: always.
+    /// The end of the time in which its record may be taken over. `None`: always.
     pub(super) fn repeatable_until(&self) -> Option<Instant> {
         self.may_have_arrived().then_some(self.repeatable_until)
     }
 
-    /// Somebody has to look at it.
+    /// A person or a reconciler must look at it.
     fn is_waiting(&self) -> bool {
         self.is_open() || self.look != Look::Never
     }
@@ -206,7 +207,7 @@ impl KeptIntent {
     }
 }
 
-/// Intents, apart by whether somebody has to look at them: those are a handful.
+/// Intents. Those that a person or a reconciler must look at, a handful, lie apart.
 #[derive(Default)]
 pub(super) struct Intents {
     pub(super) waiting: HashMap<UpstreamKey, KeptIntent>,

@@ -38,17 +38,20 @@ use crate::{
     },
 };
 
-/// Keeps records, intents and requests in this process: for tests and for tools that run as a single process.
+/// Keeps records, intents and requests in this process: for tests and for tools that run as a
+/// single process.
 ///
-/// They are lost with the process, and no other process sees them. A clone is another handle to the same records.
+/// They are lost with the process, and no other process sees them. A clone is another handle to the
+/// same records.
 ///
-/// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as with a database:
-/// [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog), [`Reconciler`](crate::Reconciler) and
-/// [`Completer`](crate::Completer).
+/// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as
+/// with a database: [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog),
+/// [`Reconciler`](crate::Reconciler) and [`Completer`](crate::Completer).
 ///
-/// The store never drops what it may not forget. When it is full, settled intents whose record has gone are forgotten early;
-/// if that does not help, a claim of a new key is [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503;
-/// what is stored is still replayed.
+/// The store never drops what it may not forget. When it is full, settled intents whose record has
+/// gone are forgotten early; if that does not help, a claim of a new key is
+/// [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503; what is stored is still
+/// replayed.
 ///
 /// Time is tokio's, so that a test with a paused clock can let leases run out and records expire.
 ///
@@ -71,20 +74,22 @@ impl MemoryStore {
         Self { shared: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
     }
 
-    /// How many records, intents and kept requests, counted together, this handle lets the store grow to. Default: 100,000.
+    /// Sets the most records, intents and kept requests, counted together, that this handle lets
+    /// the store grow to. Default: 100,000.
     ///
-    /// It is checked when a key is claimed; the intents and the request of a record that was claimed are always kept.
+    /// It is checked when a key is claimed; the intents and the request of a record that was
+    /// claimed are always kept.
     #[must_use]
     pub fn with_max_records(mut self, max_records: usize) -> Self {
         self.max_records = max_records;
         self
     }
 
-    /// How many bytes of stored responses, kept requests and payloads of intents this handle lets the store grow to. Default:
-    /// 256 MiB.
+    /// Sets the most bytes of stored responses, kept requests and payloads of intents that this
+    /// handle lets the store grow to. Default: 256 MiB.
     ///
-    /// It is checked when a key is claimed, because a response that was earned must be stored; what is in flight at
-    /// that moment may overshoot it.
+    /// It is checked when a key is claimed, because a response that was earned must be stored; what
+    /// is in flight at that moment may overshoot it.
     #[must_use]
     pub fn with_max_bytes(mut self, max_bytes: usize) -> Self {
         self.max_bytes = max_bytes;
@@ -191,7 +196,7 @@ impl Store for MemoryStore {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get(&identity) {
-            Some(entry) if entry.is_open_to(attempt) => {
+            Some(entry) if entry.is_mine(attempt) => {
                 let released = entry.released(Instant::now());
                 shard.give_back(identity, released, &self.shared.stored);
                 Ok(Fenced::Applied)
@@ -204,7 +209,7 @@ impl Store for MemoryStore {
         let identity = identity_of(attempt);
         let mut shard = self.shared.shard(&identity);
         match shard.entries.get_mut(&identity) {
-            Some(entry) if entry.is_open_to(attempt) => {
+            Some(entry) if entry.is_mine(attempt) => {
                 entry.state = State::Held;
                 Ok(Fenced::Applied)
             }
@@ -264,7 +269,7 @@ impl Store for MemoryStore {
                 shard.give_back(identity, released, stored);
             }
             Resolution::Complete(response) => {
-                let (state, expires_at) = (State::Completed { response }, now + entry.retention);
+                let (state, expires_at) = (State::Completed { response }, entry.whole_retention(now));
                 let completed = Entry { state, attempt: None, expires_at, ..entry.clone() };
                 shard.put(identity, completed, stored);
             }
@@ -371,7 +376,8 @@ mod tests {
         assert_eq!(format!("{store:?}"), "MemoryStore { items: 1, bytes: 0, .. }");
     }
 
-    /// A record whose intent, of an upstream that recognizes its key for a minute, is finalized or open.
+    /// A record whose intent, of an upstream that recognizes its key for a minute, is finalized or
+    /// open.
     async fn with_intent(store: &MemoryStore, key: &str, finalized: bool) -> (Claim, Opening) {
         let claim = claim(key);
         assert!(is_won(store, &claim).await);

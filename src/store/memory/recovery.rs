@@ -1,6 +1,7 @@
 //! Intents and kept requests: the contract of [`RecoveryStore`], in a form that can be read.
 //!
-//! When an intent may be called and changed is in `intents.rs`, what a record may be used for in `entry.rs`.
+//! When an intent may be called and changed is in `intents.rs`, what a record may be used for in
+//! `entry.rs`.
 
 use std::{cmp::Reverse, time::Duration};
 
@@ -132,7 +133,7 @@ impl RecoveryStore for MemoryStore {
         Ok(Fenced::Applied)
     }
 
-    async fn keep_record(
+    async fn retain_record(
         &self,
         consumer: &Consumer,
         key: &IdempotencyKey,
@@ -141,7 +142,7 @@ impl RecoveryStore for MemoryStore {
         let identity = (consumer.clone(), key.clone());
         match self.shared.shard(&identity).entries.get_mut(&identity) {
             Some(entry) if entry.record_id == record && !entry.is_completed() => {
-                entry.kept = true;
+                entry.retained = true;
                 Ok(Fenced::Applied)
             }
             _ => Ok(Fenced::Lost),
@@ -200,7 +201,7 @@ impl RecoveryStore for MemoryStore {
 }
 
 impl MemoryStore {
-    /// Of those that somebody has to look at, the oldest first.
+    /// Those that a person or a reconciler must look at, the oldest first.
     fn waiting(&self, filter: impl Fn(&Intent) -> bool) -> Vec<Intent> {
         let (shards, now) = (self.shared.all(), self.shared.now());
         let waiting = shards.iter().flat_map(|shard| shard.intents.waiting.values());

@@ -5,14 +5,14 @@ use tokio::time::Instant;
 use super::entry::LONGEST;
 use crate::stored::request::{KeptRequest, RequestUpdate};
 
-/// A request, and when it is to be sent again. `None`: never, it needs attention.
+/// A request, and the time at which it is sent again. `None`: never, it needs attention.
 pub(super) struct Request {
     pub(super) kept: KeptRequest,
     pub(super) next_at: Option<Instant>,
 }
 
 impl Request {
-    /// Whether it may be updated by whoever has seen so many tries; `None` is the operator.
+    /// Tells if it may be updated by a caller that has seen so many tries. `None` is the operator.
     pub(super) fn permits(&self, tries: Option<u32>) -> bool {
         tries.is_none_or(|tries| self.kept.tries == tries && self.next_at.is_some())
     }

@@ -1,4 +1,4 @@
-//! Where records lie, each beside all that hangs on it, so that they change together.
+//! Where records lie, each beside its intents and its request, so that they change together.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -54,17 +54,17 @@ impl Shard {
         true
     }
 
-    /// Whoever claims the key next gets it: a new record, unless something hangs on this one.
+    /// Frees the key: the next claim makes a new record, unless this one is retained.
     pub(super) fn give_back(&mut self, identity: Identity, released: Entry, stored: &Stored) {
-        if released.kept {
+        if released.retained {
             self.put(identity, released, stored);
         } else {
             self.remove(&identity, stored);
         }
     }
 
-    /// Stores an intent as it was opened or changed, and tells its record. What a record knows of its intents is derived
-    /// here and nowhere else.
+    /// Stores an intent as it was opened or changed, and tells its record. What a record knows of
+    /// its intents is derived here and nowhere else.
     pub(super) fn put_intent(&mut self, kept: KeptIntent, now: Instant, stored: &Stored) {
         let (identity, record) = (kept.identity(), kept.intent.record_id);
         stored.add(kept.size());
@@ -77,33 +77,36 @@ impl Shard {
             waiting.filter(|kept| kept.intent.record_id == record && kept.is_open())
         };
         let entry = Entry {
-            kept: true,
+            retained: true,
             unresolved: open().count().try_into().unwrap_or(u32::MAX),
             repeatable_until: open().filter_map(KeptIntent::repeatable_until).min(),
-            expires_at: entry.kept_on(now),
+            expires_at: entry.expiry_if_freed(now),
             ..entry.clone()
         };
-        self.put(identity, entry.outlived(now), stored);
+        let expires_at = entry.expiry_if_leased(now);
+        self.put(identity, Entry { expires_at, ..entry }, stored);
     }
 
-    /// The record, unless it has gone, whoever has its key now.
+    /// The record, unless it is gone. Another record may have its key.
     pub(super) fn record(&self, identity: &Identity, record: RecordId) -> Option<&Entry> {
         self.entries.get(identity).filter(|entry| entry.record_id == record)
     }
 
-    /// Whether its attempt may be calling.
+    /// Tells if its attempt may be calling.
     pub(super) fn is_in_flight(&self, kept: &KeptIntent, now: Instant) -> bool {
         is_in_flight(&self.entries, &kept.intent, now)
     }
 
-    /// Intents that are to be looked up, because nobody can be calling any more, and since when.
+    /// Intents whose look-up is due, because no attempt can be calling any more, and the time since
+    /// which.
     pub(super) fn due_intents(&mut self, now: Now) -> impl Iterator<Item = (Instant, &mut KeptIntent)> {
         let Self { entries, intents, .. } = self;
         let due = intents.waiting.values_mut().filter_map(move |kept| Some((kept.due_since(now)?, kept)));
         due.filter(move |(_, kept)| !is_in_flight(entries, &kept.intent, now.instant))
     }
 
-    /// Requests that are to be sent again, because their record waits for the next attempt, and since when.
+    /// Requests that are to be sent again, because their record waits for the next attempt, and
+    /// since when.
     pub(super) fn due_requests(&mut self, now: Instant) -> impl Iterator<Item = (Instant, &mut Request)> {
         let Self { entries, requests, .. } = self;
         let due = requests.values_mut().filter_map(|request| Some((request.next_at?, request)));
@@ -117,7 +120,7 @@ impl Shard {
     pub(super) fn purge(&mut self, limit: u32, stored: &Stored) -> u32 {
         let now = Instant::now();
         let expired = self.by_expiry.iter().take_while(|(expires_at, _)| *expires_at <= now);
-        let may_go = |identity: &Identity| self.entries.get(identity).is_some_and(|e| e.may_be_purged(now));
+        let may_go = |identity: &Identity| self.entries.get(identity).is_some_and(|e| e.is_purgeable(now));
         let doomed = expired.map(|(_, identity)| identity).filter(|identity| may_go(identity)).cloned();
         let doomed = at_most(limit, doomed);
         for identity in &doomed {

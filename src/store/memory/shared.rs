@@ -18,7 +18,7 @@ use super::{
 };
 use crate::stored::record::{Record, RecordState};
 
-/// What all handles share.
+/// The state that all handles share.
 pub(super) struct Node {
     pub(super) shards: [Mutex<Shard>; SHARDS],
     pub(super) stored: Stored,
@@ -49,7 +49,8 @@ impl Node {
         self.shards.iter().map(lock).find(|shard| holds(shard))
     }
 
-    /// All at one moment. They are always locked in this order, and nobody who has one locked waits for another.
+    /// All at one moment. They are always locked in this order, and no other code waits for a
+    /// second one.
     pub(super) fn all(&self) -> Vec<MutexGuard<'_, Shard>> {
         self.shards.iter().map(lock).collect()
     }
@@ -89,7 +90,7 @@ impl Node {
             state,
             attempt: entry.attempt,
             attempt_number: entry.attempt_number,
-            abandoned: entry.abandoned.saturating_add(entry.is_to_be_held(now).into()),
+            abandoned: entry.abandoned.saturating_add(entry.is_exhausted(now).into()),
             unresolved: entry.unresolved,
             created_at: self.wall_clock(entry.created_at),
             expires_at: self.wall_clock(entry.expires_at),
@@ -97,7 +98,8 @@ impl Node {
     }
 }
 
-/// How much is stored: records, intents and requests, and the bytes of what applications gave them.
+/// The amount that is stored: records, intents and requests, and the bytes that applications gave
+/// them.
 #[derive(Debug, Default)]
 pub(super) struct Stored {
     pub(super) items: AtomicUsize,
@@ -116,7 +118,7 @@ impl Stored {
     }
 }
 
-/// A poisoned lock is taken all the same: no change to a shard is left half done by a panic.
+/// A poisoned lock is taken too: no panic leaves a change to a shard half done.
 pub(super) fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,6 +2,7 @@
 
 use std::{
     future::poll_fn,
+    mem,
     ops::{Deref, DerefMut},
     sync::OnceLock,
     time::Duration,
@@ -15,17 +16,21 @@ use sqlx::{
 
 use tokio::time::{error::Elapsed, timeout};
 
-use super::{ConnectionMode, call::Call};
+use super::ConnectionMode;
 use crate::{
     error::{StoreError, StoreErrorKind},
-    store::sql::{self, Meaning},
+    store::sql::{
+        Reply,
+        call::Call,
+        errors::{self, Meaning},
+    },
 };
 
 /// A pool of the store's own, made of the user's at the first use.
 #[derive(Debug, Default)]
 pub(super) struct Connections(OnceLock<PgPool>);
 
-/// How the store uses its connections.
+/// The store's use of its connections.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) mode: ConnectionMode,
@@ -53,14 +58,29 @@ impl Connections {
         self.received(connection, settings, operation, reply)
     }
 
-    /// Runs statements in one transaction and one round trip, each with a snapshot of its own. Returns the rows of each.
+    /// Runs one statement and returns how many rows it has changed.
+    pub(super) async fn change(
+        &self,
+        base: &PgPool,
+        settings: &Settings,
+        operation: &str,
+        call: Call<'_>,
+    ) -> Result<u64, StoreError> {
+        let mut connection = self.lend(base, settings).await?;
+        let sent = call.execute(&mut connection, settings.mode);
+        let reply = timeout(settings.statement_timeout, sent).await;
+        self.received(connection, settings, operation, reply)
+    }
+
+    /// Runs statements in one transaction and one round trip, each with a snapshot of its own.
+    /// Returns the rows of each.
     pub(super) async fn script(
         &self,
         base: &PgPool,
         settings: &Settings,
         operation: &str,
         calls: &[Call<'_>],
-    ) -> Result<Vec<Vec<PgRow>>, StoreError> {
+    ) -> Result<Vec<Reply<PgRow>>, StoreError> {
         let isolation = match settings.mode {
             ConnectionMode::Direct => None,
             ConnectionMode::TransactionPooler => Some(ISOLATION.to_owned()),
@@ -69,15 +89,16 @@ impl Connections {
         let text = isolation.into_iter().chain(calls.iter().map(Call::text)).collect::<Vec<_>>().join(";");
         let mut connection = self.lend(base, settings).await?;
         let sent = async {
-            let mut replies = vec![Vec::new()];
+            let (mut replies, mut rows) = (Vec::new(), Vec::new());
             let mut stream = sqlx::raw_sql(AssertSqlSafe(text)).fetch_many(&mut *connection);
             while let Some(reply) = poll_fn(|cx| stream.as_mut().poll_next(cx)).await.transpose()? {
-                match (reply, replies.last_mut()) {
-                    (Either::Right(row), Some(rows)) => rows.push(row),
-                    (Either::Left(_), _) | (_, None) => replies.push(Vec::new()),
+                match reply {
+                    Either::Right(row) => rows.push(row),
+                    Either::Left(done) => {
+                        replies.push(Reply { changed: done.rows_affected(), rows: mem::take(&mut rows) });
+                    }
                 }
             }
-            replies.pop();
             Ok(replies.split_off(preludes.min(replies.len())))
         };
         let reply = timeout(settings.statement_timeout, sent).await;
@@ -115,7 +136,8 @@ impl Connections {
         }
     }
 
-    /// Where one connection broke the idle ones are as likely broken, and nothing tests them before their next use.
+    /// If one connection broke, the idle ones are probably broken too, and nothing tests them
+    /// before their next use.
     fn forget_idle(&self) {
         while let Some(connection) = self.0.get().and_then(PgPool::try_acquire) {
             drop(connection.detach());
@@ -125,10 +147,11 @@ impl Connections {
 
 /// A server that is read-only may have been replaced by another, which new connections find.
 fn is_read_only(error: &sqlx::Error) -> bool {
-    sql::code(error).as_deref() == Some(READ_ONLY)
+    errors::code(error).as_deref() == Some(READ_ONLY)
 }
 
-/// A connection that goes back to its pool only when it is known to be in order, and else is closed.
+/// A connection that goes back to its pool only when it is known to be in order, and else is
+/// closed.
 #[derive(Debug)]
 pub(super) struct Lent(Option<PoolConnection<Postgres>>);
 
@@ -175,7 +198,7 @@ fn own_pool(base: &PgPool, settings: &Settings) -> PgPool {
 }
 
 fn connect_options(options: PgConnectOptions, settings: &Settings) -> PgConnectOptions {
-    // The statements hold their values, which are nobody's business in a log.
+    // Statements may hold their values, which do not belong into a log.
     let options = options.disable_statement_logging();
     // The server gives up first, so that a statement that was too slow is not carried out later.
     let server_timeout = settings.statement_timeout * 9 / 10;
@@ -188,11 +211,11 @@ fn connect_options(options: PgConnectOptions, settings: &Settings) -> PgConnectO
 }
 
 pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
-    sql::statement_error(operation, source, meaning)
+    errors::statement_error(operation, source, meaning)
 }
 
 fn connect_error(source: sqlx::Error) -> StoreError {
-    sql::connect_error(source, |code| match code {
+    errors::connect_error(source, |code| match code {
         "08P01" => Some(
             "the server refused the start-up parameters: for PgBouncer use ConnectionMode::TransactionPooler",
         ),
@@ -231,12 +254,12 @@ fn meaning(code: &str) -> Meaning {
         }
         code if code.starts_with("53") => (Unavailable, "the server is out of resources"),
         code if code.starts_with("28") => (Misconfigured, "the server refused the account"),
-        _ => (Internal, sql::UNEXPECTED),
+        _ => (Internal, errors::UNEXPECTED),
     }
 }
 
-/// A statement that was prepared while the table was small must find its rows by an index when it has grown. One that takes a
-/// batch must not read all that is due first, which a bitmap does.
+/// A statement that was prepared while the table was small must find its rows by an index when it
+/// has grown. One that takes a batch must not read all that is due first, which a bitmap does.
 const START_UP: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),

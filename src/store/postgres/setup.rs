@@ -6,14 +6,18 @@ use sqlx::{AssertSqlSafe, Decode, PgConnection, Postgres, Row, Type, postgres::P
 
 use super::{
     ConnectionMode, PostgresStore,
-    call::{Call, Value},
     connection::{Settings, error},
-    statements::Statements,
+    dialect::Statements,
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
     redact::TRACING_TARGET,
-    store::sql::{self, Identifier, Migration, Ready, TableCreation, misconfigured},
+    store::sql::{
+        TableCreation,
+        call::{Call, Statement},
+        errors::misconfigured,
+        setup::{self, Identifier, Migration, Ready},
+    },
 };
 
 impl PostgresStore {
@@ -26,15 +30,16 @@ impl PostgresStore {
         let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
         let schema = self.schema.as_ref().map_or_else(String::new, Identifier::to_string);
         let Settings { mode, statement_timeout, .. } = self.settings;
-        let server = one_row(&mut connection, mode, Call::new(SERVER).with(Value::Text(&schema)));
+        let statement = Statement::new(SERVER, '$');
+        let server = one_row(&mut connection, mode, Call::new(&statement).with("schema", schema.as_str()));
         let server = in_time(statement_timeout, server).await?;
         refuse(&server)?;
         let schema = schema_of(&server)?;
         let found = version(&mut connection, mode, &schema, &self.prefix);
-        let pending = sql::pending(in_time(statement_timeout, found).await?, MIGRATIONS)?;
+        let pending = setup::pending(in_time(statement_timeout, found).await?, MIGRATIONS)?;
         if !pending.is_empty() {
             if creation == TableCreation::Manual {
-                return Err(sql::tables_missing(pending, Some(&schema), &self.prefix));
+                return Err(setup::tables_missing(pending, Some(&schema), &self.prefix));
             }
             in_time(MIGRATION_TIMEOUT, migrate(&mut connection, mode, &schema, &self.prefix)).await?;
         }
@@ -52,7 +57,7 @@ async fn migrate(
 ) -> Result<(), StoreError> {
     let lock = format!("tower-idempotency {schema}.{prefix}").replace('\'', "''");
     execute(connection, BEGIN.replace("{lock}", &lock).replace("{schema}", schema)).await?;
-    for migration in sql::pending(version(connection, mode, schema, prefix).await?, MIGRATIONS)? {
+    for migration in setup::pending(version(connection, mode, schema, prefix).await?, MIGRATIONS)? {
         execute(connection, migration.sql(prefix)).await?;
         tracing::info!(target: TRACING_TARGET, file = migration.file, schema, "migrated the tables");
     }
@@ -67,11 +72,13 @@ async fn version(
     prefix: &Identifier,
 ) -> Result<i64, StoreError> {
     let table = format!("{schema}.{prefix}_migrations");
-    let there = one_row(connection, mode, Call::new(TABLE_THERE).with(Value::Text(&table))).await?;
+    let there = Statement::new(TABLE_THERE, '$');
+    let there = one_row(connection, mode, Call::new(&there).with("table", table.as_str())).await?;
     if !column::<bool>(&there, "there")? {
         return Ok(0);
     }
-    column(&one_row(connection, mode, Call::new(VERSION.replace("{migrations}", &table))).await?, "version")
+    let version = Statement::new(&VERSION.replace("{migrations}", &table), '$');
+    column(&one_row(connection, mode, Call::new(&version)).await?, "version")
 }
 
 async fn one_row(
@@ -145,7 +152,7 @@ fn warnings(server: &PgRow) -> Result<Vec<String>, StoreError> {
 }
 
 const SERVER: &str = "
-SELECT quote_ident(coalesce(nullif($1, ''), current_schema()::text)) AS schema,
+SELECT quote_ident(coalesce(nullif(:schema, ''), current_schema()::text)) AS schema,
     current_setting('server_version_num')::int AS version,
     pg_is_in_recovery() AS standby,
     current_setting('default_transaction_read_only')::bool AS read_only,
@@ -163,17 +170,19 @@ const WARNINGS: [(&str, &str); 4] = [
     ("pages_torn", "full_page_writes is off: a crash of the machine can destroy records"),
     (
         "isolated",
-        "default_transaction_isolation is stricter than read committed: claims of one key at once fail more often",
+        "default_transaction_isolation is stricter than read committed: simultaneous claims of one key fail more often",
     ),
 ];
 
-/// Reading `pg_class` makes the connection forget what it believed before others committed; `to_regclass` alone may
-/// still deny a table that was created while this process waited for the lock.
-const TABLE_THERE: &str = "SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass($1)) AS there";
+/// Reading `pg_class` makes the connection forget what it believed before others committed;
+/// `to_regclass` alone may still deny a table that was created while this process waited for the
+/// lock.
+const TABLE_THERE: &str = "SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass(:table)) AS there";
 
 const VERSION: &str = "SELECT coalesce(max(version), 0)::bigint AS version FROM {migrations}";
 
-/// The isolation level lets each statement see what another process committed while this one waited for the lock.
+/// The isolation level lets each statement see what another process committed while this one waited
+/// for the lock.
 const BEGIN: &str = "
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL search_path = {schema};

@@ -1,13 +1,13 @@
 //! Transactions of handlers.
 //!
-//! A transaction begins by locking the record's row, if it is the attempt's. The lock stands in for the lease: claims and
-//! renewals skip a locked row, so nobody takes the record over, and nothing changes the row under a transaction that
-//! sees an older snapshot.
+//! A transaction begins by locking the record's row, if it is the attempt's. The lock stands in for
+//! the lease: claims and renewals skip a locked row, so no claim takes the record over, and nothing
+//! changes the row under a transaction that sees an older snapshot.
 //!
-//! Two marks are left at the begin. A setting that ends with the transaction is part of the fence of the completion. A
-//! savepoint, to which even a failed transaction can be rolled back, proves in every other case that the transaction is
-//! still the one that was begun. It is set after the row was locked: a rollback to it keeps the lock until the lease is
-//! renewed.
+//! Two marks are left at the begin. A setting that ends with the transaction is part of the fence
+//! of the completion. A savepoint, to which even a failed transaction can be rolled back, proves in
+//! every other case that the transaction is still the one that was begun. It is set after the row
+//! was locked: a rollback to it keeps the lock until the lease is renewed.
 
 use std::{pin::pin, time::Duration};
 
@@ -15,13 +15,17 @@ use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
 use tokio::time::timeout;
 
-use super::{PostgresStore, call::Value, connection, of_attempt};
+use super::{PostgresStore, connection};
 use crate::{
     error::{BoxError, StoreError},
     redact::TRACING_TARGET,
     store::{
-        sql,
-        sql::slot::{Driver, Last},
+        sql::{
+            Engine,
+            call::Call,
+            errors, savepoint,
+            slot::{Driver, Last},
+        },
         transaction::{IsolationLevel, TransactionError, TransactionErrorKind, TransactionLimits},
     },
     stored::record::Attempt,
@@ -35,7 +39,7 @@ pub(super) struct AttemptTransaction {
     limits: TransactionLimits,
 }
 
-/// How the connections of the given pool are set.
+/// The settings of the given pool's connections.
 #[derive(Debug)]
 pub(super) struct Session {
     enable_seqscan: String,
@@ -47,12 +51,15 @@ impl Session {
     async fn learn(pool: &PgPool) -> Result<Self, StoreError> {
         let learned = async {
             let row = match sqlx::raw_sql(SESSION).fetch_one(pool).await {
-                Err(error) if sql::code(&error).as_deref() == Some(ABORTED) => {
+                Err(error) if errors::code(&error).as_deref() == Some(ABORTED) => {
                     sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK; {SESSION}"))).fetch_one(pool).await?
                 }
                 learned => learned?,
             };
-            let millis = |name| row.try_get(name).and_then(sql::number).map(Duration::from_millis);
+            let millis = |name| {
+                row.try_get::<i64, _>(name)
+                    .map(|millis| Duration::from_millis(millis.try_into().unwrap_or(0)))
+            };
             Ok(Self {
                 enable_seqscan: row.try_get("enable_seqscan")?,
                 statement_timeout: millis("statement_timeout")?,
@@ -68,10 +75,12 @@ impl AttemptTransaction {
         Self { store, attempt, limits }
     }
 
-    /// What begins the transaction, in one message. The record is to be locked by its key: a walk over a small table
-    /// would read all records, and under SERIALIZABLE collide with everybody else's transaction.
+    /// The text that begins the transaction, in one message. The record must be locked by its key:
+    /// a walk over a small table would read all records, and under SERIALIZABLE collide with every
+    /// other transaction.
     fn begin_text(&self, session: &Session, after_failure: bool) -> String {
-        // A connection that was left in a failed transaction refuses whatever does not begin with a rollback.
+        // A connection that was left in a failed transaction refuses whatever does not begin with a
+        // rollback.
         let first = if after_failure { "ROLLBACK; " } else { "" };
         let isolation = match self.limits.isolation {
             None => "",
@@ -89,25 +98,27 @@ impl AttemptTransaction {
         )
     }
 
-    /// Begins the transaction and locks the record. In a task that is not cancelled: a connection whose BEGIN was not
-    /// awaited goes back to its pool inside of the transaction.
+    /// Begins the transaction and locks the record. In a task that is not cancelled: a connection
+    /// whose BEGIN was not awaited goes back to its pool inside of the transaction.
     async fn try_begin(self, after_failure: bool) -> Result<Transaction<'static, Postgres>, NotBegun> {
         let statements = self.store.sql().await.map_err(not_begun)?;
         let session = self.store.state.session.get_or_make(async || Session::learn(&self.store.pool).await);
         let session = session.await.map_err(not_begun)?;
         let text = self.begin_text(session, after_failure);
         let begun = self.store.pool.begin_with(AssertSqlSafe(text)).await;
-        let mut transaction = begun.map_err(|source| match sql::code(&source) {
+        let mut transaction = begun.map_err(|source| match errors::code(&source) {
             Some(code) if code.starts_with("25") => NotBegun::Again(left_open().with_source(source)),
             _ => not_begun(source),
         })?;
-        let lock = of_attempt(&statements.lock, &self.attempt).with(Value::Text(&session.enable_seqscan));
+        let lock = Call::new(&statements.own.lock)
+            .of_attempt(&self.attempt)
+            .with("enable_seqscan", session.enable_seqscan.as_str());
         let rows = lock.fetch_all_inside(&mut transaction, self.store.settings.mode).await;
         let fresh = rows.and_then(|rows| rows.first().map(|row| row.try_get("fresh")).transpose());
         let unlocked = |source| NotBegun::Again(failed("the record could not be locked", source));
         match fresh {
             Ok(Some(true)) => {
-                let savepoint = AssertSqlSafe(format!("SAVEPOINT {}", sql::savepoint(&self.attempt)));
+                let savepoint = AssertSqlSafe(format!("SAVEPOINT {}", savepoint(&self.attempt)));
                 let set = sqlx::raw_sql(savepoint).execute(&mut *transaction).await;
                 set.map(|_| transaction).map_err(unlocked)
             }
@@ -125,18 +136,17 @@ impl AttemptTransaction {
         }
     }
 
-    /// Whether it was written: not if the handler has ended the transaction, or forgotten every setting.
+    /// Returns false if the handler has ended the transaction, or reset every setting.
     async fn write(&self, connection: &mut PgConnection, last: &Last) -> Result<bool, TransactionError> {
-        let statements = self.store.sql().await?;
+        let own = &self.store.sql().await?.own;
         let call = match last {
-            Last::Completion(response) => {
-                of_attempt(&statements.complete_locked, &self.attempt).with(Value::Bytes(response))
-            }
-            Last::Phase { name, result } => of_attempt(&statements.finish_phase, &self.attempt)
-                .with(Value::Text(name))
-                .with(Value::Bytes(result))
-                .with(Value::Int(sql::micros(self.limits.lease))),
+            Last::Completion(response) => Call::new(&own.complete_locked).with("response", &**response),
+            Last::Phase { name, result } => Call::new(&own.finish_phase)
+                .with("name", name.as_str())
+                .with("result", &**result)
+                .with("lease", self.limits.lease),
         };
+        let call = call.of_attempt(&self.attempt);
         let rows = call.fetch_all_inside(connection, self.store.settings.mode).await;
         let completed = rows.and_then(|rows| rows.first().map_or(Ok(false), |row| row.try_get("completed")));
         completed.map_err(|source| failed("the last statement of the transaction failed", source))
@@ -160,26 +170,31 @@ impl AttemptTransaction {
         let _ = timeout(PATIENCE, transaction.rollback()).await;
     }
 
-    /// Undoes what the handler has written, and fails if the transaction is not the one that was begun. The lease counts
-    /// anew before the row is unlocked: whatever is written down next, nobody takes the record over in between.
+    /// Undoes what the handler has written, and fails if the transaction is not the one that was
+    /// begun. The lease is renewed before the row is unlocked, so that no claim takes the record
+    /// over before the attempt's next write.
     async fn undo(&self, mut transaction: Transaction<'static, Postgres>) -> Result<(), TransactionError> {
-        // What a statement that nobody waited for has failed with says nothing about those that follow.
+        // The error of a statement that the handler did not await says nothing about those that
+        // follow.
         while let Err(sqlx::Error::Database(_)) = transaction.ping().await {}
-        let renew = of_attempt(&self.store.sql().await?.renew_locked, &self.attempt)
-            .with(Value::Int(sql::micros(self.limits.lease)))
+        let renew = Call::new(&self.store.sql().await?.own.renew_locked)
+            .of_attempt(&self.attempt)
+            .with("lease", self.limits.lease)
             .text();
-        let undo = format!("ROLLBACK TO SAVEPOINT {}; {renew}", sql::savepoint(&self.attempt));
+        let undo = format!("ROLLBACK TO SAVEPOINT {}; {renew}", savepoint(&self.attempt));
         let undone = sqlx::raw_sql(AssertSqlSafe(undo)).execute(&mut *transaction).await;
         undone.map_err(|source| failed("the transaction is not in order", source))?;
         transaction.commit().await.map_err(|source| failed("the lease could not be renewed", source))
     }
 
-    /// Ends the backend that holds the lock on the record, whatever it does or only if it waits for a statement. Returns
-    /// whether there was one; `None` if the server did not say.
+    /// Ends the backend that holds the lock on the record, whatever it does or only if it waits for
+    /// a statement. Returns whether there was one; `None` if the server did not say.
     async fn terminate(&self, state: &str) -> Option<bool> {
         let terminated = async {
-            let call = of_attempt(&self.store.sql().await?.terminate, &self.attempt).with(Value::Text(state));
-            self.store.rows("terminate", call).await
+            let terminate = &self.store.sql().await?.own.terminate;
+            self.store
+                .read("terminate", Call::new(terminate).of_attempt(&self.attempt).with("state", state))
+                .await
         };
         match terminated.await {
             Ok(backends) => Some(!backends.is_empty()),
@@ -237,7 +252,8 @@ impl Driver<Postgres> for AttemptTransaction {
         let commit = async { transaction.commit().await.map_err(at_commit) };
         let committed = self.in_time(TransactionErrorKind::Unconfirmed, commit).await;
         if committed.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::Unconfirmed) {
-            // Not one that has the COMMIT: that would report a success that a standby does not have.
+            // Not one that has the COMMIT: that would report a success that a standby does not
+            // have.
             self.terminate(IDLE).await;
         }
         committed
@@ -252,7 +268,8 @@ impl Driver<Postgres> for AttemptTransaction {
         if self.terminate(ANY).await != Some(false) {
             return Ok(());
         }
-        // Where no backend has the row locked, the statement has ended just now, or the transaction was over before.
+        // Where no backend has the row locked, the statement has ended just now, or the transaction
+        // was over before.
         timeout(PATIENCE, undo).await.unwrap_or_else(|elapsed| {
             let message = "the transaction is not the one that was begun";
             Err(TransactionError::new(TransactionErrorKind::Ended, message).with_source(elapsed))
@@ -268,13 +285,14 @@ impl Driver<Postgres> for AttemptTransaction {
     }
 }
 
-/// A time-out in milliseconds: that of the session, in which zero means none, unless ours is shorter.
+/// A time-out in milliseconds: that of the session, in which zero means none, unless ours is
+/// shorter.
 fn shorter(session: Duration, ours: Duration) -> u128 {
     let limit = if session.is_zero() { ours } else { session.min(ours) };
     limit.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
 }
 
-/// Why a transaction did not begin.
+/// The reason why a transaction did not begin.
 enum NotBegun {
     /// Another connection, or another moment, may do.
     Again(TransactionError),
@@ -287,18 +305,18 @@ fn not_begun(source: impl Into<BoxError>) -> NotBegun {
 }
 
 fn left_open() -> TransactionError {
-    let message = "a connection of the pool was in a transaction that somebody had left open: see PostgresStore::guard_pool";
+    let message = "a connection of the pool was in a transaction that other code had left open: see PostgresStore::guard_pool";
     TransactionError::new(TransactionErrorKind::Unavailable, message)
 }
 
 fn failed(message: &str, source: sqlx::Error) -> TransactionError {
-    TransactionError::new(sql::transaction_error_kind(&source), message).with_source(source)
+    TransactionError::new(errors::transaction_error_kind(&source), message).with_source(source)
 }
 
 /// A server that ends the connection at COMMIT does not say whether it has committed.
 fn at_commit(source: sqlx::Error) -> TransactionError {
-    let mut kind = sql::transaction_error_kind(&source);
-    if kind == TransactionErrorKind::Lost || sql::code(&source).as_deref() == Some("40003") {
+    let mut kind = errors::transaction_error_kind(&source);
+    if kind == TransactionErrorKind::Lost || errors::code(&source).as_deref() == Some("40003") {
         kind = TransactionErrorKind::Unconfirmed;
     }
     TransactionError::new(kind, "COMMIT failed").with_source(source)
@@ -311,9 +329,10 @@ SELECT current_setting('enable_seqscan') AS enable_seqscan,
 
 /// A statement was refused because an earlier one of its transaction had failed.
 const ABORTED: &str = "25P02";
-/// What a backend may be doing when it is terminated.
+/// The states of a backend in which it is terminated.
 const ANY: &str = "%";
 const IDLE: &str = "idle in transaction%";
 const TRIES: u32 = 3;
-/// For how long a rollback waits for a statement that still runs, before the server is told to end it.
+/// The time that a rollback waits for a statement that still runs, before the server is told to end
+/// it.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -1,51 +1,271 @@
-//! A statement and its values.
+//! Statements with named values, and how a dialect renders them.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, fmt::Write, sync::Arc, time::Duration};
 
 use uuid::Uuid;
 
-/// A statement with its values `$1`, `$2` and so on.
-pub(in crate::store) struct Call<'a> {
-    pub(in crate::store) sql: Arc<str>,
-    pub(in crate::store) values: Vec<Value<'a>>,
+use super::rules::RULES;
+use crate::{
+    consumer::Consumer,
+    key::IdempotencyKey,
+    stored::record::{Attempt, Claim, RecordId},
+};
+
+/// The words in which one database differs from the others.
+///
+/// A template has fragments in braces, such as `{now}`, and values by name, such as `:consumer`.
+#[derive(Clone, Debug)]
+pub(in crate::store) struct Dialect {
+    placeholder: char,
+    fragments: Vec<(&'static str, Cow<'static, str>)>,
 }
 
+impl Dialect {
+    /// `placeholder` stands before the number of a value. `table` gives a table its full name.
+    pub(in crate::store) fn new(
+        placeholder: char,
+        table: impl Fn(&str) -> String,
+        fragments: &[(&'static str, &'static str)],
+    ) -> Self {
+        let tables = TABLES.map(|name| (name, Cow::from(table(name))));
+        let own = fragments.iter().map(|(name, value)| (*name, Cow::from(*value)));
+        Self { placeholder, fragments: own.chain(tables).collect() }
+    }
+
+    /// Replaces the fragment of this name.
+    pub(in crate::store) fn with(&self, name: &'static str, value: &'static str) -> Self {
+        let mut dialect = self.clone();
+        dialect.fragments.insert(0, (name, value.into()));
+        dialect
+    }
+
+    /// Renders a statement.
+    pub(in crate::store) fn statement(&self, template: &str) -> Statement {
+        let mut sql = String::with_capacity(4 * template.len());
+        self.fill(template, true, &mut sql);
+        Statement::new(&sql, self.placeholder)
+    }
+
+    /// Renders a statement and what it returns at its end: `columns`, in which SQLite knows no
+    /// alias.
+    pub(in crate::store) fn returning(&self, template: &str, columns: &str) -> Statement {
+        let mut sql = String::new();
+        self.fill(template, true, &mut sql);
+        sql.push_str(" RETURNING ");
+        self.fill(columns, false, &mut sql);
+        Statement::new(&sql, self.placeholder)
+    }
+
+    /// Fills in the fragments, and those that they consist of.
+    fn fill(&self, template: &str, qualified: bool, sql: &mut String) {
+        let mut rest = template;
+        while let Some((before, (name, after))) =
+            rest.split_once('{').and_then(|(before, after)| Some((before, after.split_once('}')?)))
+        {
+            sql.push_str(before);
+            rest = after;
+            match self.fragment(name) {
+                Some(fragment) => self.fill(fragment, qualified, sql),
+                None if qualified => sql.push_str(name),
+                None => rest = rest.strip_prefix('.').unwrap_or(rest),
+            }
+        }
+        sql.push_str(rest);
+    }
+
+    /// `None` for an alias.
+    fn fragment(&self, name: &str) -> Option<&str> {
+        let own = self.fragments.iter().map(|(name, value)| (*name, value.as_ref()));
+        let found = own.chain(RULES.iter().copied()).find(|(known, _)| *known == name);
+        debug_assert!(found.is_some() || ALIASES.contains(&name), "no fragment {name}");
+        found.map(|(_, value)| value)
+    }
+}
+
+const TABLES: [&str; 4] = ["records", "intents", "phases", "requests"];
+
+/// Of a record, an intent and a kept request.
+const ALIASES: [&str; 3] = ["r", "i", "q"];
+
+/// A statement as its database reads it.
+#[derive(Clone, Debug)]
+pub(in crate::store) struct Statement {
+    pub(in crate::store) text: Arc<str>,
+    /// The names of its values, in the order of their numbers.
+    names: Vec<String>,
+}
+
+impl Statement {
+    /// Gives each name a number, from 1. Two colons are a cast.
+    pub(in crate::store) fn new(template: &str, placeholder: char) -> Self {
+        let mut parts = template.split(':');
+        let mut text = parts.next().unwrap_or_default().to_owned();
+        let mut names = Vec::<String>::new();
+        while let Some(part) = parts.next() {
+            if part.is_empty() {
+                text.push_str("::");
+                text.push_str(parts.next().unwrap_or_default());
+                continue;
+            }
+            let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
+            let (name, rest) = part.split_at(end);
+            let index = names.iter().position(|known| known == name).unwrap_or_else(|| {
+                names.push(name.to_owned());
+                names.len() - 1
+            });
+            // Writing to a string does not fail.
+            let _ = write!(text, "{placeholder}{}{rest}", index + 1);
+        }
+        Self { text: text.into(), names }
+    }
+}
+
+/// Declares statements: a field and its text each.
+macro_rules! statements {
+    ($(#[$doc:meta])* $vis:vis struct $name:ident by $dialect:ident {
+        $($(#[$note:meta])* $field:ident: $statement:expr,)*
+    }) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        $vis struct $name {
+            $($(#[$note])* $vis $field: $crate::store::sql::call::Statement,)*
+        }
+
+        impl $name {
+            $vis fn new($dialect: &$crate::store::sql::call::Dialect) -> Self {
+                Self { $($field: $statement,)* }
+            }
+        }
+    };
+}
+pub(in crate::store) use statements;
+
+/// A value that every database can bind.
+#[derive(Clone, Copy)]
 pub(in crate::store) enum Value<'a> {
-    Null,
     Flag(bool),
-    Text(&'a str),
-    Bytes(&'a [u8]),
+    Text(Option<&'a str>),
+    Bytes(Option<&'a [u8]>),
     Uuid(Uuid),
     Int(i64),
     /// A time span, which every database can add to its clock.
     Span(Duration),
-    #[cfg(feature = "postgres")]
-    Small(i16),
-    #[cfg(feature = "postgres")]
-    Texts(Vec<&'a str>),
-    #[cfg(feature = "postgres")]
-    Uuids(Vec<Uuid>),
-    #[cfg(feature = "postgres")]
-    Ints(Vec<i64>),
+}
+
+/// A statement and its values.
+pub(in crate::store) struct Call<'a> {
+    pub(in crate::store) statement: &'a Statement,
+    values: Vec<(&'static str, Value<'a>)>,
 }
 
 impl<'a> Call<'a> {
-    pub(in crate::store) fn new(sql: impl Into<Arc<str>>) -> Self {
-        Self { sql: sql.into(), values: Vec::new() }
+    pub(in crate::store) fn new(statement: &'a Statement) -> Self {
+        Self { statement, values: Vec::new() }
     }
 
-    pub(in crate::store) fn with(mut self, value: Value<'a>) -> Self {
-        self.values.push(value);
+    pub(in crate::store) fn with(mut self, name: &'static str, value: impl Into<Value<'a>>) -> Self {
+        self.values.push((name, value.into()));
         self
+    }
+
+    pub(in crate::store) fn of_key(self, consumer: &'a Consumer, key: &'a IdempotencyKey) -> Self {
+        self.with("consumer", consumer.as_str()).with("key", key.as_str())
+    }
+
+    pub(in crate::store) fn of_record(
+        self,
+        consumer: &'a Consumer,
+        key: &'a IdempotencyKey,
+        record: RecordId,
+    ) -> Self {
+        self.of_key(consumer, key).with("record", record.as_uuid())
+    }
+
+    pub(in crate::store) fn of_attempt(self, attempt: &'a Attempt) -> Self {
+        self.of_key(&attempt.consumer, &attempt.key).with("attempt", attempt.id.as_uuid())
+    }
+
+    pub(in crate::store) fn of_claim(self, claim: &'a Claim) -> Self {
+        self.of_attempt(&claim.attempt)
+            .with("record", claim.record_id.as_uuid())
+            .with("fingerprint", claim.fingerprint.as_bytes())
+            .with("max_abandoned", u32::from(claim.max_abandoned.min(MOST_ABANDONED)))
+            .with("lease", claim.lease)
+            .with("retention", claim.retention)
+    }
+
+    /// The values that the statement has, in the order of their numbers.
+    pub(in crate::store) fn values(&self) -> impl Iterator<Item = Value<'a>> {
+        self.statement.names.iter().filter_map(|name| {
+            let value = self.values.iter().find(|(known, _)| known == name);
+            debug_assert!(value.is_some(), "no value for :{name} of {}", self.statement.text);
+            value.map(|(_, value)| *value)
+        })
     }
 }
 
-impl<'a> Value<'a> {
-    pub(in crate::store) fn text(text: Option<&'a str>) -> Self {
-        text.map_or(Self::Null, Self::Text)
-    }
+/// The most that fits into the smallest column that a dialect has for it.
+const MOST_ABANDONED: u16 = i16::MAX.unsigned_abs();
 
-    pub(in crate::store) fn bytes(bytes: Option<&'a [u8]>) -> Self {
-        bytes.map_or(Self::Null, Self::Bytes)
+impl From<bool> for Value<'_> {
+    fn from(flag: bool) -> Self {
+        Self::Flag(flag)
+    }
+}
+
+impl<'a> From<&'a str> for Value<'a> {
+    fn from(text: &'a str) -> Self {
+        Self::Text(Some(text))
+    }
+}
+
+impl<'a> From<Option<&'a str>> for Value<'a> {
+    fn from(text: Option<&'a str>) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl<'a> From<&'a [u8]> for Value<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self::Bytes(Some(bytes))
+    }
+}
+
+impl<'a> From<Option<&'a [u8]>> for Value<'a> {
+    fn from(bytes: Option<&'a [u8]>) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+impl From<Uuid> for Value<'_> {
+    fn from(id: Uuid) -> Self {
+        Self::Uuid(id)
+    }
+}
+
+impl From<u32> for Value<'_> {
+    fn from(number: u32) -> Self {
+        Self::Int(number.into())
+    }
+}
+
+impl From<Duration> for Value<'_> {
+    fn from(span: Duration) -> Self {
+        Self::Span(span)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_sent_in_the_order_of_the_statement() {
+        let dialect = Dialect::new('$', str::to_owned, &[]);
+        let statement = dialect
+            .statement("UPDATE {records} AS {r} SET a = :new::text WHERE {r}.b = :old OR :new IS NULL");
+        assert_eq!(&*statement.text, "UPDATE records AS r SET a = $1::text WHERE r.b = $2 OR $1 IS NULL");
+        let call = Call::new(&statement).with("old", 1).with("unused", true).with("new", "x");
+        assert!(matches!(call.values().collect::<Vec<_>>()[..], [Value::Text(Some("x")), Value::Int(1)]));
     }
 }

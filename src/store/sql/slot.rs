@@ -1,4 +1,4 @@
-//! Where the transaction of an attempt lies.
+//! The place where the transaction of an attempt lies.
 
 use std::{
     fmt,
@@ -24,7 +24,7 @@ use crate::{
     store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind, TransactionUsage},
 };
 
-/// What a database does for transactions of handlers. No call is cancelled.
+/// The part of a database in transactions of handlers. No call is cancelled.
 #[async_trait]
 pub(crate) trait Driver<DB: Database>: fmt::Debug + Send + Sync + 'static {
     /// A fresh transaction in which the record is the attempt's and stays so.
@@ -37,14 +37,14 @@ pub(crate) trait Driver<DB: Database>: fmt::Debug + Send + Sync + 'static {
     /// Rolls back, whatever state the transaction is in.
     async fn roll_back(&self, transaction: Transaction<'static, DB>) -> Result<(), TransactionError>;
 
-    /// Ends a transaction that somebody keeps, if the database can.
+    /// Ends a transaction that the handler does not give back, if the database can.
     async fn revoke(&self);
 
     /// A driver for another transaction of the same attempt.
     fn again(&self) -> Box<dyn Driver<DB>>;
 }
 
-/// What the last statement of a transaction writes.
+/// The last statement of a transaction.
 #[derive(Clone)]
 pub(crate) enum Last {
     /// The response that completes the record.
@@ -65,7 +65,8 @@ impl fmt::Debug for Last {
     }
 }
 
-/// Where the transaction of an attempt is: between the request's extensions, the handler and the layer.
+/// The place of an attempt's transaction: between the request's extensions, the handler and the
+/// layer.
 #[derive(Debug)]
 pub(crate) struct Slot<DB: Database> {
     driver: Box<dyn Driver<DB>>,
@@ -176,7 +177,7 @@ impl<DB: Database> Slot<DB> {
         self.changed.notify_waiters();
     }
 
-    /// What `look` finds, as soon as it finds something.
+    /// Waits until `look` finds something, and returns it.
     async fn wait_for<T>(&self, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
             let changed = self.changed.notified();
@@ -187,7 +188,8 @@ impl<DB: Database> Slot<DB> {
         }
     }
 
-    /// Begins the transaction the first time, in a task that goes on when nobody waits for it any more.
+    /// Begins the transaction the first time, in a task that goes on when the caller stops waiting
+    /// for it.
     pub(crate) async fn lend(self: Arc<Self>) -> Result<Lent<DB>, Arc<TransactionError>> {
         let lent = timeout(self.begin_timeout, self.wait_for(|| self.try_lend())).await;
         lent.unwrap_or_else(|elapsed| {
@@ -240,8 +242,8 @@ impl<DB: Database> Slot<DB> {
         self.changed.notify_waiters();
     }
 
-    /// The transaction, which nobody gets any more. Waits while it is being begun. One that the handler keeps is ended
-    /// by the database, if it can.
+    /// Takes the transaction away. Waits while it is being begun. One that the handler keeps is
+    /// ended by the database, if it can.
     async fn take(&self) -> Result<Transaction<'static, DB>, TransactionError> {
         let taken = self.wait_for(|| self.try_take()).await;
         if taken.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::InUse) {

@@ -1,12 +1,13 @@
 //! The store's own connections.
 
 use std::{
+    future::poll_fn,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use sqlx::{
-    AssertSqlSafe, Connection, SqlitePool, Transaction,
+    AssertSqlSafe, Connection, Either, Executor, SqlitePool, Transaction,
     pool::PoolConnection,
     sqlite::{Sqlite, SqliteConnection, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
@@ -18,26 +19,20 @@ use tokio::{
 use super::Prepared;
 use crate::{
     error::{StoreError, StoreErrorKind},
-    store::sql::{self, Meaning},
+    store::sql::{
+        Rank, Reply,
+        errors::{self, Meaning},
+    },
 };
 
 /// One connection that writes, behind which writers queue fairly, and a few that read.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     writer: OnceLock<SqlitePool>,
-    /// The queue of newcomers. Who owns a record does not stand in it: renewals and ends of attempts wait for the
-    /// connection alone, so that they come before whatever is in the queue.
+    /// The queue of newcomers. Who owns a record does not stand in it: renewals and ends of
+    /// attempts wait for the connection alone, so that they come before whatever is in the queue.
     queue: Arc<Mutex<()>>,
     readers: OnceLock<SqlitePool>,
-}
-
-/// Who is to write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rank {
-    /// An attempt that owns its record: it goes first.
-    Owner,
-    /// Everybody else.
-    Newcomer,
 }
 
 impl Connections {
@@ -59,10 +54,10 @@ impl Connections {
         rank: Rank,
         operation: &str,
         query: Prepared<'_>,
-    ) -> Result<Vec<SqliteRow>, StoreError> {
+    ) -> Result<Reply<SqliteRow>, StoreError> {
         let _turn = if rank == Rank::Newcomer { Some(self.turn().await?) } else { None };
         let mut connection = self.writer(base).await?;
-        query.fetch_all(&mut *connection).await.map_err(|source| error(operation, source))
+        reply(query, &mut connection).await.map_err(|source| error(operation, source))
     }
 
     /// The head of the queue, until it is dropped.
@@ -94,7 +89,24 @@ impl Connections {
     }
 }
 
-/// Opening a connection sets the journal mode, which does not wait for a lock that another connection holds.
+/// Runs a statement to its end.
+pub(super) async fn reply(
+    query: Prepared<'_>,
+    connection: &mut SqliteConnection,
+) -> Result<Reply<SqliteRow>, sqlx::Error> {
+    let mut reply = Reply { changed: 0, rows: Vec::new() };
+    let mut stream = connection.fetch_many(query);
+    while let Some(part) = poll_fn(|cx| stream.as_mut().poll_next(cx)).await.transpose()? {
+        match part {
+            Either::Right(row) => reply.rows.push(row),
+            Either::Left(done) => reply.changed += done.rows_affected(),
+        }
+    }
+    Ok(reply)
+}
+
+/// Opening a connection sets the journal mode, which does not wait for a lock that another
+/// connection holds.
 async fn patiently<T, F>(open: impl Fn() -> F) -> Result<T, sqlx::Error>
 where
     F: Future<Output = Result<T, sqlx::Error>>,
@@ -109,7 +121,7 @@ where
 }
 
 fn is_busy(error: &sqlx::Error) -> bool {
-    sql::code(error).is_some_and(|code| primary(&code) == BUSY)
+    errors::code(error).is_some_and(|code| primary(&code) == BUSY)
 }
 
 fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {
@@ -129,8 +141,8 @@ fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {
         .connect_lazy_with(options)
 }
 
-/// A handler that has ended its transaction by a statement of its own leaves a connection for which sqlx still counts
-/// one, and which never begins another.
+/// A handler that has ended its transaction by a statement of its own leaves a connection for which
+/// sqlx still counts one, and which never begins another.
 async fn is_in_order(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     if connection.is_in_transaction() {
         // A rollback of what was dropped may be on its way.
@@ -140,11 +152,11 @@ async fn is_in_order(connection: &mut SqliteConnection) -> Result<bool, sqlx::Er
 }
 
 pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
-    sql::statement_error(operation, source, meaning)
+    errors::statement_error(operation, source, meaning)
 }
 
 fn connect_error(source: sqlx::Error) -> StoreError {
-    sql::connect_error(source, |code| {
+    errors::connect_error(source, |code| {
         let (kind, hint) = meaning(code);
         (kind == StoreErrorKind::Misconfigured).then_some(hint)
     })
@@ -170,7 +182,7 @@ fn meaning(code: &str) -> Meaning {
         7 | 13 | 14 => (Unavailable, "the database file cannot be opened, or memory or disk are full"),
         10 => (Ambiguous, "the disk failed"),
         26 => (Misconfigured, "the file is not a SQLite database"),
-        _ => (Internal, sql::UNEXPECTED),
+        _ => (Internal, errors::UNEXPECTED),
     }
 }
 

@@ -2,11 +2,15 @@
 
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
 
-use super::{SqliteStore, connection::error, statements::Statements};
+use super::{SqliteStore, connection::error, dialect::Statements};
 use crate::{
     error::StoreError,
     redact::TRACING_TARGET,
-    store::sql::{self, Identifier, Migration, Ready, TableCreation, misconfigured},
+    store::sql::{
+        TableCreation,
+        errors::misconfigured,
+        setup::{self, Identifier, Migration, Ready},
+    },
 };
 
 impl SqliteStore {
@@ -15,7 +19,8 @@ impl SqliteStore {
     }
 
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
-        // Detached, so that a call that is dropped half-way closes it and leaves no transaction open.
+        // Detached, so that a call that is dropped half-way closes it and leaves no transaction
+        // open.
         let mut connection = self.state.connections.writer(&self.pool).await?.detach();
         refuse_memory(&mut connection).await?;
         execute(&mut connection, "BEGIN IMMEDIATE").await?;
@@ -45,9 +50,9 @@ async fn migrate(
     prefix: &Identifier,
     creation: TableCreation,
 ) -> Result<(), StoreError> {
-    let pending = sql::pending(version(connection, prefix).await?, MIGRATIONS)?;
+    let pending = setup::pending(version(connection, prefix).await?, MIGRATIONS)?;
     if creation == TableCreation::Manual && !pending.is_empty() {
-        return Err(sql::tables_missing(pending, None, prefix));
+        return Err(setup::tables_missing(pending, None, prefix));
     }
     for migration in pending {
         execute(connection, migration.sql(prefix)).await?;

@@ -1,7 +1,8 @@
 //! Transactions of handlers.
 //!
-//! A transaction runs on the connection that writes, so while it is open nobody else writes, and nobody can take the
-//! record over. A savepoint set at its begin proves at the end that it is still the transaction that was begun.
+//! A transaction runs on the connection that writes, so while it is open there is no other write,
+//! and no claim can take the record over. A savepoint set at its begin proves at the end that it is
+//! still the transaction that was begun.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -15,12 +16,15 @@ use sqlx::{
 };
 use tokio::sync::OwnedMutexGuard;
 
-use super::{SqliteStore, connection::primary, of_attempt, statements::millis};
+use super::{SqliteStore, connection::primary, prepared};
 use crate::{
     redact::TRACING_TARGET,
     store::{
-        sql,
-        sql::slot::{Driver, Last},
+        sql::{
+            call::Call,
+            errors, savepoint,
+            slot::{Driver, Last},
+        },
         transaction::{TransactionError, TransactionErrorKind},
     },
     stored::record::Attempt,
@@ -49,9 +53,11 @@ impl AttemptTransaction {
         let statements = self.store.sql().await?;
         let connections = &self.store.state.connections;
         self.set_turn(Some(connections.turn().await?));
-        let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", sql::savepoint(&self.attempt));
+        let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", savepoint(&self.attempt));
         let mut transaction = connections.begin(&self.store.pool, begin).await?;
-        let mine = of_attempt(&statements.mine, &self.attempt).fetch_optional(&mut *transaction).await;
+        let mine = prepared(&Call::new(&statements.own.mine).of_attempt(&self.attempt))
+            .fetch_optional(&mut *transaction)
+            .await;
         match mine
             .map_err(|source| failed(TransactionErrorKind::Lost, "the record could not be read", source))?
         {
@@ -70,7 +76,7 @@ impl AttemptTransaction {
         connection: &mut SqliteConnection,
         verb: &str,
     ) -> Result<(), TransactionError> {
-        let statement = AssertSqlSafe(format!("{verb} {}", sql::savepoint(&self.attempt)));
+        let statement = AssertSqlSafe(format!("{verb} {}", savepoint(&self.attempt)));
         let done = sqlx::raw_sql(statement).execute(connection).await;
         let message = "the transaction is not the one that was begun";
         done.map(drop).map_err(|source| match code(&source) {
@@ -84,25 +90,30 @@ impl AttemptTransaction {
         let statements = self.store.sql().await?;
         let fenced = match last {
             Last::Completion(response) => {
-                of_attempt(&statements.complete, &self.attempt).bind(response.as_ref())
+                Call::new(&statements.shared.records.complete).with("response", &**response)
             }
-            Last::Phase { .. } => of_attempt(&statements.keep, &self.attempt).bind(millis(self.lease)),
+            Last::Phase { .. } => Call::new(&statements.own.retain).with("lease", self.lease),
         };
         let failed = |source| {
             let message = "the last statement of the transaction failed";
             failed(TransactionErrorKind::Failed, message, source)
         };
-        if fenced.fetch_all(&mut *connection).await.map_err(failed)?.is_empty() {
+        let changed = prepared(&fenced.of_attempt(&self.attempt)).execute(&mut *connection).await;
+        if changed.map_err(failed)?.rows_affected() == 0 {
             return Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's"));
         }
         if let Last::Phase { name, result } = last {
-            let finish = of_attempt(&statements.finish_phase, &self.attempt).bind(name).bind(result.as_ref());
-            finish.execute(connection).await.map_err(failed)?;
+            let finish = Call::new(&statements.own.finish_phase)
+                .of_attempt(&self.attempt)
+                .with("name", name.as_str())
+                .with("result", &**result);
+            prepared(&finish).execute(connection).await.map_err(failed)?;
         }
         Ok(())
     }
 
-    /// Rolls back without asking whose transaction it is. A connection that is not in order is closed.
+    /// Rolls back without asking whose transaction it is. A connection that is not in order is
+    /// closed.
     async fn abandon(&self, transaction: Transaction<'static, Sqlite>) {
         if let Err(error) = transaction.rollback().await {
             let error = &error as &dyn std::error::Error;
@@ -158,7 +169,7 @@ fn failed(kind: TransactionErrorKind, message: &str, source: sqlx::Error) -> Tra
 }
 
 fn code(error: &sqlx::Error) -> Option<u32> {
-    sql::code(error).map(|code| primary(&code))
+    errors::code(error).map(|code| primary(&code))
 }
 
 /// `SQLITE_ERROR`: what is said of a savepoint that does not exist.

@@ -140,7 +140,7 @@ impl RecoveryStore for Faulty {
         Ok(found.or(self.has(RecoveryFault::UnfinishedPhaseIsEmpty).then(Bytes::new)))
     }
 
-    async fn keep_record(
+    async fn retain_record(
         &self,
         consumer: &Consumer,
         key: &IdempotencyKey,

@@ -42,7 +42,7 @@ impl Faulty {
         let anew =
             format!("UPDATE idempotency_records SET attempt_number = 0 WHERE id = {}", literal(record));
         self.spoil(RecoveryFault::KeptRecordCountsAnew, &anew).await;
-        match self.sound().keep_record(consumer, key, record).await? {
+        match self.sound().retain_record(consumer, key, record).await? {
             Fenced::Lost if self.has(RecoveryFault::KeepingARecordUnfenced) => Ok(Fenced::Applied),
             fenced => Ok(fenced),
         }

@@ -1,0 +1,70 @@
+//! Errors of a database, as a store reports them.
+
+use std::borrow::Cow;
+
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    store::transaction::TransactionErrorKind,
+};
+
+/// The meaning of a database's error code, and the advice for an operator.
+pub(in crate::store) type Meaning = (StoreErrorKind, &'static str);
+
+pub(in crate::store) fn misconfigured(message: impl Into<String>) -> StoreError {
+    StoreError::new(StoreErrorKind::Misconfigured, message)
+}
+
+/// The code that the database gave an error.
+pub(crate) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error().and_then(|error| error.code())
+}
+
+/// The meaning of a failed statement for its transaction, by the codes of PostgreSQL. Those of
+/// SQLite mean that the statement failed.
+pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
+    use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
+    match (error, code(error).as_deref()) {
+        (_, Some("25P01" | "3B001")) => TransactionErrorKind::Ended,
+        (_, Some("40001" | "40P01" | "55P03")) => TransactionErrorKind::Conflict,
+        (_, Some("57014" | "25P03" | "25P04")) => TransactionErrorKind::Lost,
+        (_, Some(code)) if code.starts_with("57P") || code.starts_with("08") => TransactionErrorKind::Lost,
+        (Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut, _) => TransactionErrorKind::Lost,
+        _ => TransactionErrorKind::Failed,
+    }
+}
+
+/// An error from taking a connection out of a pool: nothing was sent.
+pub(in crate::store) fn connect_error(
+    source: sqlx::Error,
+    refusal: fn(&str) -> Option<&'static str>,
+) -> StoreError {
+    let error = match (&source, code(&source).as_deref().and_then(refusal)) {
+        (_, Some(refused)) => misconfigured(refused),
+        (sqlx::Error::Configuration(_), None) => {
+            misconfigured("the settings of the connection are not usable")
+        }
+        _ => StoreError::new(StoreErrorKind::Unavailable, "no connection to the database"),
+    };
+    error.with_source(source)
+}
+
+/// An error from a statement that was sent.
+pub(in crate::store) fn statement_error(
+    operation: &str,
+    source: sqlx::Error,
+    meaning: fn(&str) -> Meaning,
+) -> StoreError {
+    use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
+    #[expect(clippy::wildcard_enum_match_arm, reason = "everything else comes from encoding and decoding")]
+    let (kind, hint) = match &source {
+        Database(error) => error.code().map_or((StoreErrorKind::Internal, UNEXPECTED), |code| meaning(&code)),
+        Io(_) | Protocol(_) | WorkerCrashed => {
+            (StoreErrorKind::Ambiguous, "the connection broke before the reply")
+        }
+        PoolClosed | PoolTimedOut => (StoreErrorKind::Unavailable, "no connection to the database"),
+        _ => (StoreErrorKind::Internal, "a row could not be read"),
+    };
+    StoreError::new(kind, format!("{operation}: {hint}")).with_source(source)
+}
+
+pub(in crate::store) const UNEXPECTED: &str = "the database answered with an unexpected error";

@@ -1,0 +1,222 @@
+//! The contract of [`Store`], for every SQL database.
+
+use std::{collections::HashMap, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::Extensions;
+
+use super::{
+    Engine, Rank,
+    call::{Call, Statement},
+    micros,
+    rows::{self, Fields, required},
+};
+use crate::{
+    consumer::Consumer,
+    error::StoreError,
+    key::IdempotencyKey,
+    store::{
+        RecoveryStore, Store,
+        transaction::{StoreTransaction, TransactionLimits},
+    },
+    stored::record::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordState,
+        RenewOutcome, Renewal, Resolution, ResolveOutcome,
+    },
+};
+
+#[async_trait]
+impl<E: Engine> Store for E {
+    async fn prepare(&self) -> Result<Vec<String>, StoreError> {
+        Ok(self.warnings().await?.to_vec())
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        for _ in 0..CLAIM_ROUNDS {
+            if let Some(outcome) = self.try_claim(claim).await? {
+                return Ok(outcome);
+            }
+        }
+        Ok(ClaimOutcome::Contended)
+    }
+
+    async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
+        let mut outcomes = Vec::with_capacity(renewals.len());
+        for batch in renewals.chunks(RENEW_BATCH) {
+            let rows = self.renew_batch(batch).await?;
+            let renewed = renewed(batch, &rows);
+            outcomes.extend(renewed.map_err(|source| Self::error("renew", source))?);
+        }
+        Ok(outcomes)
+    }
+
+    async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
+        let statement = &self.statements().await?.records.complete;
+        let call = Call::new(statement).of_attempt(attempt).with("response", &*response);
+        if self.change(Rank::Owner, "complete", call).await? > 0 {
+            return Ok(CompleteOutcome::Completed);
+        }
+        Ok(not_completed(attempt, self.get(&attempt.consumer, &attempt.key).await?))
+    }
+
+    async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        let records = &self.statements().await?.records;
+        // In this order: what is retained between the two statements is left by the second one, and
+        // never deleted.
+        match fenced(self, "release", &records.release, attempt).await? {
+            Fenced::Applied => Ok(Fenced::Applied),
+            Fenced::Lost => fenced(self, "release", &records.release_retained, attempt).await,
+        }
+    }
+
+    async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
+        fenced(self, "hold", &self.statements().await?.records.hold, attempt).await
+    }
+
+    async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
+        let call = Call::new(&self.statements().await?.records.get).of_key(consumer, key);
+        let rows = self.read("get", call).await?;
+        rows.first().map(rows::record).transpose().map_err(|source| Self::error("get", source))
+    }
+
+    async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
+        let call = Call::new(&self.statements().await?.records.list)
+            .with("filter", shown_state(filter))
+            .with("limit", limit);
+        let rows = self.read("list", call).await?;
+        rows.iter().map(rows::record).collect::<Result<_, _>>().map_err(|source| Self::error("list", source))
+    }
+
+    async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
+        let call = Call::new(&self.statements().await?.records.evict).of_key(consumer, key);
+        Ok(self.change(Rank::Newcomer, "evict", call).await? > 0)
+    }
+
+    async fn resolve(
+        &self,
+        consumer: &Consumer,
+        key: &IdempotencyKey,
+        resolution: Resolution,
+    ) -> Result<ResolveOutcome, StoreError> {
+        let records = &self.statements().await?.records;
+        let calls = match &resolution {
+            Resolution::Release => {
+                vec![Call::new(&records.resolve_release), Call::new(&records.resolve_release_retained)]
+            }
+            Resolution::Complete(response) => {
+                vec![Call::new(&records.resolve_complete).with("response", &**response)]
+            }
+        };
+        // Deleting comes first, for the same reason as in `release`.
+        for call in calls {
+            if self.change(Rank::Newcomer, "resolve", call.of_key(consumer, key)).await? > 0 {
+                return Ok(ResolveOutcome::Resolved);
+            }
+        }
+        Ok(not_resolved(self.get(consumer, key).await?))
+    }
+
+    fn transaction(
+        &self,
+        attempt: &Attempt,
+        limits: &TransactionLimits,
+        extensions: &mut Extensions,
+    ) -> Option<Arc<dyn StoreTransaction>> {
+        Some(self.lay_out(attempt, limits, extensions))
+    }
+
+    fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
+        Some(Arc::new(self.clone()))
+    }
+
+    async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
+        let call = Call::new(&self.statements().await?.purges.records).with("limit", limit);
+        self.change(Rank::Newcomer, "purge", call).await
+    }
+}
+
+async fn fenced<E: Engine>(
+    engine: &E,
+    operation: &str,
+    statement: &Statement,
+    attempt: &Attempt,
+) -> Result<Fenced, StoreError> {
+    let changed = engine.change(Rank::Owner, operation, Call::new(statement).of_attempt(attempt)).await?;
+    Ok(if changed > 0 { Fenced::Applied } else { Fenced::Lost })
+}
+
+/// The outcome of a claim that wrote `record`.
+pub(in crate::store) fn claimed(record: Record) -> ClaimOutcome {
+    match record.state {
+        RecordState::InProgress { .. } => ClaimOutcome::won(record.id, record.attempt_number),
+        RecordState::Held | RecordState::Completed { .. } => ClaimOutcome::Exists(Box::new(record)),
+    }
+}
+
+/// Renewals as JSON, which every database can make rows of: consumer, key, attempt in hexadecimal,
+/// lease in microseconds.
+pub(in crate::store) fn renewals_as_json(renewals: &[Renewal]) -> String {
+    let row = |renewal: &Renewal| {
+        let attempt = &renewal.attempt;
+        let id = attempt.id.as_uuid().simple().to_string().to_uppercase();
+        serde_json::json!([attempt.consumer.as_str(), attempt.key.as_str(), id, micros(renewal.lease)])
+    };
+    renewals.iter().map(row).collect::<serde_json::Value>().to_string()
+}
+
+/// Rows name an attempt and tell if its lease was renewed. The records of attempts without a row
+/// are another's.
+fn renewed(renewals: &[Renewal], rows: &[impl Fields]) -> Result<Vec<RenewOutcome>, sqlx::Error> {
+    let mut renewed = HashMap::with_capacity(rows.len());
+    for row in rows {
+        *renewed.entry(required(row.uuid("attempt")?)?).or_insert(false) |= row.flag("renewed")?;
+    }
+    let outcome = |renewal: &Renewal| match renewed.get(&renewal.attempt.id.as_uuid()) {
+        Some(true) => RenewOutcome::Renewed,
+        Some(false) => RenewOutcome::Skipped,
+        None => RenewOutcome::Lost,
+    };
+    Ok(renewals.iter().map(outcome).collect())
+}
+
+/// The outcome of a completion that changed nothing, by what is there instead.
+fn not_completed(attempt: &Attempt, found: Option<Record>) -> CompleteOutcome {
+    match found {
+        None => CompleteOutcome::Absent,
+        Some(record)
+            if record.attempt == Some(attempt.id)
+                && matches!(record.state, RecordState::Completed { .. }) =>
+        {
+            CompleteOutcome::Completed
+        }
+        Some(record) => CompleteOutcome::Lost(Box::new(record)),
+    }
+}
+
+/// The outcome of a resolution that changed nothing, by what is there instead.
+fn not_resolved(found: Option<Record>) -> ResolveOutcome {
+    let Some(record) = found else { return ResolveOutcome::Absent };
+    match record.state {
+        RecordState::Completed { .. } => ResolveOutcome::AlreadyCompleted,
+        RecordState::Held if record.unresolved > 0 => ResolveOutcome::UnresolvedIntents,
+        RecordState::InProgress { .. } | RecordState::Held => ResolveOutcome::InProgress,
+    }
+}
+
+/// The state that a list shows, or `all`.
+fn shown_state(filter: RecordFilter) -> &'static str {
+    match filter {
+        RecordFilter::All => "all",
+        RecordFilter::InProgress => "in_progress",
+        RecordFilter::Held => "held",
+        RecordFilter::Completed => "completed",
+    }
+}
+
+/// The number of times that a claim asks the database before it answers
+/// [`Contended`](crate::store::ClaimOutcome::Contended).
+const CLAIM_ROUNDS: u32 = 3;
+
+/// The most leases that one statement extends.
+const RENEW_BATCH: usize = 500;

@@ -1,0 +1,143 @@
+//! What SQLite says in its own words.
+
+use crate::store::sql::{
+    self,
+    call::{Dialect, statements},
+    setup::Identifier,
+    statements::{Purges, Records, Recovery, Takes},
+};
+
+/// Every statement of a store, for its tables.
+#[derive(Debug)]
+pub(super) struct Statements {
+    pub(super) shared: sql::Statements,
+    pub(super) takes: Takes,
+    pub(super) own: Own,
+}
+
+impl Statements {
+    pub(super) fn new(prefix: &Identifier) -> Self {
+        // A handler may have made a temporary table of that name on the connection that writes.
+        let dialect = Dialect::new('?', |table| format!("main.\"{prefix}_{table}\""), FRAGMENTS);
+        Self {
+            takes: Takes::new(&dialect),
+            own: Own::new(&dialect),
+            shared: sql::Statements {
+                records: Records::new(&dialect),
+                recovery: Recovery::new(&dialect),
+                purges: Purges::by_place(&dialect, &dialect),
+                dialect,
+            },
+        }
+    }
+}
+
+/// There are no row locks: a writer has the whole database.
+const FRAGMENTS: &[(&str, &str)] = &[
+    ("now", "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"),
+    ("delete_record", "DELETE FROM {records} AS {r}"),
+    ("or_touch_record_id", "ON CONFLICT (record_id) DO UPDATE SET record_id = excluded.record_id"),
+    ("each", "JOIN"),
+    ("each_where", "ON"),
+    ("each_end", ""),
+    ("micros(", "("),
+    (")", ") * 1000"),
+    ("bigint", "bigint"),
+    ("never", "0"),
+    ("far", "9000000000000000"),
+    ("place", "rowid"),
+    ("where_doomed", "WHERE rowid IN (SELECT place FROM doomed)"),
+    ("materialized", "MATERIALIZED"),
+    ("for_update", ""),
+    ("skip_locked_r", ""),
+    ("skip_locked_i", ""),
+    ("skip_locked_p", ""),
+    ("skip_locked_q", ""),
+];
+
+statements! {
+    /// Those in the words of SQLite alone.
+    pub(super) struct Own by dialect {
+        look: dialect.statement(
+            "SELECT {record}, {decision} <> 'show' AS open FROM {records} AS {r} WHERE {this_key}"
+        ),
+        take: dialect.returning(
+            "INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned,
+                 max_abandoned, lease_until, created_at, expires_at)
+             VALUES (:consumer, :key, :record, :fingerprint, 'in_progress', :attempt, 1, 0, :max_abandoned,
+                 {lease_until}, {now}, {now} + :retention)
+             ON CONFLICT (consumer, key) DO UPDATE SET {taken} WHERE {decision} <> 'show'",
+            "{record}"
+        ),
+        renew: dialect.with("lease", "i.lease").returning(
+            "UPDATE {records} AS {r} SET expires_at = {expiry_if_leased}, lease_until = {lease_until}
+             FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt,
+                       ((value ->> 3) + 999) / 1000 AS lease
+                   FROM json_each(:renewals)) AS i
+             WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt
+                 AND {r}.state = 'in_progress'",
+            "{r}.attempt, TRUE AS renewed"
+        ),
+        still_mine: dialect.statement(
+            "SELECT {r}.attempt, FALSE AS renewed
+             FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt
+                   FROM json_each(:renewals)) AS i
+             CROSS JOIN {records} AS {r}
+             WHERE {r}.consumer = i.consumer AND {r}.key = i.key AND hex({r}.attempt) = i.attempt
+                 AND {r}.state IN ('in_progress', 'held')"
+        ),
+        mine: dialect.statement("SELECT 1 FROM {records} AS {r} WHERE {this_key} AND {mine}"),
+        /// Retains the record of a phase, and renews the lease.
+        retain: dialect.with("retained", "TRUE").statement(
+            "UPDATE {records} AS {r} SET kept = TRUE, expires_at = {expiry_if_leased}, lease_until = {lease_until}
+             WHERE {this_key} AND {mine} AND {r}.state = 'in_progress'"
+        ),
+        finish_phase: dialect.statement(
+            "INSERT INTO {phases} (record_id, consumer, key, name, attempt, result, finished_at)
+             SELECT {r}.id, :consumer, :key, :name, :attempt, :result, {now} FROM {records} AS {r}
+             WHERE {this_key} AND {mine}"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{AssertSqlSafe, Row, SqlitePool};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_operators_and_reconcilers_ask_for_is_found_by_its_index() {
+        let pool = SqlitePool::connect("sqlite::memory:").await.unwrap();
+        let mut database = pool.acquire().await.unwrap();
+        for migration in [
+            include_str!("../../../migrations/sqlite/0001_records.sql"),
+            include_str!("../../../migrations/sqlite/0002_intents.sql"),
+        ] {
+            sqlx::raw_sql(migration).execute(&mut *database).await.unwrap();
+        }
+        let Statements { shared, takes, .. } = Statements::new(&Identifier::default_prefix());
+        let Recovery { list_open, list_dangling, list_attention, list_dead, count, .. } = shared.recovery;
+        for (statement, indices) in [
+            (list_open, &["look_at"][..]),
+            (list_dangling, &["look_at"]),
+            (list_attention, &["look_at"]),
+            (count, &["look_at"]),
+            // The second one is that of the primary key.
+            (takes.dangling, &["look_at", "1"]),
+            (list_dead, &["dead"]),
+        ] {
+            let plan = sqlx::raw_sql(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {}", statement.text)))
+                .fetch_all(&mut *database)
+                .await
+                .unwrap();
+            let plan: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
+            let uses = |step: &String, index| step.contains(&format!("idempotency_intents_{index}"));
+            assert!(indices.iter().all(|index| plan.iter().any(|step| uses(step, index))), "{plan:#?}");
+            let walks = |step: &String| {
+                step.contains("idempotency_intents") && !indices.iter().any(|index| uses(step, index))
+            };
+            assert!(!plan.iter().any(walks), "{plan:#?}");
+        }
+    }
+}
