@@ -156,10 +156,10 @@ fn copy(from: impl IntoIterator<Item = PathBuf>, to: &Path) {
 
 const WITHOUT_FENCE: Mutation = Mutation {
     name: "without-fence",
-    text: r#"("{mine}", "({r}.attempt = {attempt} AND {r}.state IN ('in_progress', 'held'))")"#,
+    text: r#"("mine", "({r}.attempt = :attempt AND {r}.state IN ('in_progress', 'held'))")"#,
     // Every statement has the attempt as a parameter, whose type has to be known.
-    replacement: r#"("{mine}", "({r}.attempt = {attempt} OR TRUE)")"#,
+    replacement: r#"("mine", "({r}.attempt = :attempt OR TRUE)")"#,
 };
 const ALWAYS_DELETING: Mutation =
-    Mutation { name: "always-deleting", text: "{mine} AND NOT r.kept", replacement: "{mine}" };
+    Mutation { name: "always-deleting", text: "{mine} AND NOT {retained}", replacement: "{mine}" };
 const ROUNDS: usize = 5;
