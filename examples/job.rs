@@ -32,7 +32,9 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode},
 };
 use tokio::time::{Instant, sleep};
-use tower_idempotency::{Consumer, IdempotencyKey, IntentError, IntentLog, LogOutcome, Reconciler, TxError};
+use tower_idempotency::{
+    Consumer, IdempotencyKey, IntentError, IntentLog, Reconciler, TxError, jobs::LogOutcome,
+};
 
 #[derive(Serialize)]
 struct Due {

@@ -22,7 +22,7 @@ use crate::{key::hex, redact::TRACING_TARGET};
 /// # use tower_idempotency::Consumer;
 /// # let mut request = http::Request::new(());
 /// request.extensions_mut().insert(Consumer::new("acme")?);
-/// # Ok::<(), tower_idempotency::consumer::InvalidConsumer>(())
+/// # Ok::<(), tower_idempotency::errors::InvalidConsumer>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Consumer(Arc<str>);
@@ -154,7 +154,7 @@ impl ConsumerExtractor {
     /// ```
     /// # use tower_idempotency::{Consumer, ConsumerExtractor};
     /// let extractor = ConsumerExtractor::shared(Consumer::new("internal")?);
-    /// # Ok::<(), tower_idempotency::consumer::InvalidConsumer>(())
+    /// # Ok::<(), tower_idempotency::errors::InvalidConsumer>(())
     /// ```
     #[must_use]
     pub fn shared(scope: Consumer) -> Self {

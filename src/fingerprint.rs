@@ -71,7 +71,7 @@ impl fmt::Debug for Fingerprint {
 ///     .canonical_json(["/metadata/sent_at"])?
 ///     .add_previous(Fingerprinter::default());
 /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_fingerprint(fingerprinter);
-/// # Ok::<(), tower_idempotency::fingerprint::InvalidPointer>(())
+/// # Ok::<(), tower_idempotency::errors::InvalidPointer>(())
 /// ```
 #[derive(Clone)]
 pub struct Fingerprinter {
@@ -150,7 +150,7 @@ impl Fingerprinter {
     /// ```
     /// # use tower_idempotency::Fingerprinter;
     /// let fingerprinter = Fingerprinter::default().canonical_json(["/metadata/sent_at"])?;
-    /// # Ok::<(), tower_idempotency::fingerprint::InvalidPointer>(())
+    /// # Ok::<(), tower_idempotency::errors::InvalidPointer>(())
     /// ```
     ///
     /// # Errors

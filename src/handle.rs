@@ -174,7 +174,7 @@ impl IdempotencyHandle {
         self.call(|store| async move { store.list(filter, limit).await }).await
     }
 
-    /// Deletes a record in any state, together with its [kept request](crate::KeptRequests).
+    /// Deletes a record in any state, together with its [kept request](crate::recovery::KeptRequests).
     /// Returns `true` if there was one.
     ///
     /// Use it with care: the next request with the key runs the handler, even if an attempt is
@@ -373,7 +373,7 @@ impl IdempotencyHandle {
     /// completer's interval.
     ///
     /// It continues after errors of the store, and after errors and panics of the application and
-    /// of [`Restore`](crate::Restore). Many nodes may run one simultaneously.
+    /// of [`Restore`](crate::recovery::Restore). Many nodes may run one simultaneously.
     ///
     /// It ends when the layer is [drained](Self::drain), after the requests that are under way. It
     /// does not end when the layer is dropped, because the completer has the application, and the

@@ -9,12 +9,12 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod attempt;
-pub mod consumer;
+mod consumer;
 mod error;
-pub mod fingerprint;
-pub mod handle;
+mod fingerprint;
+mod handle;
 pub mod jobs;
-pub mod key;
+mod key;
 pub mod layer;
 mod metrics;
 mod node;
@@ -25,6 +25,14 @@ pub mod rejection;
 mod retry;
 pub mod store;
 mod stored;
+
+/// Errors that an application seldom names: of values that are refused where they are made, and of
+/// a shutdown that took too long.
+pub mod errors {
+    pub use crate::{
+        consumer::InvalidConsumer, fingerprint::InvalidPointer, handle::DrainTimedOut, key::InvalidKey,
+    };
+}
 
 /// Calls to upstream services: what handlers build and what operators see.
 pub mod intent {
@@ -47,15 +55,13 @@ pub use consumer::{Consumer, ConsumerExtractor};
 pub use error::StoreError;
 pub use fingerprint::Fingerprinter;
 pub use handle::IdempotencyHandle;
-pub use jobs::{IntentLog, LogOutcome};
+pub use jobs::IntentLog;
 pub use key::{IdempotencyKey, KeySyntax};
-pub use layer::{IdempotencyLayer, KeptRequests, StoreOutage};
+pub use layer::IdempotencyLayer;
 pub use node::reaper::Reaper;
-pub use policy::{AbandonedAttempts, Directive, ResultPolicy};
-pub use recovery::{Completer, Lookup, Reconcile, Reconciler, Restore};
-pub use redact::KeyLogging;
+pub use policy::{Directive, ResultPolicy};
+pub use recovery::{Lookup, Reconcile, Reconciler};
 pub use rejection::{ProblemJson, Rejection, RejectionCode};
-pub use store::IsolationLevel;
 #[cfg(feature = "memory")]
 pub use store::MemoryStore;
 #[cfg(feature = "postgres")]
@@ -64,7 +70,7 @@ pub use store::PostgresStore;
 pub use store::SqliteStore;
 pub use stored::{
     intent::{CallFailure, Intent, Resource, UpstreamKey},
-    response::{Representation, StoredRepresentation},
+    response::Representation,
 };
 
 /// The guide, one chapter a page.

@@ -127,7 +127,7 @@ impl ResultPolicy {
     /// [`at_most_once`](Self::at_most_once).
     ///
     /// ```
-    /// # use tower_idempotency::{AbandonedAttempts, ResultPolicy};
+    /// # use tower_idempotency::{ResultPolicy, layer::AbandonedAttempts};
     /// let policy = ResultPolicy::default().with_abandoned(AbandonedAttempts::Hold);
     /// ```
     #[must_use]

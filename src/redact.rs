@@ -12,7 +12,7 @@ pub(crate) const TRACING_TARGET: &str = "tower_idempotency";
 /// Decides whether logs show keys.
 ///
 /// ```
-/// # use tower_idempotency::{IdempotencyLayer, KeyLogging, MemoryStore};
+/// # use tower_idempotency::{IdempotencyLayer, MemoryStore, layer::KeyLogging};
 /// let layer = IdempotencyLayer::new(MemoryStore::new())
 ///     .with_key_logging(KeyLogging::Redacted);
 /// ```

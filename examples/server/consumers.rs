@@ -8,7 +8,10 @@ use axum::{
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use tower_idempotency::{Consumer, Restore, recovery::Refused};
+use tower_idempotency::{
+    Consumer,
+    recovery::{Refused, Restore},
+};
 
 use crate::Problem;
 

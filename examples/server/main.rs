@@ -97,7 +97,8 @@ use consumers::{Consumers, authenticate};
 use payouts::Payouts;
 use tokio::signal::unix::{SignalKind, signal};
 use tower_idempotency::{
-    Completer, ConsumerExtractor, IdempotencyLayer, KeptRequests, ResultPolicy, TransactionOptions,
+    ConsumerExtractor, IdempotencyLayer, ResultPolicy, TransactionOptions,
+    recovery::{Completer, KeptRequests},
 };
 use tracing_subscriber::EnvFilter;
 

@@ -163,7 +163,7 @@ impl TransactionOptions {
     /// the handler gets the transaction.
     ///
     /// ```
-    /// # use tower_idempotency::{IsolationLevel, TransactionOptions};
+    /// # use tower_idempotency::{TransactionOptions, store::IsolationLevel};
     /// let options = TransactionOptions::default().with_isolation(IsolationLevel::Serializable);
     /// ```
     #[must_use]

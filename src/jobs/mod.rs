@@ -42,7 +42,7 @@ use crate::{
 /// # #[cfg(feature = "sqlite")] {
 /// # use tower_idempotency::{CallFailure, UpstreamKey};
 /// # async fn transfer(key: UpstreamKey) -> Result<String, CallFailure> { todo!() }
-/// use tower_idempotency::{Consumer, IdempotencyKey, IntentLog, LogOutcome, Resource};
+/// use tower_idempotency::{Consumer, IdempotencyKey, IntentLog, Resource, jobs::LogOutcome};
 ///
 /// # async fn consume(pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {
 /// let log = IntentLog::new(pool);
@@ -182,7 +182,7 @@ impl IntentLog {
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
-    /// # use tower_idempotency::{AbandonedAttempts, IntentLog, MemoryStore};
+    /// # use tower_idempotency::{IntentLog, MemoryStore, layer::AbandonedAttempts};
     /// let log = IntentLog::new(MemoryStore::new()).with_abandoned(AbandonedAttempts::Hold);
     /// # }
     /// ```
@@ -232,7 +232,9 @@ impl IntentLog {
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
-    /// # use tower_idempotency::{IntentLog, IsolationLevel, MemoryStore, TransactionOptions};
+    /// # use tower_idempotency::{
+    /// #     IntentLog, MemoryStore, TransactionOptions, store::IsolationLevel,
+    /// # };
     /// let options = TransactionOptions::default().with_isolation(IsolationLevel::Serializable);
     /// let log = IntentLog::new(MemoryStore::new()).with_transactions(options);
     /// # }

@@ -18,7 +18,7 @@ use crate::{
     stored::{codec::Codec, record::Fenced},
 };
 
-/// Settings for keeping requests, so that a [`Completer`](crate::Completer) can send those that are
+/// Settings for keeping requests, so that a [`Completer`](crate::recovery::Completer) can send those that are
 /// abandoned again.
 ///
 /// Before the handler runs, these parts of a request are kept: method, original path and query,
@@ -43,7 +43,7 @@ use crate::{
 /// # #[cfg(feature = "sqlite")] {
 /// # fn layer(pool: sqlx::SqlitePool) {
 /// use http::header;
-/// use tower_idempotency::{IdempotencyLayer, KeptRequests};
+/// use tower_idempotency::{IdempotencyLayer, recovery::KeptRequests};
 ///
 /// let kept = KeptRequests::new().add_header(header::ACCEPT).add_header(header::ACCEPT_LANGUAGE);
 /// let layer = IdempotencyLayer::new(pool).with_kept_requests(kept);
@@ -86,7 +86,7 @@ impl KeptRequests {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// # use tower_idempotency::KeptRequests;
+    /// # use tower_idempotency::recovery::KeptRequests;
     /// let kept = KeptRequests::new().with_abandoned_after(Duration::from_secs(5 * 60));
     /// ```
     #[must_use]

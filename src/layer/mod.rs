@@ -8,7 +8,7 @@ mod configure;
 mod decision;
 mod future;
 mod handler;
-mod keep;
+pub(crate) mod keep;
 mod representation;
 pub(crate) mod resent;
 mod service;
@@ -25,12 +25,11 @@ use crate::{attempt::settings::AttemptSettings, node::Node, store::IntoStore};
 pub use self::{
     body::{RequestBody, ResponseBody},
     future::ResponseFuture,
-    keep::KeptRequests,
     representation::RenderRepresentation,
     service::IdempotencyService,
     settings::StoreOutage,
 };
-pub use crate::stored::response::{Representation, StoredRepresentation};
+pub use crate::{policy::AbandonedAttempts, redact::KeyLogging, stored::response::StoredRepresentation};
 
 /// Layer that performs a request with an idempotency key once and replays its response to every
 /// retry.

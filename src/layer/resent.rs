@@ -12,7 +12,7 @@ use crate::{
     stored::{record::RecordId, request::KeptRequest},
 };
 
-/// In the extensions of a request that a [`Completer`](crate::Completer) sends. The layer takes
+/// In the extensions of a request that a [`Completer`](crate::recovery::Completer) sends. The layer takes
 /// record, consumer and key from here. No request from a network can hold it, because only this
 /// crate can name it.
 #[derive(Clone)]

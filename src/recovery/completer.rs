@@ -63,7 +63,7 @@ impl Refused {
     }
 }
 
-/// Sends [kept requests](crate::KeptRequests) again whose client did not come back.
+/// Sends [kept requests](crate::recovery::KeptRequests) again whose client did not come back.
 ///
 /// A request is abandoned if its process died, or if its handler failed after a call of an
 /// [intent](crate::Idempotency::intent) or a finished phase. Sent again, it takes its record over
@@ -71,7 +71,7 @@ impl Refused {
 /// response when it does come back.
 ///
 /// A request is not sent while its record is held, and never if the record was claimed under a
-/// policy that [holds abandoned attempts](crate::AbandonedAttempts::Hold). A request that failed
+/// policy that [holds abandoned attempts](crate::layer::AbandonedAttempts::Hold). A request that failed
 /// before any intent or phase is not sent either: nothing of it is left to complete.
 ///
 /// # When an operator is needed
@@ -92,7 +92,7 @@ impl Refused {
 /// # use tower_idempotency::{IdempotencyLayer, StoreError};
 /// # async fn start(app: axum::Router, layer: IdempotencyLayer) -> Result<(), StoreError> {
 /// use axum::{body::Body, http::Request};
-/// use tower_idempotency::{Completer, Consumer, Restore, recovery::Refused};
+/// use tower_idempotency::{Consumer, recovery::{Completer, Refused, Restore}};
 ///
 /// /// Set by the authentication layer, which lets requests pass that have it already.
 /// #[derive(Clone)]
@@ -162,12 +162,12 @@ impl Completer {
     /// doubles, up to eight times, while the store fails.
     ///
     /// A request is sent in the first pass after its lease is over and
-    /// [`with_abandoned_after`](crate::KeptRequests::with_abandoned_after) has passed. It is sent
+    /// [`with_abandoned_after`](crate::recovery::KeptRequests::with_abandoned_after) has passed. It is sent
     /// again in the first pass after the [backoff](Self::with_backoff), also if it was not sent
     /// because an attempt was running.
     ///
     /// ```
-    /// # use tower_idempotency::Completer;
+    /// # use tower_idempotency::recovery::Completer;
     /// # fn set(completer: Completer) -> Completer {
     /// completer.with_interval(std::time::Duration::from_secs(60))
     /// # }
@@ -190,7 +190,7 @@ impl Completer {
     /// Sets the greatest number of requests that one pass sends. Default: 20.
     ///
     /// ```
-    /// # use tower_idempotency::Completer;
+    /// # use tower_idempotency::recovery::Completer;
     /// # fn set(completer: Completer) -> Completer {
     /// completer.with_batch(100)
     /// # }
@@ -210,7 +210,7 @@ impl Completer {
     /// Sets the greatest number of requests under way simultaneously. Default: 4.
     ///
     /// ```
-    /// # use tower_idempotency::Completer;
+    /// # use tower_idempotency::recovery::Completer;
     /// # fn set(completer: Completer) -> Completer {
     /// completer.with_concurrency(8)
     /// # }
@@ -232,7 +232,7 @@ impl Completer {
     ///
     /// ```
     /// # use std::time::Duration;
-    /// # use tower_idempotency::Completer;
+    /// # use tower_idempotency::recovery::Completer;
     /// # fn set(completer: Completer) -> Completer {
     /// completer.with_backoff(Duration::from_secs(10), Duration::from_secs(600))
     /// # }
@@ -252,7 +252,7 @@ impl Completer {
     /// 5.
     ///
     /// ```
-    /// # use tower_idempotency::Completer;
+    /// # use tower_idempotency::recovery::Completer;
     /// # fn set(completer: Completer) -> Completer {
     /// completer.with_max_tries(3)
     /// # }
@@ -275,7 +275,7 @@ impl Completer {
     /// An attempt that has begun continues after that, and its response is stored.
     ///
     /// ```
-    /// # use tower_idempotency::Completer;
+    /// # use tower_idempotency::recovery::Completer;
     /// # fn set(completer: Completer) -> Completer {
     /// completer.with_timeout(std::time::Duration::from_secs(20 * 60))
     /// # }

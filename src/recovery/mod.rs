@@ -8,8 +8,4 @@ pub use self::{
     completer::{Completer, CompleterPass, Refused, Restore},
     reconciler::{Lookup, Reconcile, Reconciler, ReconcilerPass},
 };
-pub use crate::{
-    layer::KeptRequests,
-    node::reaper::Reaper,
-    stored::request::{KeptRequest, UnreadableRequest},
-};
+pub use crate::layer::keep::KeptRequests;

@@ -36,6 +36,7 @@ pub use transaction::{
 use crate::{consumer::Consumer, key::IdempotencyKey};
 pub use crate::{
     error::{StoreError, StoreErrorKind},
+    fingerprint::Fingerprint,
     stored::{
         intent::{CallId, IntentFence, IntentUpdate, OpenOutcome, Opening},
         record::{

@@ -153,7 +153,7 @@ impl fmt::Debug for StoredBody {
 ///
 /// In any other response they have no effect, and the response is sent as it is: when the result is
 /// not stored, and in requests that are not guarded, because they have no key or run
-/// [unprotected](crate::StoreOutage::RunUnprotected). Those requests have no
+/// [unprotected](crate::layer::StoreOutage::RunUnprotected). Those requests have no
 /// [`Idempotency`](crate::Idempotency) either: require it, or give them a whole response.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Representation(Bytes);

@@ -393,10 +393,11 @@ async fn a_store_without_kept_requests_has_nothing_to_complete() {
 
 #[test]
 fn settings_that_cannot_work_are_refused() {
-    let with = |change: fn(tower_idempotency::Completer) -> tower_idempotency::Completer| {
-        let app = axum::Router::new();
-        catch_unwind(AssertUnwindSafe(|| change(completer(app, restore_user)))).is_err()
-    };
+    let with =
+        |change: fn(tower_idempotency::recovery::Completer) -> tower_idempotency::recovery::Completer| {
+            let app = axum::Router::new();
+            catch_unwind(AssertUnwindSafe(|| change(completer(app, restore_user)))).is_err()
+        };
     assert!(!with(|completer| completer.with_timeout(Duration::from_secs(1))));
     assert!(with(|completer| completer.with_interval(Duration::ZERO)));
     assert!(with(|completer| completer.with_batch(0)));

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use axum::http::StatusCode;
 use tokio::runtime::Runtime;
 use tower_idempotency::{
-    AbandonedAttempts, CallFailure, Consumer, IdempotencyKey, IntentError, IntentLog, LogOutcome, Reaper,
-    Resource, TransactionOptions, TxError,
-    jobs::{IntentLogError, LogAttempt},
+    CallFailure, Consumer, IdempotencyKey, IntentError, IntentLog, Reaper, Resource, TransactionOptions,
+    TxError,
+    jobs::{IntentLogError, LogAttempt, LogOutcome},
+    layer::AbandonedAttempts,
     store::{Resolution, ResolveOutcome, StoredResponse},
 };
 

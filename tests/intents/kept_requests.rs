@@ -8,8 +8,8 @@ use std::{
 use axum::http::{HeaderName, StatusCode, header};
 use sqlx::Postgres;
 use tower_idempotency::{
-    Consumer, ConsumerExtractor, Fingerprinter, IdempotencyKey, IdempotencyLayer, KeptRequests, MemoryStore,
-    RejectionCode,
+    Consumer, ConsumerExtractor, Fingerprinter, IdempotencyKey, IdempotencyLayer, MemoryStore, RejectionCode,
+    recovery::KeptRequests,
     store::{Attempt, Claim, ClaimOutcome},
 };
 

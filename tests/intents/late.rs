@@ -13,10 +13,11 @@ use std::{
 use axum::{Router, body::Body, extract::Request, http::StatusCode, response::IntoResponse, routing::post};
 use sqlx::Database as _;
 use tower_idempotency::{
-    AbandonedAttempts, CallFailure, Completer, Consumer, Idempotency, IdempotencyKey, IntentLog, LogOutcome,
-    Reaper, Restore, ResultPolicy,
+    CallFailure, Consumer, Idempotency, IdempotencyKey, IntentLog, Reaper, ResultPolicy,
     intent::{IntentFilter, IntentResolution},
-    recovery::Refused,
+    jobs::LogOutcome,
+    layer::AbandonedAttempts,
+    recovery::{Completer, Refused, Restore},
     store::RecordState,
 };
 

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use sqlx::SqliteConnection;
 use tower_idempotency::{
-    Consumer, Idempotency, IdempotencyKey, IntentLog, KeptRequests, LogOutcome, MemoryStore, RejectionCode,
-    Resource, TxError,
+    Consumer, Idempotency, IdempotencyKey, IntentLog, MemoryStore, RejectionCode, Resource, TxError,
     intent::{IntentFilter, IntentResolution, IntentState},
+    jobs::LogOutcome,
+    recovery::KeptRequests,
     store::Store,
 };
 

@@ -2,7 +2,7 @@
 
 use axum::{Router, http::StatusCode, routing::post};
 use sqlx::Database;
-use tower_idempotency::{CallFailure, Idempotency, KeptRequests, RejectionCode, TxError};
+use tower_idempotency::{CallFailure, Idempotency, RejectionCode, TxError, recovery::KeptRequests};
 use uuid::Uuid;
 
 use crate::{

@@ -23,9 +23,9 @@ use sqlx::{Pool, Postgres, Sqlite};
 use tokio::runtime::Runtime;
 use tokio_stream::Stream;
 use tower_idempotency::{
-    Completer, Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyHandle, IdempotencyKey,
-    IdempotencyLayer, KeptRequests, Reaper, RejectionCode, Restore,
-    recovery::{CompleterPass, Refused},
+    Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyHandle, IdempotencyKey,
+    IdempotencyLayer, Reaper, RejectionCode,
+    recovery::{Completer, CompleterPass, KeptRequests, Refused, Restore},
     store::{Record, RecordState, Store},
 };
 use uuid::Uuid;

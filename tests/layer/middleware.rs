@@ -10,7 +10,8 @@ use axum::{
 use bytes::Bytes;
 use http_body_util::channel::Channel;
 use tower_idempotency::{
-    ConsumerExtractor, Directive, IdempotencyLayer, MemoryStore, RejectionCode, StoreOutage,
+    ConsumerExtractor, Directive, IdempotencyLayer, MemoryStore, RejectionCode,
+    layer::StoreOutage,
     store::{RecordFilter, Resolution, ResolveOutcome, StoredResponse},
 };
 

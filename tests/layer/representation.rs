@@ -16,7 +16,8 @@ use axum::{
 };
 use tower::BoxError;
 use tower_idempotency::{
-    Directive, IdempotencyLayer, RejectionCode, Representation, StoredRepresentation, Tx,
+    Directive, IdempotencyLayer, RejectionCode, Representation, Tx,
+    layer::StoredRepresentation,
     store::{Record, Resolution, StoredBody, StoredResponse},
 };
 

@@ -18,8 +18,7 @@ use axum::{
 use tower::ServiceExt;
 use tower_idempotency::{
     Directive, Idempotency, Rejection, RejectionCode, ResultPolicy,
-    fingerprint::Fingerprint,
-    store::{RecordFilter, RecordState, Store, StoredResponse},
+    store::{Fingerprint, RecordFilter, RecordState, Store, StoredResponse},
 };
 
 use crate::support::{

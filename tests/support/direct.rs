@@ -16,8 +16,7 @@ use tokio::task::JoinHandle;
 use tower::ServiceExt;
 use tower_idempotency::{
     Consumer, IdempotencyKey, IdempotencyLayer, MemoryStore, Reaper, Rejection, RejectionCode,
-    fingerprint::Fingerprint,
-    store::{Attempt, Claim, ClaimOutcome, Store},
+    store::{Attempt, Claim, ClaimOutcome, Fingerprint, Store},
 };
 
 use super::{

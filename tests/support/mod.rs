@@ -26,8 +26,7 @@ use std::{
 
 use tower_idempotency::{
     Consumer, IdempotencyKey, StoreError,
-    fingerprint::Fingerprint,
-    store::{Attempt, Claim, ClaimOutcome, RecordId, Store, StoreErrorKind},
+    store::{Attempt, Claim, ClaimOutcome, Fingerprint, RecordId, Store, StoreErrorKind},
 };
 
 /// An environment variable that `scripts/test` sets.

@@ -19,8 +19,9 @@ use sqlx::{
 };
 use tokio::{net::TcpListener, time::sleep};
 use tower_idempotency::{
-    Completer, Consumer, Idempotency, IdempotencyLayer, IsolationLevel, KeptRequests, PostgresStore, Reaper,
-    Restore, SqliteStore, TransactionOptions, Tx, recovery::Refused, store::IntoStore,
+    Consumer, Idempotency, IdempotencyLayer, PostgresStore, Reaper, SqliteStore, TransactionOptions, Tx,
+    recovery::{Completer, KeptRequests, Refused, Restore},
+    store::{IntoStore, IsolationLevel},
 };
 use uuid::Uuid;
 

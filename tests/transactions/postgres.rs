@@ -9,8 +9,8 @@ use sqlx::{
 };
 use tokio::{sync::Barrier, time::sleep};
 use tower_idempotency::{
-    IdempotencyLayer, IsolationLevel, PostgresStore, RejectionCode, TransactionOptions, Tx,
-    store::ConnectionMode,
+    IdempotencyLayer, PostgresStore, RejectionCode, TransactionOptions, Tx,
+    store::{ConnectionMode, IsolationLevel},
 };
 use uuid::Uuid;
 

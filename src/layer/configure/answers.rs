@@ -37,7 +37,7 @@ impl IdempotencyLayer {
     /// use axum::{Extension, http::{Response, StatusCode}};
     /// use tower_idempotency::{
     ///     Consumer, Idempotency, IdempotencyLayer, MemoryStore, Representation,
-    ///     StoredRepresentation,
+    ///     layer::StoredRepresentation,
     /// };
     ///
     /// async fn create_charge(_: Idempotency) -> (StatusCode, Extension<Representation>) {

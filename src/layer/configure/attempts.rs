@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     attempt::settings::{TransactionOptions, check_store_timeout},
-    layer::{IdempotencyLayer, KeptRequests, StoreOutage},
+    layer::{IdempotencyLayer, StoreOutage, keep::KeptRequests},
     node::reaper::Reaper,
     redact::KeyLogging,
 };
@@ -120,7 +120,7 @@ impl IdempotencyLayer {
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
-    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreOutage};
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, layer::StoreOutage};
     /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_store_outage(StoreOutage::RunUnprotected);
     /// # }
     /// ```
@@ -133,7 +133,7 @@ impl IdempotencyLayer {
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
-    /// # use tower_idempotency::{IdempotencyLayer, KeyLogging, MemoryStore};
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, layer::KeyLogging};
     /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_key_logging(KeyLogging::Redacted);
     /// # }
     /// ```
@@ -173,7 +173,7 @@ impl IdempotencyLayer {
         self.set_attempt(|attempt| attempt.transactions = options)
     }
 
-    /// Keeps requests before their handlers run, so that a [`Completer`](crate::Completer) can send
+    /// Keeps requests before their handlers run, so that a [`Completer`](crate::recovery::Completer) can send
     /// them again when their process has died and their client does not come back. Off by default.
     ///
     /// Each request with a key then costs another write. A request that cannot be kept is not run:
@@ -187,7 +187,7 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use http::header;
-    /// # use tower_idempotency::{IdempotencyLayer, KeptRequests, MemoryStore};
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, recovery::KeptRequests};
     /// let kept = KeptRequests::new().add_header(header::ACCEPT);
     /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_kept_requests(kept);
     /// # }

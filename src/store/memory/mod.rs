@@ -46,7 +46,7 @@ use crate::{
 ///
 /// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as
 /// with a database: [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog),
-/// [`Reconciler`](crate::Reconciler) and [`Completer`](crate::Completer).
+/// [`Reconciler`](crate::Reconciler) and [`Completer`](crate::recovery::Completer).
 ///
 /// The store never drops what it may not forget. When it is full, settled intents whose record has
 /// gone are forgotten early; if that does not help, a claim of a new key is

@@ -9,10 +9,9 @@ use bytes::Bytes;
 use http::Extensions;
 use tower_idempotency::{
     Consumer, IdempotencyKey, StoreError,
-    fingerprint::Fingerprint,
     store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordState,
-        RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreErrorKind,
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Fingerprint, Record, RecordFilter,
+        RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreErrorKind,
         StoreTransaction, TransactionLimits,
     },
 };

@@ -9,8 +9,10 @@ use std::{
 use bytes::Bytes;
 use tower_idempotency::{
     Consumer, IdempotencyKey,
-    fingerprint::Fingerprint,
-    store::{Attempt, Claim, ClaimOutcome, CompleteOutcome, Record, RecordState, RenewOutcome, Renewal},
+    store::{
+        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fingerprint, Record, RecordState, RenewOutcome,
+        Renewal,
+    },
 };
 
 use super::Fault;
