@@ -1,8 +1,7 @@
 //! Counters and gauges of the background tasks. Without the feature `metrics`, every function here
 //! does nothing.
 //!
-//! The chapter on metrics of the crate's docs lists names and labels. They are part of the public
-//! API.
+//! The page `guide::operating` lists names and labels. They are part of the public API.
 
 use std::time::Duration;
 

@@ -40,7 +40,8 @@ impl Default for Reaper {
 
 impl Reaper {
     /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records
-    /// until none is left. Default: every 60 s, 1000 records.
+    /// until none is left. Default: every 60 s, 1000 records. The pause doubles, up to eight times
+    /// the interval, while the store fails.
     ///
     /// ```
     /// # use std::time::Duration;

@@ -171,7 +171,7 @@ impl Reconciler {
     }
 
     /// Sets the pause between two passes, with a jitter of a quarter. Default: 30 s. The pause
-    /// doubles, up to eight times, while the store fails.
+    /// doubles, up to eight times the interval, while the store fails.
     ///
     /// ```
     /// # use tower_idempotency::Reconciler;

@@ -79,8 +79,18 @@ impl Source {
         lend_dependencies(profile, &source.target.join("debug"));
         let origin = Path::new(env!("CARGO_MANIFEST_DIR"));
         copy(
-            ["Cargo.toml", "Cargo.lock", "README.md", "src", "tests", "benches", "examples", "migrations"]
-                .map(|name| origin.join(name)),
+            [
+                "Cargo.toml",
+                "Cargo.lock",
+                "README.md",
+                "assets",
+                "src",
+                "tests",
+                "benches",
+                "examples",
+                "migrations",
+            ]
+            .map(|name| origin.join(name)),
             &source.crate_root,
         );
         source

@@ -1,4 +1,4 @@
-//! Taking requests that are to be sent again.
+//! Rules about taking requests that must be sent again.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::stored::{
     record::{Claim, Fenced},
 };
 
-/// A request is not taken before its time, which counts from when it was kept.
+/// A request is not taken before its time, which counts from the moment when it was kept.
 pub(super) async fn a_request_is_not_taken_before_its_time(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for (key, after) in [("soon", fixture.lease()), ("later", LONG)] {
@@ -26,7 +26,8 @@ pub(super) async fn a_request_is_not_taken_before_its_time(fixture: &dyn Fixture
     assert_eq!(recovery.keys_taken().await, ["soon"], "requests whose time has come");
 }
 
-/// A request is not taken while an attempt of its record may be running: neither the one that kept it nor a later one.
+/// A request is not taken while an attempt of its record may be running. That may be the attempt
+/// that kept the request, or a later one.
 pub(super) async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("abandoned").await;
@@ -38,7 +39,8 @@ pub(super) async fn a_request_is_not_taken_while_an_attempt_has_a_live_lease(fix
     assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
 }
 
-/// A request is taken once the lease of its attempt has run out, or its attempt has released a record that stays.
+/// A request is taken once the lease of its attempt has run out. It is also taken once its attempt
+/// has released a record that stays.
 pub(super) async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let lapsed = claim_of("lapsed");
@@ -55,7 +57,7 @@ pub(super) async fn a_request_is_taken_once_its_attempt_has_ended(fixture: &dyn 
     assert_eq!(recovery.keys_taken().await, keys, "requests that are taken");
 }
 
-/// Whoever takes requests at the same time as others gets those that the others do not get.
+/// Calls that take requests simultaneously share them: no two calls get the same request.
 pub(super) async fn an_abandoned_request_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for n in 0..40 {
@@ -80,7 +82,7 @@ pub(super) async fn an_abandoned_request_is_taken_by_one_at_a_time(fixture: &dyn
     assert_eq!(taken.len(), 40, "different requests that were taken, of 40");
 }
 
-/// No more requests are taken at a time than were asked for.
+/// One call takes no more requests than it asks for.
 pub(super) async fn requests_are_taken_up_to_a_limit(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for key in ["a", "b", "c"] {
@@ -93,7 +95,8 @@ pub(super) async fn requests_are_taken_up_to_a_limit(fixture: &dyn Fixture) {
     }
 }
 
-/// A request that was taken is taken again when nobody says what became of it, after the pause; each time is a try.
+/// A taken request is taken again after the pause, unless the outcome of the try was recorded. Each
+/// take counts as a try.
 pub(super) async fn a_taken_request_is_taken_again_after_the_pause(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("k").await;
@@ -106,7 +109,7 @@ pub(super) async fn a_taken_request_is_taken_again_after_the_pause(fixture: &dyn
     assert_eq!(recovery.keys_taken().await, [""; 0], "requests that are taken during the pause");
 }
 
-/// A request is not taken any more once its record is completed or gone, or counts as absent.
+/// A request is not taken any more once its record is completed, is gone or counts as absent.
 pub(super) async fn a_request_of_a_record_that_has_ended_is_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [abandoned, completed, evicted, released, expired] =
@@ -139,7 +142,7 @@ pub(super) async fn a_request_does_not_reach_the_next_record_of_its_key(fixture:
     assert_eq!(recovery.keys_taken().await, ["abandoned"], "requests that are taken");
 }
 
-/// A request is not taken while its record is held, or would be found held by the next claim.
+/// A request is not taken while its record is held, or while the next claim would find it held.
 pub(super) async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let held = claim_of("held");
@@ -157,7 +160,8 @@ pub(super) async fn a_request_of_a_held_record_is_not_taken(fixture: &dyn Fixtur
     assert_eq!(recovery.keys_taken().await, ["abandoned once"], "requests that are taken");
 }
 
-/// A request is not taken while its record has an open intent that may not be called again, and is once that is settled.
+/// A request is not taken while its record has an open intent that may not be called again. It is
+/// taken once that intent is settled.
 pub(super) async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut intents = Vec::new();
@@ -174,7 +178,8 @@ pub(super) async fn a_request_waits_for_the_intents_of_its_record(fixture: &dyn 
     assert_eq!(recovery.keys_taken().await, ["once"], "requests whose intents are settled");
 }
 
-/// A request that was claimed under a policy that holds abandoned attempts is never sent again without its client.
+/// A request is never taken if it was claimed under a policy that holds abandoned attempts. Only
+/// its client may send it again.
 pub(super) async fn a_request_is_not_taken_under_a_policy_that_holds_abandoned_attempts(
     fixture: &dyn Fixture,
 ) {

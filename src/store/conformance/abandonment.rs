@@ -1,9 +1,9 @@
-//! Records that were abandoned too often, and held ones.
+//! Rules about records that were abandoned too often, and about held records.
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, Fenced, Record, RecordFilter, RecordState};
 
-/// When the last permitted attempt was abandoned, the record becomes held and keeps its attempt.
+/// A record becomes held when its last permitted attempt was abandoned. It keeps that attempt.
 pub(super) async fn too_many_abandoned_attempts_hold_the_record(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = Claim { lease: fixture.lease(), max_abandoned: 3, ..claim_of("k") };
@@ -22,18 +22,19 @@ pub(super) async fn too_many_abandoned_attempts_hold_the_record(fixture: &dyn Fi
     must_be_held_by(&again, &third, 3);
 }
 
-/// With `max_abandoned` 1 an abandoned request is never run again.
+/// With `max_abandoned` 1, a request that was abandoned once is never run again.
 pub(super) async fn one_permitted_attempt_holds_at_once(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let only = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("k") };
     store.win(&only, "first claim").await;
     store.be_refused(&retry_of(&only), "the lease is alive").await;
     run_out(fixture).await;
-    must_be_held_by(&store.get(&only, "before anybody finds it so").await, &only, 1);
+    must_be_held_by(&store.get(&only, "before a claim finds it so").await, &only, 1);
     must_be_held_by(&store.be_refused(&retry_of(&only), "abandoned once").await, &only, 1);
 }
 
-/// How often a record may be abandoned is what its own claim said, not what a later one says.
+/// The claim that makes a record limits how often it may be abandoned. Later claims do not change
+/// the limit.
 pub(super) async fn the_limit_of_abandoned_attempts_is_the_records_own(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let strict = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("strict") };
@@ -48,7 +49,8 @@ pub(super) async fn the_limit_of_abandoned_attempts_is_the_records_own(fixture: 
     assert_eq!(won, (lenient.record_id, 2), "id and number of the takeover");
 }
 
-/// Many claims that find the last permitted attempt abandoned: none wins, and it is counted once.
+/// Many claims find the last permitted attempt abandoned: none wins, and the attempt is counted
+/// once.
 pub(super) async fn simultaneous_claims_hold_an_abandoned_record_once(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let only = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("k") };
@@ -60,7 +62,7 @@ pub(super) async fn simultaneous_claims_hold_an_abandoned_record_once(fixture: &
     must_be_held_by(&handles[1].be_refused(&retry_of(&only), "afterwards").await, &only, 1);
 }
 
-/// The owner can hold its record; nobody runs then.
+/// An owner can hold its record. After that, no attempt runs, even when the lease is over.
 pub(super) async fn a_held_record_is_not_run_again(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -83,7 +85,8 @@ pub(super) async fn a_held_record_stays_past_its_expiry(fixture: &dyn Fixture) {
     must_be_held_by(&store.get(&owner, "held, past its expiry").await, &owner, 0);
 }
 
-/// A record that the next claim would find held stays too, though nobody has claimed since its lease ran out.
+/// A record that the next claim would find held stays as well, even if no claim has come since its
+/// lease ran out.
 pub(super) async fn a_record_that_would_be_found_held_stays_past_its_expiry(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let only =
@@ -96,7 +99,7 @@ pub(super) async fn a_record_that_would_be_found_held_stays_past_its_expiry(fixt
     assert_eq!(store.keys_listed(RecordFilter::Held, 100).await, ["k"], "held records");
 }
 
-/// A held record takes a late completion from its own attempt, and from no other.
+/// A held record accepts a late completion from its own attempt, and from no other.
 pub(super) async fn a_held_record_takes_a_late_completion_by_its_attempt_alone(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let held = claim_of("held by its owner");

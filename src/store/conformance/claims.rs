@@ -1,4 +1,4 @@
-//! Who wins a key.
+//! Rules about who wins a key.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,7 +9,7 @@ use crate::stored::record::{
     AttemptId, Claim, ClaimOutcome, Fenced, RecordFilter, RecordId, RecordState, RenewOutcome,
 };
 
-/// Making a store ready twice, and by two processes at once, does no harm.
+/// Preparing a store twice, also by two processes simultaneously, does no harm.
 pub(super) async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fixture) {
     let [left, right] = two_handles(fixture).await;
     at_once([left.clone(), right, left.clone()].map(|store| async move { store.prepare().await })).await;
@@ -18,7 +18,8 @@ pub(super) async fn a_store_may_be_prepared_many_times_at_once(fixture: &dyn Fix
     assert!(left.find(&claim_of("k")).await.is_some(), "preparing a store again lost a record");
 }
 
-/// An absent key is won, with the id that the claim brought and attempt number 1.
+/// A claim of an absent key is won. The record has the id that the claim brought, and attempt
+/// number 1.
 pub(super) async fn the_first_claim_of_a_key_makes_its_record(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let claim = claim_of("k");
@@ -36,7 +37,7 @@ pub(super) async fn the_first_claim_of_a_key_makes_its_record(fixture: &dyn Fixt
     assert!(lease <= LONG && lease > LONG / 2, "{lease:?} are left of a fresh lease of {LONG:?}");
 }
 
-/// The record of a new key expires one retention after it was made.
+/// A new record expires one retention after it was made. A completion does not move the expiry.
 pub(super) async fn the_retention_counts_from_the_claim(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claim = claim_of("k");
@@ -51,7 +52,8 @@ pub(super) async fn the_retention_counts_from_the_claim(fixture: &dyn Fixture) {
     assert_eq!(completed.expires_at, made.expires_at, "a completion moved the expiry");
 }
 
-/// The largest settings are taken as they are: a retention of a century, as many attempts and rows as can be asked for.
+/// The largest settings are used as they are: a retention of a century, and as many attempts and
+/// rows as a caller can ask for.
 pub(super) async fn the_largest_settings_are_taken(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let century = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -74,7 +76,7 @@ pub(super) async fn the_largest_settings_are_taken(fixture: &dyn Fixture) {
     assert_eq!(store.list(RecordFilter::All, u32::MAX).await.len(), 1, "number of records");
 }
 
-/// Of many claims of an absent key at once, through several handles, exactly one is won.
+/// Of many simultaneous claims of an absent key, through several handles, exactly one is won.
 pub(super) async fn of_many_simultaneous_claims_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..5 {
@@ -96,7 +98,8 @@ pub(super) async fn of_many_simultaneous_claims_exactly_one_wins(fixture: &dyn F
     }
 }
 
-/// Different requests that race for one absent key: one of them is the record's, wholly.
+/// Of different requests that race for an absent key, exactly one wins. The record holds the
+/// winner's values only.
 pub(super) async fn of_many_simultaneous_different_requests_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..5 {
@@ -117,7 +120,7 @@ pub(super) async fn of_many_simultaneous_different_requests_exactly_one_wins(fix
     }
 }
 
-/// Claims of different keys at once are all won.
+/// Simultaneous claims of different keys are all won.
 pub(super) async fn simultaneous_claims_of_different_keys_are_all_won(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let claims: Vec<Claim> = (0..64).map(|n| claim_of(&format!("key {n}"))).collect();
@@ -126,7 +129,7 @@ pub(super) async fn simultaneous_claims_of_different_keys_are_all_won(fixture: &
     assert!(winners.iter().all(|(_, _, number)| *number == 1), "a new record's attempt number is not 1");
 }
 
-/// A claim that finds the key taken shows the record and leaves it as it was.
+/// A claim that finds the key taken shows the record and does not change it.
 pub(super) async fn a_claim_of_a_taken_key_changes_nothing(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
@@ -149,7 +152,7 @@ pub(super) async fn a_claim_of_a_taken_key_changes_nothing(fixture: &dyn Fixture
     assert_eq!(but_for_the_lease(after), but_for_the_lease(before), "a refused claim changed the record");
 }
 
-/// The same attempt may claim again and wins again, with the same record and number.
+/// An attempt that claims again wins again, with the same record and number.
 pub(super) async fn a_repeated_claim_by_the_same_attempt_is_won_again(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let claim = claim_of("k");
@@ -164,12 +167,12 @@ pub(super) async fn a_repeated_claim_by_the_same_attempt_is_won_again(fixture: &
     assert_eq!((record.attempt_number, record.abandoned), (1, 0), "a repeated claim was counted");
 }
 
-/// The same attempt that claims many times at once is told the same each time.
+/// Simultaneous claims by the same attempt, if they win, get the same record and number.
 pub(super) async fn simultaneous_claims_by_the_same_attempt_agree(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let claim = claim_of("k");
     let winners = race(&handles, vec![claim.clone(); 16]).await;
-    assert!(!winners.is_empty(), "an attempt that claimed 16 times at once did not win");
+    assert!(!winners.is_empty(), "an attempt that claimed 16 times simultaneously did not win");
     assert!(
         winners.iter().all(|winner| *winner == (claim.attempt.id, claim.record_id, 1)),
         "an attempt was told different things: {winners:?}"
@@ -181,7 +184,7 @@ pub(super) async fn simultaneous_claims_by_the_same_attempt_agree(fixture: &dyn 
     );
 }
 
-/// A repeated claim is won even if the lease ran out meanwhile, because nobody took the record.
+/// A repeated claim is won even after its lease ran out, if no other attempt took the record.
 pub(super) async fn a_repeated_claim_is_won_again_after_its_lease(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claim = Claim { lease: fixture.lease(), max_abandoned: 1, ..claim_of("k") };
@@ -204,7 +207,8 @@ pub(super) async fn an_ended_attempt_does_not_win_again(fixture: &dyn Fixture) {
     assert_eq!(shown.state, RecordState::Held, "state of the record");
 }
 
-/// A released key is claimable at once, also by a different request, and is a new record.
+/// A released key is claimable immediately, even by a different request. The claim makes a new
+/// record.
 pub(super) async fn a_released_key_is_claimable_at_once(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = claim_of("k");
@@ -218,8 +222,10 @@ pub(super) async fn a_released_key_is_claimable_at_once(fixture: &dyn Fixture) {
     assert_eq!(record.fingerprint, second.fingerprint, "fingerprint after a release");
 }
 
-/// Claims of a key by many tasks at once, alternating between the handles; returns what the winners were told.
+/// Claims a key by many tasks simultaneously, alternating between the handles. Returns the outcomes
+/// that the winners got.
 pub(super) async fn race(handles: &[Handle; 2], claims: Vec<Claim>) -> Vec<(AttemptId, RecordId, u32)> {
+    // The barrier makes all claims start together, so that they really race.
     let barrier = Arc::new(Barrier::new(claims.len()));
     let tasks = claims.into_iter().enumerate().map(|(n, claim)| {
         let (store, barrier) = (handles[n % 2].clone(), Arc::clone(&barrier));

@@ -1,4 +1,4 @@
-//! Time is the clock of the store alone.
+//! Rules about time, which is the clock of the store alone.
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, RenewOutcome, Resolution, ResolveOutcome};
@@ -15,7 +15,7 @@ pub(super) async fn a_clock_that_is_ahead_steals_no_lease(fixture: &dyn Fixture)
     assert!(left > LONG / 2, "{left:?} are left of a fresh lease, seen by a machine whose clock is ahead");
 }
 
-/// A machine whose clock is ahead finds nothing expired that is not.
+/// A machine whose clock is ahead finds no record expired too early.
 pub(super) async fn a_clock_that_is_ahead_expires_nothing(fixture: &dyn Fixture) {
     let (store, ahead) = (handle(fixture).await, ahead(fixture).await);
     let owner = Claim { retention: LONG, ..claim_of("k") };
@@ -25,7 +25,7 @@ pub(super) async fn a_clock_that_is_ahead_expires_nothing(fixture: &dyn Fixture)
     assert_eq!(response_of(&shown), "r", "response of the record");
 }
 
-/// A lease or a retention given by a machine whose clock is ahead lasts no longer for it.
+/// A lease or a retention lasts no longer if it comes from a machine whose clock is ahead.
 pub(super) async fn a_clock_that_is_ahead_makes_no_lease_longer(fixture: &dyn Fixture) {
     let (store, ahead) = (handle(fixture).await, ahead(fixture).await);
     let claimed = Claim { lease: fixture.lease(), ..claim_of("claimed") };

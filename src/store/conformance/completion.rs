@@ -1,4 +1,4 @@
-//! Responses that are stored, once.
+//! Rules about completing a record: its response is stored once.
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, CompleteOutcome, RecordState};
@@ -16,7 +16,7 @@ pub(super) async fn the_owner_stores_its_response(fixture: &dyn Fixture) {
     assert_eq!(after, expected, "the record after its completion");
 }
 
-/// A completion whose reply was lost may be repeated; what is stored does not change.
+/// A completion whose reply was lost may be repeated. The stored response does not change.
 pub(super) async fn a_repeated_completion_is_completed(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
@@ -31,7 +31,7 @@ pub(super) async fn a_repeated_completion_is_completed(fixture: &dyn Fixture) {
     );
 }
 
-/// A lapsed lease that nobody took does not keep its owner from completing.
+/// An owner whose lease ran out still completes, if no other attempt took the record.
 pub(super) async fn a_lapsed_owner_still_completes(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -40,29 +40,31 @@ pub(super) async fn a_lapsed_owner_still_completes(fixture: &dyn Fixture) {
     store.win(&last_permitted, "first claim").await;
     run_out(fixture).await;
     for claim in [owner, last_permitted] {
-        store.complete_as_owner(&claim.attempt, response("late"), "nobody has taken the record").await;
+        store.complete_as_owner(&claim.attempt, response("late"), "no attempt has taken the record").await;
         let shown = store.be_refused(&retry_of(&claim), "the record is completed").await;
         assert_eq!(response_of(&shown), "late", "response after a late completion");
     }
 }
 
-/// A response that is stored after the expiry is kept for a whole retention from then on, so that its retry is answered.
+/// A response that is stored after the expiry is kept for a whole retention from then on. So a
+/// retry still gets it.
 pub(super) async fn a_completion_after_the_expiry_is_kept(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = Claim { retention: fixture.lease() * 2, ..claim_of("k") };
     store.win(&owner, "first claim").await;
+    // Two waits of 5/4 leases: longer than the retention of two leases.
     for _ in 0..2 {
         run_out(fixture).await;
     }
     store
-        .complete_as_owner(&owner.attempt, response("late"), "nobody takes a record with a live lease")
+        .complete_as_owner(&owner.attempt, response("late"), "no attempt takes a record with a live lease")
         .await;
     assert_eq!(store.purge(100).await, 0, "records purged that were completed just now");
     let shown = store.be_refused(&retry_of(&owner), "the record was completed just now").await;
     assert_eq!(response_of(&shown), "late", "response after a completion past the expiry");
 }
 
-/// A completion by an attempt that does not own the record changes nothing and shows the record.
+/// A completion by an attempt that does not own the record shows the record and changes nothing.
 pub(super) async fn a_completion_by_another_attempt_changes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("in progress");
@@ -82,7 +84,7 @@ pub(super) async fn a_completion_by_another_attempt_changes_nothing(fixture: &dy
     assert_eq!(response_of(&after), "r", "another's completion replaced the response");
 }
 
-/// After a takeover the earlier attempt's completion is lost, and it is shown the record as it stands.
+/// After a takeover, the completion of the earlier attempt is lost. It shows the record as it is.
 pub(super) async fn a_completion_after_a_takeover_is_lost(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -100,7 +102,7 @@ pub(super) async fn a_completion_after_a_takeover_is_lost(fixture: &dyn Fixture)
     assert_eq!(response_of(&store.get(&first, "afterwards").await), "second", "response that is stored");
 }
 
-/// A completion of a record that is gone is absent and makes none.
+/// A completion whose record is gone is absent, and makes no record.
 pub(super) async fn a_completion_without_a_record_is_absent(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let never_claimed = claim_of("never claimed");
@@ -120,7 +122,7 @@ pub(super) async fn a_completion_without_a_record_is_absent(fixture: &dyn Fixtur
     }
 }
 
-/// Of a completion and a takeover at the same moment, one is carried out.
+/// Of a completion and a simultaneous takeover, exactly one is carried out.
 pub(super) async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let firsts: Vec<Claim> =

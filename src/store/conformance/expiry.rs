@@ -1,9 +1,10 @@
-//! Records past their expiry.
+//! Rules about records past their expiry.
 
 use super::{Fixture, claims::race, support::*, takeover::race_until_won};
 use crate::stored::record::{Claim, Fenced};
 
-/// An expired record counts as absent though nobody has purged it: a new record, attempt number 1, any request.
+/// An expired record counts as absent even before it is purged. A claim by any request makes a new
+/// record with attempt number 1.
 pub(super) async fn an_expired_record_counts_as_absent(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let completed = Claim { retention: fixture.lease(), ..claim_of("completed") };
@@ -16,18 +17,18 @@ pub(super) async fn an_expired_record_counts_as_absent(fixture: &dyn Fixture) {
     for old in [completed, lapsed] {
         let new = Claim { retention: LONG, lease: LONG, ..other_request(&old) };
         let won = store.win(&new, "the record is expired").await;
-        assert_eq!(won, (new.record_id, 1), "id and number of a key that is used anew");
+        assert_eq!(won, (new.record_id, 1), "id and number of a key that is used again");
         let record = store.get(&new, "after the claim").await;
-        assert_eq!(record.fingerprint, new.fingerprint, "fingerprint of a key that is used anew");
-        assert_eq!(record.attempt, Some(new.attempt.id), "attempt of a key that is used anew");
-        assert_eq!(record.abandoned, 0, "abandoned attempts of a key that is used anew");
+        assert_eq!(record.fingerprint, new.fingerprint, "fingerprint of a key that is used again");
+        assert_eq!(record.attempt, Some(new.attempt.id), "attempt of a key that is used again");
+        assert_eq!(record.abandoned, 0, "abandoned attempts of a key that is used again");
         let left = record.expires_at.duration_since(record.created_at).unwrap_or_default();
-        assert!(left.abs_diff(LONG).as_millis() <= 2, "a key that is used anew is kept for {left:?}");
+        assert!(left.abs_diff(LONG).as_millis() <= 2, "a key that is used again is kept for {left:?}");
         store.be_refused(&retry_of(&new), "the new record's lease is alive").await;
     }
 }
 
-/// Also the same request gets a new record once the old one is expired.
+/// The same request gets a new record, too, once the old one is expired.
 pub(super) async fn an_expired_record_is_not_replayed(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let old = Claim { retention: fixture.lease(), ..claim_of("k") };
@@ -54,7 +55,7 @@ pub(super) async fn an_expired_record_with_a_live_lease_is_not_absent(fixture: &
     assert_eq!(store.hold(&owner.attempt).await, Fenced::Applied, "the owner's hold");
 }
 
-/// Of many claims at the moment of expiry exactly one is won.
+/// Of many claims at the moment of expiry, exactly one is won.
 pub(super) async fn an_expired_key_is_won_by_exactly_one(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let old = Claim { retention: fixture.lease(), ..claim_of("k") };
@@ -78,7 +79,7 @@ pub(super) async fn an_expired_key_is_won_by_exactly_one(fixture: &dyn Fixture) 
     assert_eq!((record.attempt, record.id), (Some(winners[0].0), winners[0].1), "the record is the winner's");
 }
 
-/// Many claims that find a record expired long ago: exactly one is won.
+/// Of many simultaneous claims of a key that expired long ago, exactly one is won.
 pub(super) async fn of_many_simultaneous_claims_of_an_expired_key_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let olds: Vec<Claim> =
@@ -91,11 +92,11 @@ pub(super) async fn of_many_simultaneous_claims_of_an_expired_key_exactly_one_wi
         let claims = (0..32).map(|_| Claim { retention: LONG, ..retry_of(old) }).collect();
         let winners = race(&handles, claims).await;
         assert_eq!(winners.len(), 1, "winners of one expired key: {winners:?}");
-        assert_eq!(winners[0].2, 1, "attempt number of a key that is used anew");
+        assert_eq!(winners[0].2, 1, "attempt number of a key that is used again");
     }
 }
 
-/// The attempt of an expired record writes nothing to the record that took its place.
+/// The attempt of an expired record cannot change the record that has its key now.
 pub(super) async fn an_attempt_of_an_expired_record_does_not_reach_the_next(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let old = Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of("k") };

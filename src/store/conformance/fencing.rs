@@ -1,4 +1,4 @@
-//! Writes of attempts that do not own the record.
+//! Rules about writes by attempts that do not own the record.
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, Fenced, RecordState, RenewOutcome};
@@ -29,7 +29,7 @@ pub(super) async fn a_hold_by_another_attempt_changes_nothing(fixture: &dyn Fixt
     );
 }
 
-/// After a takeover, nothing that the earlier attempt writes has an effect.
+/// After a takeover, no write of the earlier attempt has an effect.
 pub(super) async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -53,7 +53,7 @@ pub(super) async fn an_attempt_that_was_taken_over_writes_nothing(fixture: &dyn 
     assert_eq!(but_for_the_lease(after), but_for_the_lease(before), "the earlier attempt changed the record");
 }
 
-/// An attempt whose key was released, and claimed by another, writes nothing to the new record.
+/// An attempt cannot change the next record of its key after it has released its own.
 pub(super) async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = claim_of("k");
@@ -71,7 +71,7 @@ pub(super) async fn an_attempt_of_an_earlier_record_writes_nothing(fixture: &dyn
     assert_eq!(record.attempt, Some(second.attempt.id), "attempt of the next record");
 }
 
-/// The owner may release after its lease ran out, as long as nobody has taken the record.
+/// An owner whose lease ran out may still release or hold, if no other attempt took the record.
 pub(super) async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let released = Claim { lease: fixture.lease(), ..claim_of("released") };
@@ -85,7 +85,7 @@ pub(super) async fn a_lapsed_owner_still_releases_and_holds(fixture: &dyn Fixtur
     store.be_refused(&retry_of(&held), "after the hold").await;
 }
 
-/// A release at the moment of a takeover never gives the new attempt's record away.
+/// A release at the moment of a takeover never releases the record of the new attempt.
 pub(super) async fn a_release_never_reaches_the_attempt_that_takes_over(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let firsts: Vec<Claim> =
@@ -109,7 +109,7 @@ pub(super) async fn a_release_never_reaches_the_attempt_that_takes_over(fixture:
     }
 }
 
-/// Release and hold without a record do nothing.
+/// A release or a hold without a record does nothing.
 pub(super) async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let nobody = claim_of("k");
@@ -122,7 +122,7 @@ pub(super) async fn fenced_writes_without_a_record_do_nothing(fixture: &dyn Fixt
     assert_eq!(store.release(&nobody.attempt).await, Fenced::Lost, "second release");
 }
 
-/// A record that is completed cannot be released or held, not even by the attempt that completed it.
+/// A completed record cannot be released or held, not even by the attempt that completed it.
 pub(super) async fn a_completed_record_is_neither_released_nor_held(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
@@ -135,7 +135,8 @@ pub(super) async fn a_completed_record_is_neither_released_nor_held(fixture: &dy
     assert_eq!(store.get(&owner, "afterwards").await, before, "a completed record changed");
 }
 
-/// A held record is given back by its own attempt, which knows its outcome after all, and by no other.
+/// A held record is released by its own attempt, which has learned the outcome after all. No other
+/// attempt can release it.
 pub(super) async fn a_held_record_is_released_by_its_attempt_alone(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let held = claim_of("held by its owner");

@@ -1,4 +1,4 @@
-//! What makes two keys the same, and that everything is kept byte by byte.
+//! Rules about identity: keys and consumers are compared byte by byte, and every value is kept so.
 
 use bytes::Bytes;
 
@@ -9,7 +9,7 @@ use crate::{
     stored::record::{Attempt, Claim, RecordFilter},
 };
 
-/// Keys that differ in case, in spaces or in any one byte are different keys.
+/// Keys that differ in case, in spaces or in any single byte are different keys.
 pub(super) async fn keys_are_compared_byte_by_byte(fixture: &dyn Fixture) {
     let keys = [
         "a", "A", "a ", " a", "a  ", "aa", "%", "_", "a%", "a_", "'", "\"", "\\", "a\\", "?", "$1", "0", "00",
@@ -70,7 +70,8 @@ pub(super) async fn consumer_and_key_are_kept_apart(fixture: &dyn Fixture) {
     each_is_its_own_record(fixture, &claims).await;
 }
 
-/// The longest consumers and keys are kept whole: two that differ in the last byte only are different.
+/// The longest consumers and keys are kept whole. Two that differ only in the last byte are
+/// different.
 pub(super) async fn the_longest_names_are_kept_whole(fixture: &dyn Fixture) {
     let long = "x".repeat(254);
     let wide = "\u{1f980}".repeat(63);
@@ -84,7 +85,8 @@ pub(super) async fn the_longest_names_are_kept_whole(fixture: &dyn Fixture) {
     each_is_its_own_record(fixture, &claims).await;
 }
 
-/// Fingerprints are bytes, not text: any bytes, any length, compared to the last one.
+/// Fingerprints are bytes, not text. They have any bytes and any length, and are compared to the
+/// last byte.
 pub(super) async fn fingerprints_are_compared_byte_by_byte(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let all_bytes: Vec<u8> = (0..=255).collect();
@@ -118,7 +120,7 @@ pub(super) async fn fingerprints_are_compared_byte_by_byte(fixture: &dyn Fixture
     }
 }
 
-/// A response is kept byte by byte: none, every byte there is, and a mebibyte.
+/// A response is kept byte by byte: an empty one, one with every byte, and one of a mebibyte.
 pub(super) async fn responses_are_kept_byte_by_byte(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let all_bytes: Bytes = (0..=255).collect();

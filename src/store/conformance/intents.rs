@@ -1,4 +1,4 @@
-//! Opening intents, and recording what became of them.
+//! Rules about opening intents and recording their outcomes.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ impl Recovery {
         expected(self.inner.open_intent(opening).await, "open_intent")
     }
 
-    /// Opens and must be allowed to call.
+    /// Opens, and must be allowed to call.
     pub(super) async fn must_open(&self, opening: &Opening, why: &str) {
         match self.open(opening).await {
             OpenOutcome::Opened => {}
@@ -26,7 +26,7 @@ impl Recovery {
         }
     }
 
-    /// Opens and must be shown what is there instead of a call.
+    /// Opens, and must be shown the recorded intent instead of a call.
     async fn must_not_call(&self, opening: &Opening, why: &str) -> Intent {
         match self.open(opening).await {
             OpenOutcome::Recorded(intent) => *intent,
@@ -34,7 +34,7 @@ impl Recovery {
         }
     }
 
-    /// Opens and must be told that the record is not the attempt's.
+    /// Opens, and must be told that the record is not the attempt's.
     pub(super) async fn must_lose(&self, opening: &Opening, why: &str) {
         match self.open(opening).await {
             OpenOutcome::Lost => {}
@@ -70,13 +70,14 @@ impl Recovery {
         assert_eq!(self.get(intent).await.state, before.state, "after {shown} with {fence:?}");
     }
 
-    /// Takes what is due, at most 100, for a minute.
+    /// Takes the intents that are due, at most 100, for an hour.
     pub(super) async fn take(&self) -> Vec<Intent> {
         expected(self.inner.take_dangling(100, LONG).await, "take_dangling")
     }
 }
 
-/// An intent that dangles at once and whose upstream does not deduplicate, for a call that was not made yet.
+/// An intent that dangles immediately and whose upstream does not deduplicate. Its call was not
+/// made yet.
 pub(super) fn opening_of(claim: &Claim, name: &str) -> Opening {
     let mut opening =
         Opening::new(claim.attempt.clone(), claim.record_id, name.to_owned(), &Place::Ordinal(1));
@@ -98,7 +99,7 @@ pub(super) fn finalize() -> IntentUpdate {
     IntentUpdate::Finalize(resource())
 }
 
-/// An intent is shown as it was opened, and its record counts it.
+/// An intent is shown as it was opened, and its record counts it while it is open.
 pub(super) async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -129,7 +130,7 @@ pub(super) async fn an_intent_is_kept_as_it_was_opened(fixture: &dyn Fixture) {
     assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 0, "open intents");
 }
 
-/// The reply to an opening may have been lost.
+/// An opening by the same call is opened again, because the reply to the first may have been lost.
 pub(super) async fn a_repeated_opening_by_the_same_call_is_opened_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -142,7 +143,8 @@ pub(super) async fn a_repeated_opening_by_the_same_call_is_opened_again(fixture:
     assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 1, "open intents");
 }
 
-/// Only the attempt that owns the record with a live lease opens an intent, and otherwise nothing is recorded.
+/// Only the attempt that owns the record with a live lease opens an intent. An opening by any other
+/// records nothing.
 pub(super) async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -165,7 +167,8 @@ pub(super) async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn F
     }
 }
 
-/// An intent with other arguments is another call: it gets neither a call nor the outcome of the first.
+/// An intent with other arguments is another call. It is not opened, and it does not get the
+/// outcome of the first.
 pub(super) async fn an_opening_with_other_arguments_is_never_opened(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -181,7 +184,8 @@ pub(super) async fn an_opening_with_other_arguments_is_never_opened(fixture: &dy
     }
 }
 
-/// An intent that is open is called again as long as its upstream is said to recognize it, counted from the first call.
+/// An open intent is called again only as long as its upstream recognizes it. That time counts from
+/// the first call.
 pub(super) async fn an_open_intent_is_called_again_while_its_upstream_recognizes_it(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -194,6 +198,7 @@ pub(super) async fn an_open_intent_is_called_again_while_its_upstream_recognizes
     }
     let opening = Opening { repeatable_for: fixture.lease(), ..opening_of(&claim, "for a while") };
     recovery.must_open(&opening, "a new intent").await;
+    // The longer time of the second call must not extend that of the first.
     let again = Opening { repeatable_for: LONG, ..next_call(&opening) };
     recovery.must_open(&again, "the upstream deduplicates").await;
     let intent = recovery.get(opening.upstream_key).await;
@@ -202,7 +207,8 @@ pub(super) async fn an_open_intent_is_called_again_while_its_upstream_recognizes
     recovery.must_not_call(&next_call(&opening), "the upstream may have forgotten the first call").await;
 }
 
-/// An intent whose call has certainly not arrived is called again, unless an earlier call of it may have.
+/// An intent is called again if its call has certainly not arrived, unless an earlier call may
+/// have.
 pub(super) async fn an_intent_that_was_not_sent_is_called_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -228,7 +234,7 @@ pub(super) async fn an_intent_that_was_not_sent_is_called_again(fixture: &dyn Fi
     recovery.must_not_call(&next_call(&first), "the second call may have arrived").await;
 }
 
-/// What is finalized or refused is shown instead of another call, however often it is asked for.
+/// A finalized or refused intent is shown instead of called again, however often it is opened.
 pub(super) async fn a_settled_intent_is_not_called_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -248,7 +254,8 @@ pub(super) async fn a_settled_intent_is_not_called_again(fixture: &dyn Fixture) 
     }
 }
 
-/// What the upstream did not know is called again with the same key, as if for the first time.
+/// An intent that the upstream did not know is called again with the same key, as if for the first
+/// time.
 pub(super) async fn an_absent_intent_is_called_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -268,7 +275,8 @@ pub(super) async fn an_absent_intent_is_called_again(fixture: &dyn Fixture) {
     recovery.must_not_call(&next_call(&opening), "the second call may have arrived").await;
 }
 
-/// What became of a call is recorded while it is the last one and the intent is open; or, if that is so, absent.
+/// The outcome of a call is recorded only for the last call, while the intent is open. With the
+/// fence for absent calls, the intent must be absent instead.
 pub(super) async fn an_update_is_fenced_by_its_call(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");

@@ -1,9 +1,10 @@
-//! The list of rules, and what is made of it.
+//! The list of rules, and the macros that make tests and values of it.
 
 /// Makes a module of tests, one for each rule of the [suite](crate::store::conformance).
 ///
-/// Takes the name of the module, an expression that makes a fresh [`Fixture`](crate::store::conformance::Fixture),
-/// and attributes for every test. The expression may `.await`:
+/// Takes the name of the module, an expression that makes a fresh
+/// [`Fixture`](crate::store::conformance::Fixture), and attributes for every test. The expression
+/// may `.await`:
 ///
 /// ```
 /// # use std::{sync::Arc, time::Duration};
@@ -16,7 +17,8 @@
 /// #     async fn open(&self) -> Arc<dyn Store> { Arc::new(self.0.clone()) }
 /// #     async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> { self.open().await }
 /// # }
-/// tower_idempotency::conformance_tests!(redis, Server::connect().await, #[ignore = "needs Redis"]);
+/// tower_idempotency::conformance_tests!(redis, Server::connect().await, #[ignore = "needs
+/// Redis"]);
 /// # fn main() {}
 /// ```
 #[macro_export]
@@ -31,12 +33,16 @@ macro_rules! conformance_tests {
     };
 }
 
-/// What [`rules`](crate::store::conformance::rules) and [`conformance_tests!`] make of the one list.
+/// Makes the values of [`rules`](crate::store::conformance::rules) and the tests of
+/// [`conformance_tests!`] of the one list.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __conformance_rules {
     (@values: $($rule:ident)*) => {
-        vec![$(Rule { name: stringify!($rule), check: |fixture| Box::pin(async move { $rule(&*fixture).await }) }),*]
+        vec![$(Rule {
+            name: stringify!($rule),
+            check: |fixture| Box::pin(async move { $rule(&*fixture).await }),
+        }),*]
     };
     (@tests ($fixture:expr) $attributes:tt: $($rule:ident)*) => {
         $($crate::__conformance_rules! { @test ($fixture) $attributes $rule })*

@@ -1,4 +1,4 @@
-//! Intents and the records that they hang on, look-ups, operators, and the purge.
+//! Rules about intents and their records, look-ups, operators and the purge.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::stored::{
 };
 
 impl Recovery {
-    /// A record with an open intent, and with an attempt whose lease has run out.
+    /// Makes a record with an open intent, whose attempt has let its lease run out.
     async fn abandoned(
         &self,
         fixture: &dyn Fixture,
@@ -48,7 +48,8 @@ impl Recovery {
     }
 }
 
-/// What a look-up has found out is recorded unless the intent was called again, settled or taken again meanwhile.
+/// The result of a look-up is recorded unless the intent was called again, settled or taken again
+/// meanwhile.
 pub(super) async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let (claim, opening) = recovery.abandoned(fixture, "k", LONG).await;
@@ -61,7 +62,7 @@ pub(super) async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture
     recovery.must_update(key, seen.lookup_fence(), again).await;
     assert_eq!(recovery.get(key).await.absences, 1, "how often it was not found");
     fall_due().await;
-    let next = recovery.take_one("it is to be looked up again").await;
+    let next = recovery.take_one("it must be looked up again").await;
     assert_eq!((next.looks, next.absences), (2, 1), "look-ups, and how often it was not found");
     assert_eq!(recovery.update(key, seen.lookup_fence(), finalize()).await, Fenced::Lost, "taken again");
 
@@ -78,7 +79,7 @@ pub(super) async fn an_update_of_a_lookup_is_fenced_by_all_that_was_seen(fixture
     recovery.must_update(key, found, finalize()).await;
 }
 
-/// Whatever an operator wants to have looked up again, what was found out before that does not count for it.
+/// After an operator has asked for another look-up, the result of an earlier one is not recorded.
 pub(super) async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let (_, opening) = recovery.abandoned(fixture, "k", Duration::ZERO).await;
@@ -94,7 +95,7 @@ pub(super) async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dy
     recovery.must_update(key, next.lookup_fence(), absent()).await;
 }
 
-/// What was done under a lease that outlives the expiry is not forgotten when the lease runs out.
+/// A record with intents is not forgotten when a lease that outlives its expiry runs out.
 pub(super) async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claims = ["called before", "called after"]
@@ -119,7 +120,8 @@ pub(super) async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents
     }
 }
 
-/// An operator settles what no attempt with a live lease may be calling, and never again what is finalized.
+/// An operator settles an intent only if no attempt with a live lease may be calling. A finalized
+/// intent is never changed.
 pub(super) async fn an_operator_spares_calls_under_way_and_finalized_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -135,7 +137,7 @@ pub(super) async fn an_operator_spares_calls_under_way_and_finalized_intents(fix
     let again = || IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
     assert_eq!(by_hand(again()).await, Fenced::Applied, "to be looked up again");
     fall_due().await;
-    assert_eq!(recovery.take_one("it is to be looked up").await.looks, 1, "look-ups since");
+    assert_eq!(recovery.take_one("it must be looked up").await.looks, 1, "look-ups since");
     assert_eq!(by_hand(IntentUpdate::Refuse("no".to_owned())).await, Fenced::Applied, "refused");
     assert_eq!(by_hand(again()).await, Fenced::Lost, "a refused one is not looked up");
     assert_eq!(by_hand(finalize()).await, Fenced::Applied, "finalized");
@@ -144,7 +146,8 @@ pub(super) async fn an_operator_spares_calls_under_way_and_finalized_intents(fix
     }
 }
 
-/// A record is held as long as one of its intents is open that may not be called again, and claimable by itself after.
+/// A lapsed record is held as long as one of its open intents may not be called again. Once that is
+/// settled, the record is claimable without any other call.
 pub(super) async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_settled(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for (key, update) in [("found", finalize()), ("absent", IntentUpdate::Absent(None))] {
@@ -162,7 +165,8 @@ pub(super) async fn a_lapsed_record_with_an_open_intent_is_held_until_that_is_se
     }
 }
 
-/// An intent that may be called again does not keep the next attempt from the record; one that may not does.
+/// An open intent that may be called again does not prevent a takeover. One that may not be called
+/// again does.
 pub(super) async fn a_lapsed_record_whose_intents_may_be_called_again_is_taken_over(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let (claim, _) = recovery.abandoned(fixture, "deduplicated", LONG).await;
@@ -183,7 +187,8 @@ pub(super) async fn a_lapsed_record_whose_intents_may_be_called_again_is_taken_o
     assert_eq!(found.state, RecordState::Held, "what a claim is shown");
 }
 
-/// A record with an intent stays when it is given back, with all that hangs on it. Its attempt was not abandoned.
+/// A released record with an intent stays, with its intents. Its attempt does not count as
+/// abandoned.
 pub(super) async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = Claim { max_abandoned: 1, ..claim_of("k") };
@@ -205,7 +210,8 @@ pub(super) async fn a_released_record_with_an_intent_goes_on(fixture: &dyn Fixtu
     );
 }
 
-/// Of an owner that opens an intent at the end of its lease and an attempt that takes the record over, one succeeds.
+/// An owner opens an intent at the end of its lease, and another attempt takes the record over: at
+/// most one succeeds.
 pub(super) async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn Fixture) {
     let Some(owner) = Recovery::of(fixture).await else { return };
     let Some(taker) = Recovery::of(fixture).await else { return };
@@ -217,6 +223,8 @@ pub(super) async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn F
             let claim = Claim { lease, ..claim_of(&format!("k {group} {n}")) };
             async move {
                 owner.store.win(&claim, "first claim").await;
+                // The rounds are spread over two leases, so that some races fall on the end of the
+                // lease.
                 tokio::time::sleep(lease * 2 * n / 20).await;
                 let (opening, retry) = (opening_of(&claim, "a"), retry_of(&claim));
                 let open = {
@@ -247,11 +255,12 @@ pub(super) async fn an_opening_and_a_takeover_exclude_each_other(fixture: &dyn F
             taken += u32::from(takes);
         }
     }
-    assert!(opened > 0 && taken > 0, "{opened} openings and {taken} takeovers, of 200 at once, succeed");
+    assert!(opened > 0 && taken > 0, "{opened} openings and {taken} takeovers, of 200 races, succeed");
 }
 
-/// A record, even a completed one, is not purged before its intents are settled. One that is not completed is then kept for
-/// its retention anew, and so is one that its attempt gives back past its expiry.
+/// A purge spares a record, even a completed one, until its intents are settled. A record that is
+/// not completed is then kept for its whole retention again. So is a record that its attempt
+/// releases past its expiry.
 pub(super) async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let mut keys = Vec::new();
@@ -284,7 +293,8 @@ pub(super) async fn a_purge_spares_records_with_open_intents(fixture: &dyn Fixtu
     assert_eq!(recovery.store.purge(100).await, 4, "purged records whose intents are settled");
 }
 
-/// What hung on a record that was evicted is settled alone, and does not touch the record that has the key now.
+/// An intent of an evicted record is settled alone. It does not touch the record that has the key
+/// now.
 pub(super) async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let (old, opening) = recovery.abandoned(fixture, "k", Duration::ZERO).await;
@@ -298,7 +308,8 @@ pub(super) async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn
     assert_eq!(recovery.store.get(&new, "it is in progress").await.unresolved, 1, "open intents");
 }
 
-/// Intents are taken for a look-up when they dangle and no attempt can be calling any more, each for a while.
+/// Intents are taken for a look-up when they dangle and no attempt can be calling any more. Each is
+/// taken for a while only.
 pub(super) async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -318,13 +329,13 @@ pub(super) async fn intents_are_taken_once_they_are_due_and_their_attempt_has_en
         .must_update(due.upstream_key, taken.lookup_fence(), IntentUpdate::Absent(Some(Duration::ZERO)))
         .await;
     fall_due().await;
-    let last = recovery.take_one("it is to be looked up a last time").await;
+    let last = recovery.take_one("it must be looked up a last time").await;
     recovery.must_update(due.upstream_key, last.lookup_fence(), IntentUpdate::Close).await;
     fall_due().await;
     assert_eq!(recovery.take().await, [], "intents that are taken when all is known");
 }
 
-/// Whoever takes intents at the same time as others gets those that the others do not get.
+/// Calls that take intents simultaneously share them: no two calls get the same intent.
 pub(super) async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -352,7 +363,8 @@ pub(super) async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
     assert_eq!(taken.len(), 60, "different intents that were taken, of 60");
 }
 
-/// An operator sees what is open, what dangles, what needs attention and what is dead, and how much there is.
+/// An operator sees which intents are open, dangle, need attention or are dead, and counts of the
+/// first three.
 pub(super) async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -388,7 +400,8 @@ pub(super) async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture
     assert_eq!(taken.name, "dangling", "what is taken");
 }
 
-/// Settled intents that are old enough are purged once their record has gone; open ones never are.
+/// Settled intents that are old enough are purged once their record is gone. Open intents never
+/// are.
 pub(super) async fn settled_intents_are_purged_without_their_record(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");

@@ -1,7 +1,7 @@
-//! The contract of [`Store`] as tests: each rule is one function and one test.
+//! The contract of [`Store`] as tests: each rule is a function and a test.
 //!
-//! Every store of this crate passes them. To prove a store of your own, implement [`Fixture`], which
-//! gives a test its storage, and let [`conformance_tests!`](crate::conformance_tests) make the tests:
+//! Every store of this crate passes them. To test a store of your own, implement [`Fixture`], which
+//! gives a test its storage. [`conformance_tests!`](crate::conformance_tests) then makes the tests:
 //!
 //! ```
 //! use std::{sync::Arc, time::Duration};
@@ -26,25 +26,26 @@
 //! # fn main() {}
 //! ```
 //!
-//! The crate that holds the tests needs `async-trait` for its fixture. It needs neither tokio nor its
-//! macros, because each test has a runtime of its own. A store that needs a server takes an attribute:
-//! `conformance_tests!(redis, Server::connect().await, #[ignore = "needs Redis"])`.
+//! The crate that holds the tests needs `async-trait` for its fixture. It needs neither tokio nor
+//! tokio's macros, because each test has a runtime of its own. A store that needs a server takes an
+//! attribute: `conformance_tests!(redis, Server::connect().await, #[ignore = "needs Redis"])`.
 //!
-//! The rules of [`RecoveryStore`](crate::store::RecoveryStore) pass for a store that has none. Test that
-//! [`Store::recovery`] returns one if yours should.
+//! A store without a [`RecoveryStore`](crate::store::RecoveryStore) passes the rules about it. If
+//! yours has one, also test that [`Store::recovery`] returns it.
 //!
 //! # Time
 //!
-//! Many rules wait until a lease has run out, and expect that it has not run out before. The
-//! [lease](Fixture::lease) of the fixture sets their pace. Most tests only wait: run many more of them
-//! than there are cores (`RUST_TEST_THREADS`). A store that tells time by tokio's clock can be tested on
-//! a [runtime](Fixture::runtime) whose clock is paused, where waits take no time.
+//! Many rules wait until a lease has run out, and expect that it did not run out earlier. The
+//! [lease](Fixture::lease) of the fixture sets their pace. Most tests only wait: run many more of
+//! them in parallel than there are cores (`RUST_TEST_THREADS`). A store that tells time by tokio's
+//! clock can be tested on a [runtime](Fixture::runtime) whose clock is paused. Waits take no time
+//! there.
 //!
 //! # Another test harness
 //!
 //! [`rules`] returns the same rules as values.
 
-// A rule has one way to fail, and that is to panic; whatever it did not expect fails it.
+// A rule fails in one way only: it panics, also about any outcome that it did not expect.
 #![allow(clippy::missing_panics_doc, clippy::wildcard_enum_match_arm)]
 
 mod abandoned_requests;
@@ -88,26 +89,27 @@ use self::{
 };
 use crate::store::Store;
 
-/// Gives a rule its storage and its pace. Each rule gets a fixture of its own, whose storage is empty.
+/// Gives a rule its storage and its pace. Each rule gets its own fixture with an empty storage.
 #[async_trait]
 pub trait Fixture: Debug + Send + Sync {
     /// Opens another handle to this fixture's storage, as another process would.
     async fn open(&self) -> Arc<dyn Store>;
 
-    /// Opens another handle to the same storage, as a machine would whose clock is ahead by this much.
+    /// Opens another handle to the same storage, as a machine would whose clock is ahead by this
+    /// much.
     ///
     /// A store that never reads the application's clock opens an ordinary handle.
     async fn open_with_clock_ahead(&self, by: Duration) -> Arc<dyn Store>;
 
-    /// A lease that runs out while a rule waits: one second by default.
+    /// Returns a lease that runs out while a rule waits. Default: one second.
     ///
-    /// A rule makes a few dozen calls within one lease. If rules fail on a busy machine, give the
-    /// store more time.
+    /// A rule makes a few dozen calls within one lease. If rules fail on a busy machine, return a
+    /// longer lease.
     fn lease(&self) -> Duration {
         Duration::from_secs(1)
     }
 
-    /// Builds the runtime of one test: four threads by default, on which simultaneous calls race.
+    /// Builds the runtime of one test. Default: four threads, on which simultaneous calls race.
     ///
     /// A store that tells time by tokio's clock can have that clock paused:
     ///
@@ -119,7 +121,7 @@ pub trait Fixture: Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// If the operating system refuses a thread or a descriptor.
+    /// An error of the operating system if it refuses a thread or a descriptor.
     fn runtime() -> io::Result<Runtime>
     where
         Self: Sized,
@@ -138,7 +140,7 @@ pub struct Rule {
 type Check = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Rule {
-    /// The rule as a sentence, in the form of a function's name.
+    /// Returns the rule as a sentence, in the form of a function's name.
     #[must_use]
     pub fn name(&self) -> &'static str {
         self.name
@@ -148,7 +150,8 @@ impl Rule {
     ///
     /// # Panics
     ///
-    /// If the store breaks the rule, returns an error, or takes longer than a minute beside the waits.
+    /// Panics if the store breaks the rule, returns an error, or takes longer than a minute in
+    /// addition to the waits.
     pub async fn check(&self, fixture: Arc<dyn Fixture>) {
         let limit = LONGEST_CALLS + fixture.lease() * LONGEST_WAITS;
         let checked = timeout(limit, (self.check)(fixture)).await;
@@ -162,13 +165,14 @@ impl Debug for Rule {
     }
 }
 
-/// All rules of the contract.
+/// Returns all rules of the contract.
 #[must_use]
 pub fn rules() -> Vec<Rule> {
     crate::__conformance_rules! { @values }
 }
 
-/// Runs one rule on a runtime of its own. The tests of [`conformance_tests!`](crate::conformance_tests) call it.
+/// Runs one rule on its own runtime. The tests of [`conformance_tests!`](crate::conformance_tests)
+/// call it.
 #[doc(hidden)]
 pub fn run<F: Fixture + 'static>(name: &str, fixture: impl Future<Output = F>) {
     let runtime = F::runtime().unwrap_or_else(|error| panic!("no runtime for the rule {name}: {error}"));
@@ -181,5 +185,5 @@ pub fn run<F: Fixture + 'static>(name: &str, fixture: impl Future<Output = F>) {
 }
 
 const LONGEST_CALLS: Duration = Duration::from_secs(60);
-/// In leases. No rule waits longer.
+/// The number of leases that a rule waits at most.
 const LONGEST_WAITS: u32 = 10;

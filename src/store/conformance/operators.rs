@@ -1,4 +1,4 @@
-//! What operators call.
+//! Rules about the calls of operators.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use crate::stored::record::{
     Claim, CompleteOutcome, Fenced, RecordFilter, RecordState, Resolution, ResolveOutcome,
 };
 
-/// A key without a record has none to show.
+/// A look-up of a key without a record finds none.
 pub(super) async fn an_absent_key_is_not_found(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     store.win(&claim_of("k"), "first claim").await;
@@ -15,7 +15,7 @@ pub(super) async fn an_absent_key_is_not_found(fixture: &dyn Fixture) {
     assert!(store.find(&claim_of("K")).await.is_none(), "a record of a key in another case");
 }
 
-/// A record past its expiry is still found, as long as it is not purged.
+/// An expired record is still found until it is purged.
 pub(super) async fn an_expired_record_is_found_until_it_is_purged(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claim = Claim { retention: fixture.lease(), ..claim_of("k") };
@@ -27,7 +27,8 @@ pub(super) async fn an_expired_record_is_found_until_it_is_purged(fixture: &dyn 
     assert!(store.find(&claim).await.is_none(), "a purged record is found");
 }
 
-/// A list shows the records of one state, among them lapsed ones and those that the next claim would find held.
+/// A list shows the records of one state. Lapsed records are in progress; those that the next claim
+/// would find held are held.
 pub(super) async fn a_list_is_filtered_by_state(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     store.win(&claim_of("alive"), "first claim").await;
@@ -52,7 +53,7 @@ pub(super) async fn a_list_is_filtered_by_state(fixture: &dyn Fixture) {
     }
 }
 
-/// A list begins with the oldest and ends at its limit.
+/// A list begins with the oldest record and ends at its limit.
 pub(super) async fn a_list_begins_with_the_oldest(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for key in ["m", "a", "z", "B", "k"] {
@@ -73,7 +74,7 @@ pub(super) async fn a_list_begins_with_the_oldest(fixture: &dyn Fixture) {
     }
 }
 
-/// A list shows records as they are, with everything that `get` shows.
+/// A list shows everything about a record that `get` shows.
 pub(super) async fn a_list_shows_what_get_shows(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let completed = claim_of("completed");
@@ -107,7 +108,7 @@ pub(super) async fn an_evicted_key_is_absent(fixture: &dyn Fixture) {
     assert!(store.find(&bystander).await.is_some(), "evicting one key evicted another");
 }
 
-/// Held records and lapsed ones can be given back.
+/// An operator can release held and lapsed records.
 pub(super) async fn an_operator_gives_a_key_back(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for owner in unknown_outcomes(fixture, &store).await {
@@ -124,7 +125,8 @@ pub(super) async fn an_operator_gives_a_key_back(fixture: &dyn Fixture) {
     }
 }
 
-/// Held records and lapsed ones can be completed; that takes them from their attempt and keeps them anew.
+/// An operator can complete held and lapsed records. That takes the record from its attempt and
+/// keeps it for its whole retention again.
 pub(super) async fn an_operator_completes_a_record(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     for owner in unknown_outcomes(fixture, &store).await {
@@ -168,10 +170,10 @@ pub(super) async fn a_record_resolved_past_its_expiry_is_kept_anew(fixture: &dyn
 
     run_out(fixture).await;
     run_out(fixture).await;
-    assert_eq!(store.purge(100).await, 1, "purged records after the retention anew");
+    assert_eq!(store.purge(100).await, 1, "purged records after the whole retention again");
 }
 
-/// A record with a live lease cannot be resolved, nor one that is absent or completed.
+/// A record that is absent, completed or has a live lease cannot be resolved.
 pub(super) async fn only_unknown_outcomes_are_resolved(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let [alive, completed, absent] = ["alive", "completed", "absent"].map(claim_of);
@@ -194,7 +196,7 @@ pub(super) async fn only_unknown_outcomes_are_resolved(fixture: &dyn Fixture) {
     store.complete_as_owner(&alive.attempt, response("r"), "by the owner").await;
 }
 
-/// Two operators at once: one resolves.
+/// Of many simultaneous resolutions, exactly one is carried out.
 pub(super) async fn of_simultaneous_resolutions_exactly_one_counts(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..5 {
@@ -210,7 +212,8 @@ pub(super) async fn of_simultaneous_resolutions_exactly_one_counts(fixture: &dyn
     }
 }
 
-/// Of an operator's completion and the attempt's own at the same moment, one is carried out.
+/// Of a completion by an operator and a simultaneous one by the attempt, exactly one is carried
+/// out.
 pub(super) async fn a_resolution_and_a_completion_exclude_each_other(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     for round in 0..12 {
@@ -234,7 +237,8 @@ pub(super) async fn a_resolution_and_a_completion_exclude_each_other(fixture: &d
     }
 }
 
-/// Records that an operator may resolve, each with its attempt: held, lapsed, and to be held.
+/// Makes records that an operator may resolve: held, lapsed, and one that the next claim would find
+/// held.
 async fn unknown_outcomes(fixture: &dyn Fixture, store: &Handle) -> [Claim; 3] {
     let claims = [
         claim_of("held"),

@@ -1,11 +1,11 @@
-//! Deleting what counts as absent.
+//! Rules about the purge, which deletes records that count as absent.
 
 use std::time::Duration;
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, ClaimOutcome, RecordFilter, RenewOutcome};
 
-/// A purge deletes what is past its expiry and spares everything else.
+/// A purge deletes the records that count as absent and spares all others.
 pub(super) async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let expiring = |key: &str| Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of(key) };
@@ -27,7 +27,7 @@ pub(super) async fn a_purge_deletes_what_counts_as_absent_and_nothing_else(fixtu
     assert_eq!(store.purge(100).await, 0, "purged records by a second purge");
 }
 
-/// A purge deletes at most as many records as it was allowed, and says how many.
+/// A purge deletes at most as many records as its limit, and returns their number.
 pub(super) async fn a_purge_keeps_to_its_limit(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for n in 0..25 {
@@ -43,7 +43,7 @@ pub(super) async fn a_purge_keeps_to_its_limit(fixture: &dyn Fixture) {
     }
 }
 
-/// What cannot be purged does not keep a purge from what can be, however much of it is older.
+/// Records that cannot be purged do not use up the limit, even if many of them are older.
 pub(super) async fn held_records_do_not_use_up_the_limit_of_a_purge(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for n in 0..12 {
@@ -57,7 +57,7 @@ pub(super) async fn held_records_do_not_use_up_the_limit_of_a_purge(fixture: &dy
     assert_eq!(store.purge(5).await, 3, "purged records of at most 5, beside 12 held ones");
 }
 
-/// A purged key is claimable, and the attempt of the purged record has no say in the new one.
+/// A purged key is claimable. The attempt of the purged record cannot change the new one.
 pub(super) async fn a_purged_key_is_claimed_anew(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let old = Claim { lease: fixture.lease(), retention: fixture.lease(), ..claim_of("k") };
@@ -75,7 +75,7 @@ pub(super) async fn a_purged_key_is_claimed_anew(fixture: &dyn Fixture) {
     store.lose_completion(&old.attempt, "its record was purged").await;
 }
 
-/// Two processes that purge at once delete each record once.
+/// Two processes that purge simultaneously delete each record once.
 pub(super) async fn simultaneous_purges_delete_each_record_once(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for n in 0..60 {
@@ -95,10 +95,10 @@ pub(super) async fn simultaneous_purges_delete_each_record_once(fixture: &dyn Fi
         deleted
     });
     let deleted: u64 = at_once(tasks).await.into_iter().sum();
-    assert_eq!(deleted, 60, "records that two purges at once say they have deleted, of 60");
+    assert_eq!(deleted, 60, "records that two simultaneous purges say they have deleted, of 60");
 }
 
-/// A purge never deletes a record that was claimed anew meanwhile.
+/// A purge never deletes a record that was claimed again meanwhile.
 pub(super) async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixture) {
     let [store, purger] = two_handles(fixture).await;
     for round in 0..3 {
@@ -118,8 +118,8 @@ pub(super) async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixtu
         let claimed = at_once(claims).await;
         finished(purge).await;
         for new in claimed {
-            let record = store.get(&new, "claimed anew while a purge ran").await;
-            assert_eq!(record.attempt, Some(new.attempt.id), "attempt of a record claimed anew");
+            let record = store.get(&new, "claimed again while a purge ran").await;
+            assert_eq!(record.attempt, Some(new.attempt.id), "attempt of a record claimed again");
         }
     }
 }
@@ -150,7 +150,7 @@ pub(super) async fn a_purge_spares_what_is_renewed_meanwhile(fixture: &dyn Fixtu
     }
 }
 
-/// Forty expired records, half of them completed unless their lease is to run out.
+/// Makes forty expired records. They are completed unless their lease shall run out as well.
 async fn expired(fixture: &dyn Fixture, store: &Handle, round: usize, like: Claim) -> Vec<Claim> {
     let claims = (0..40).map(|n| {
         let attempt = claim_of(&format!("round {round}, key {n}")).attempt;

@@ -1,9 +1,9 @@
-//! Leases that are renewed.
+//! Rules about renewing leases.
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, Fenced, RenewOutcome, Renewal, Resolution};
 
-/// A renewal counts from the moment at which it is carried out, and can also shorten a lease.
+/// A renewal counts from the moment when it is carried out. It can also shorten a lease.
 pub(super) async fn a_renewal_sets_the_lease_anew(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
@@ -22,7 +22,7 @@ pub(super) async fn a_renewal_sets_the_lease_anew(fixture: &dyn Fixture) {
     }
 }
 
-/// A renewed lease keeps others out for as long as it lasts, and no longer.
+/// A renewed lease keeps other attempts out for as long as it lasts, and no longer.
 pub(super) async fn a_renewed_lease_keeps_others_out_until_it_runs_out(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -40,7 +40,7 @@ pub(super) async fn a_renewed_lease_keeps_others_out_until_it_runs_out(fixture: 
     assert_eq!(won, (owner.record_id, 2), "id and number of the takeover");
 }
 
-/// A lapsed lease that nobody took is renewed by its owner.
+/// An owner can renew a lapsed lease if no other attempt took the record.
 pub(super) async fn a_lapsed_lease_that_nobody_took_is_renewed(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -64,7 +64,7 @@ pub(super) async fn a_lapsed_lease_that_nobody_took_is_renewed(fixture: &dyn Fix
     }
 }
 
-/// A renewal is lost when the record is another's, completed or gone.
+/// A renewal is lost if the record is another attempt's, completed or gone.
 pub(super) async fn a_renewal_without_ownership_is_lost(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let [strangers, completed, released, evicted, resolved] =
@@ -98,7 +98,7 @@ pub(super) async fn a_renewal_without_ownership_is_lost(fixture: &dyn Fixture) {
     assert!(lease <= LONG, "a stranger's renewal extended the lease to {lease:?}");
 }
 
-/// A held record is not renewed, but its attempt is told that it may still complete.
+/// A held record is not renewed, but its attempt learns that it may still complete.
 pub(super) async fn a_renewal_of_a_held_record_is_skipped(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
@@ -114,7 +114,7 @@ pub(super) async fn a_renewal_of_a_held_record_is_skipped(fixture: &dyn Fixture)
     assert_eq!(store.renew_one(&stranger, LONG).await, RenewOutcome::Lost, "renewal by another attempt");
 }
 
-/// The answers come in the order of the renewals, whatever they are.
+/// The answers come in the order of the renewals.
 pub(super) async fn renewals_are_answered_in_their_order(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let mine: Vec<Claim> = ["z", "a", "m", "B", "0"].into_iter().map(claim_of).collect();
@@ -150,12 +150,12 @@ pub(super) async fn renewals_are_answered_in_their_order(fixture: &dyn Fixture) 
     }
 }
 
-/// No renewals have no answers.
+/// A call without renewals returns no answers.
 pub(super) async fn no_renewals_have_no_answers(fixture: &dyn Fixture) {
     assert!(handle(fixture).await.renew(&[]).await.is_empty(), "no renewals were answered");
 }
 
-/// Hundreds of leases are renewed by one call.
+/// One call renews hundreds of leases.
 pub(super) async fn many_leases_are_renewed_by_one_call(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claims: Vec<Claim> = (0..300).map(|n| claim_of(&format!("key {n}"))).collect();
@@ -170,7 +170,8 @@ pub(super) async fn many_leases_are_renewed_by_one_call(fixture: &dyn Fixture) {
     assert!(lease_of(&last) > LONG * 2, "the last of 300 leases was not renewed");
 }
 
-/// Two processes that renew the same leases in opposite order do not wait for each other, and lose none.
+/// Two processes renew the same leases in opposite order: neither waits for the other, and no lease
+/// is lost.
 pub(super) async fn simultaneous_renewals_lose_no_lease(fixture: &dyn Fixture) {
     let [left, right] = two_handles(fixture).await;
     let claims: Vec<Claim> = (0..50).map(|n| claim_of(&format!("key {n}"))).collect();

@@ -1,9 +1,9 @@
-//! Completed records do not change.
+//! Rules about completed records, which do not change.
 
 use super::{Fixture, support::*};
 use crate::stored::record::{Claim, RenewOutcome, Resolution, ResolveOutcome};
 
-/// A claim that finds a completed record shows its response, by whichever attempt.
+/// A claim by any attempt that finds a completed record shows its response.
 pub(super) async fn a_completed_record_is_shown_to_every_retry(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = claim_of("k");
@@ -16,7 +16,7 @@ pub(super) async fn a_completed_record_is_shown_to_every_retry(fixture: &dyn Fix
     }
 }
 
-/// A replay writes nothing at all.
+/// A replay does not change the record.
 pub(super) async fn a_replay_writes_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let owner = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -32,7 +32,7 @@ pub(super) async fn a_replay_writes_nothing(fixture: &dyn Fixture) {
     assert_eq!(store.get(&owner, "after the replays").await, before, "a replay changed the record");
 }
 
-/// Whatever is tried on a completed record, it stays as it is.
+/// A completed record stays as it is, whatever call is tried on it.
 pub(super) async fn a_completed_record_never_changes(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let owner = claim_of("k");
@@ -50,7 +50,7 @@ pub(super) async fn a_completed_record_never_changes(fixture: &dyn Fixture) {
     assert_eq!(store.get(&owner, "afterwards").await, before, "a completed record changed");
 }
 
-/// Retries that come while the owner completes see the record in progress or completed, never in between.
+/// Retries during a completion see the record in progress or completed, never in between.
 pub(super) async fn retries_during_a_completion_see_all_of_it_or_nothing(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let body = bytes::Bytes::from(vec![7; 100_000]);
@@ -74,7 +74,7 @@ pub(super) async fn retries_during_a_completion_see_all_of_it_or_nothing(fixture
                                 break assert!(response == body, "half a response");
                             }
                             crate::stored::record::RecordState::Held => {
-                                panic!("a record that nobody held is held")
+                                panic!("a record that no attempt held is held")
                             }
                         },
                         crate::stored::record::ClaimOutcome::Contended => tokio::task::yield_now().await,

@@ -1,4 +1,4 @@
-//! Keeping requests and their records, and the purge of what is kept.
+//! Rules about keeping requests and their records, and about purging kept requests.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ impl Recovery {
         assert_eq!(self.keep(claim, &request(), Duration::ZERO).await, Fenced::Lost, "{why}");
     }
 
-    /// Wins a key and keeps its request, which is due at once.
+    /// Wins a key and keeps its request, which is due immediately.
     pub(super) async fn win_with_request(&self, claim: &Claim) {
         self.store.win(claim, "first claim").await;
         assert_eq!(self.keep(claim, &request(), Duration::ZERO).await, Fenced::Applied, "kept by the owner");
@@ -31,20 +31,20 @@ impl Recovery {
         expected(self.inner.retain_record(consumer, key, claim.record_id).await, "retain_record")
     }
 
-    /// Lets the lease of an attempt run out at once.
+    /// Lets the lease of an attempt run out almost immediately.
     pub(super) async fn lapse(&self, claim: &Claim) {
         let renewed = self.store.renew_one(&claim.attempt, Duration::from_millis(1)).await;
         assert_eq!(renewed, RenewOutcome::Renewed, "a renewal by the owner");
         fall_due().await;
     }
 
-    /// Releases a record by its attempt so that it stays.
+    /// Releases a record by its attempt in such a way that the record stays.
     pub(super) async fn abandon(&self, claim: &Claim) {
         assert_eq!(self.retain_record(claim).await, Fenced::Applied, "retain_record");
         assert_eq!(self.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
     }
 
-    /// A record that waits for the next attempt, and its request, which is due at once.
+    /// Makes a record that waits for the next attempt. Its request is due immediately.
     pub(super) async fn abandoned_request(&self, key: &str) -> Claim {
         let claim = claim_of(key);
         self.win_with_request(&claim).await;
@@ -52,13 +52,13 @@ impl Recovery {
         claim
     }
 
-    /// Takes at most 100 requests, after those that are due at once have become so.
+    /// Takes at most 100 requests. First waits until those without a delay are due.
     pub(super) async fn take_requests(&self, pause: Duration) -> Vec<KeptRequest> {
         fall_due().await;
         expected(self.inner.take_abandoned(100, pause).await, "take_abandoned")
     }
 
-    /// Keys of the requests that are due, which are taken for a minute.
+    /// Takes the requests that are due, for an hour. Returns their keys.
     pub(super) async fn keys_taken(&self) -> Vec<String> {
         let taken = self.take_requests(LONG).await;
         let mut keys: Vec<_> = taken.iter().map(|request| request.key.as_str().to_owned()).collect();
@@ -82,7 +82,8 @@ impl Recovery {
         expected(self.inner.update_request(record, tries, &update).await, "update_request")
     }
 
-    /// Whether the request of a record is there, which an operator finds out by having it sent again.
+    /// Returns `true` if the request of a record is kept. Asks as an operator, by having it sent
+    /// again.
     pub(super) async fn has_request(&self, record: RecordId) -> bool {
         self.update_request(record, None, send_again(Duration::ZERO)).await == Fenced::Applied
     }
@@ -96,7 +97,8 @@ pub(super) fn send_again(after: Duration) -> RequestUpdate {
     RequestUpdate::SendAgain { after, tried: true }
 }
 
-/// Only the attempt that owns the record with a live lease keeps a request, and otherwise nothing is kept.
+/// Only the attempt that owns the record with a live lease keeps a request. For any other attempt,
+/// nothing is kept.
 pub(super) async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [owned, completed, held] = ["owned", "completed", "held"].map(claim_of);
@@ -125,7 +127,7 @@ pub(super) async fn a_request_is_kept_by_the_attempt_that_owns_its_record(fixtur
     assert!(recovery.has_request(owned.record_id).await, "a kept request");
 }
 
-/// A request comes back as it was kept, with the names of its record.
+/// A request is returned as it was kept, with the consumer and key of its record.
 pub(super) async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let bytes: Bytes = (0..=u8::MAX).chain(*b"'; --\r\n").collect();
@@ -139,7 +141,8 @@ pub(super) async fn a_kept_request_is_shown_as_it_was_kept(fixture: &dyn Fixture
     assert_eq!(recovery.take_request("it is abandoned").await, expected, "what is taken");
 }
 
-/// A request that is kept later for the same record changes nothing: not what was kept, nor when it is due, nor its tries.
+/// The first request of a record counts. A later one changes neither the kept request, nor its
+/// time, nor its tries.
 pub(super) async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -153,7 +156,7 @@ pub(super) async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) 
         assert_eq!(recovery.keep(&retry, &other, LONG).await, Fenced::Applied, "kept by the next attempt");
         recovery.abandon(&retry).await;
         if attempt_number == 2 {
-            let taken = recovery.take_request("the first was due at once").await;
+            let taken = recovery.take_request("the first was due immediately").await;
             assert_eq!((taken.request, taken.tries), (request(), 1), "what is taken");
         }
     }
@@ -163,7 +166,8 @@ pub(super) async fn the_first_request_of_a_record_counts(fixture: &dyn Fixture) 
     assert_eq!((taken.request, taken.tries), (request(), 2), "what is taken");
 }
 
-/// A record that is kept goes on when its attempt gives it back: its id, its fingerprint and its attempt number.
+/// A retained record stays when its attempt releases it: its id, fingerprint and attempt number go
+/// on.
 pub(super) async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
@@ -176,7 +180,7 @@ pub(super) async fn a_kept_record_stays_when_it_is_released(fixture: &dyn Fixtur
     assert_eq!(won, (claim.record_id, 2), "id and number");
 }
 
-/// A record that is completed or gone is not kept, nor is another one that has its key.
+/// A record that is completed or gone is not retained. Nor is another record that has its key.
 pub(super) async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let [gone, completed] = ["gone", "completed"].map(claim_of);
@@ -189,10 +193,10 @@ pub(super) async fn a_record_that_has_ended_is_not_kept(fixture: &dyn Fixture) {
     recovery.store.win(&next, "it was evicted").await;
     assert_eq!(recovery.retain_record(&gone).await, Fenced::Lost, "it is another record");
     assert_eq!(recovery.store.release(&next.attempt).await, Fenced::Applied, "release by the owner");
-    assert!(recovery.store.find(&next).await.is_none(), "nothing hung on the record that was released");
+    assert!(recovery.store.find(&next).await.is_none(), "the released record had no intent or request");
 }
 
-/// A kept request is purged once its record is completed or gone, however old it is, and not before.
+/// A kept request of any age is purged once its record is completed or gone, and not before.
 pub(super) async fn kept_requests_are_purged_once_their_record_is_completed_or_gone(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("given up").await;
@@ -221,7 +225,7 @@ pub(super) async fn kept_requests_are_purged_once_their_record_is_completed_or_g
     }
 }
 
-/// No more kept requests are purged at a time than were asked for.
+/// One call purges no more kept requests than its limit.
 pub(super) async fn a_purge_of_kept_requests_keeps_to_its_limit(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for key in ["a", "b", "c"] {
@@ -234,7 +238,7 @@ pub(super) async fn a_purge_of_kept_requests_keeps_to_its_limit(fixture: &dyn Fi
     }
 }
 
-/// There is no result, not even an empty one, of a phase that was not finished.
+/// A phase that was not finished has no result, not even an empty one.
 pub(super) async fn a_phase_that_was_not_finished_is_not_found(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");

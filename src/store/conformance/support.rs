@@ -1,4 +1,4 @@
-//! What the rules are written with.
+//! Helpers with which the rules are written.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,17 +26,18 @@ use crate::{
 /// A lease or a retention that does not run out.
 pub(super) const LONG: Duration = Duration::from_secs(60 * 60);
 
-/// Waits until everything that was given one lease of the fixture has run out.
+/// Waits until all that was given one lease of the fixture has run out.
 pub(super) async fn run_out(fixture: &dyn Fixture) {
     sleep(fixture.lease() * 5 / 4).await;
 }
 
-/// Waits until what was given no time, or a millisecond, is due.
+/// Waits until all that was given no time, or one millisecond, is due.
 pub(super) async fn fall_due() {
     sleep(Duration::from_millis(5)).await;
 }
 
-/// A claim of a key by a new attempt of one consumer, with one fingerprint, a long lease and a long retention.
+/// Makes a claim of a key by a new attempt. Consumer and fingerprint are always the same; lease and
+/// retention are long.
 pub(super) fn claim_of(key: &str) -> Claim {
     Claim {
         lease: LONG,
@@ -44,13 +45,13 @@ pub(super) fn claim_of(key: &str) -> Claim {
     }
 }
 
-/// The same request again, by another attempt.
+/// Makes a claim of the same request by another attempt.
 pub(super) fn retry_of(claim: &Claim) -> Claim {
     let attempt = Attempt::new(claim.attempt.consumer.clone(), claim.attempt.key.clone());
     Claim { attempt, record_id: RecordId::random(), ..claim.clone() }
 }
 
-/// A different request under the same key.
+/// Makes a claim of a different request under the same key.
 pub(super) fn other_request(claim: &Claim) -> Claim {
     Claim { fingerprint: fingerprint("another request"), ..retry_of(claim) }
 }
@@ -71,7 +72,7 @@ pub(super) fn response(text: &str) -> Bytes {
     Bytes::from(text.to_owned())
 }
 
-/// A store whose errors break the rule.
+/// A store. An error of one of its calls breaks the rule.
 #[derive(Clone, Debug)]
 pub(super) struct Handle(Arc<dyn Store>);
 
@@ -92,7 +93,7 @@ impl Handle {
         expected(self.0.claim(claim).await, "claim")
     }
 
-    /// Claims and must win.
+    /// Claims, and must win.
     pub(super) async fn win(&self, claim: &Claim, why: &str) -> (RecordId, u32) {
         match self.claim(claim).await {
             ClaimOutcome::Won { record_id, attempt_number } => (record_id, attempt_number),
@@ -100,7 +101,7 @@ impl Handle {
         }
     }
 
-    /// Claims and must be shown the record that has the key.
+    /// Claims, and must be shown the record that has the key.
     pub(super) async fn be_refused(&self, claim: &Claim, why: &str) -> Record {
         match self.claim(claim).await {
             ClaimOutcome::Exists(record) => *record,
@@ -125,7 +126,7 @@ impl Handle {
         }
     }
 
-    /// Completes and must be shown the record that is another's.
+    /// Completes, and must be shown the record that is another attempt's.
     pub(super) async fn lose_completion(&self, attempt: &Attempt, why: &str) -> Record {
         match self.complete(attempt, response("of a loser")).await {
             CompleteOutcome::Lost(record) => *record,
@@ -161,7 +162,7 @@ impl Handle {
         expected(self.0.get(&claim.attempt.consumer, &claim.attempt.key).await, "get")
     }
 
-    /// The record of a key, which must be there.
+    /// Returns the record of a key, which must be there.
     pub(super) async fn get(&self, claim: &Claim, why: &str) -> Record {
         self.find(claim).await.unwrap_or_else(|| panic!("{why}: the record is gone"))
     }
@@ -188,7 +189,7 @@ impl Handle {
     }
 }
 
-/// A store, and what it keeps for recovery, whose errors break the rule.
+/// A store with its part for recovery. An error of one of its calls breaks the rule.
 #[derive(Clone, Debug)]
 pub(super) struct Recovery {
     pub(super) store: Handle,
@@ -196,7 +197,7 @@ pub(super) struct Recovery {
 }
 
 impl Recovery {
-    /// `None` if the store keeps nothing for recovery.
+    /// Returns `None` if the store keeps nothing for recovery.
     pub(super) async fn of(fixture: &dyn Fixture) -> Option<Self> {
         let store = handle(fixture).await;
         let inner = store.store().recovery()?;
@@ -212,7 +213,7 @@ pub(super) fn expected<T>(result: Result<T, StoreError>, call: &str) -> T {
     result.unwrap_or_else(|error| panic!("{call} failed: {error} ({error:?})"))
 }
 
-/// The attempt number of a claim if it is won.
+/// Claims, and returns the attempt number if the claim is won.
 pub(super) async fn wins(store: Handle, claim: Claim) -> Option<u32> {
     match store.claim(&claim).await {
         ClaimOutcome::Won { attempt_number, .. } => Some(attempt_number),
@@ -220,7 +221,7 @@ pub(super) async fn wins(store: Handle, claim: Claim) -> Option<u32> {
     }
 }
 
-/// What a record is made of, without the lease, which runs on by itself.
+/// Returns the record with an empty lease, because the rest of a lease changes with time.
 pub(super) fn but_for_the_lease(record: Record) -> Record {
     let state = match record.state {
         RecordState::InProgress { .. } => RecordState::in_progress(Duration::ZERO),
@@ -229,7 +230,7 @@ pub(super) fn but_for_the_lease(record: Record) -> Record {
     Record { state, ..record }
 }
 
-/// What is left of the lease of a record that must be in progress.
+/// Returns the rest of the lease of a record that must be in progress.
 pub(super) fn lease_of(record: &Record) -> Duration {
     match &record.state {
         RecordState::InProgress { lease_remaining } => *lease_remaining,
@@ -237,7 +238,7 @@ pub(super) fn lease_of(record: &Record) -> Duration {
     }
 }
 
-/// The response of a record that must be completed.
+/// Returns the response of a record that must be completed.
 pub(super) fn response_of(record: &Record) -> &Bytes {
     match &record.state {
         RecordState::Completed { response } => response,
@@ -245,7 +246,7 @@ pub(super) fn response_of(record: &Record) -> &Bytes {
     }
 }
 
-/// Runs tasks at once and returns what they returned; the panic of one is the panic of the rule.
+/// Runs tasks simultaneously and returns their results. A panic of one is a panic of the rule.
 pub(super) async fn at_once<T, F>(tasks: impl IntoIterator<Item = F>) -> Vec<T>
 where
     F: Future<Output = T> + Send + 'static,
@@ -259,8 +260,8 @@ where
     results
 }
 
-/// Runs two calls at the same moment and returns what they returned. Which of them has the head start of the one
-/// that arrives last changes with the round.
+/// Runs two calls simultaneously and returns their results. The call that reaches the barrier last
+/// has a head start; the round decides which call that is.
 pub(super) async fn both_at_once<L, R>(round: usize, left: L, right: R) -> (L::Output, R::Output)
 where
     L: Future<Output: Send> + Send + 'static,
@@ -287,7 +288,7 @@ where
     })
 }
 
-/// What a spawned task returned; its panic is the panic of the rule.
+/// Returns the result of a spawned task. Its panic is a panic of the rule.
 pub(super) async fn finished<T>(task: JoinHandle<T>) -> T {
     unless_it_panicked(task.await)
 }
@@ -300,12 +301,12 @@ fn unless_it_panicked<T>(joined: Result<T, JoinError>) -> T {
     }
 }
 
-/// Two handles to the storage, as of two processes.
+/// Opens two handles to the storage, like two processes.
 pub(super) async fn two_handles(fixture: &dyn Fixture) -> [Handle; 2] {
     [Handle::new(fixture.open().await), Handle::new(fixture.open().await)]
 }
 
-/// One handle to the storage.
+/// Opens one handle to the storage.
 pub(super) async fn handle(fixture: &dyn Fixture) -> Handle {
     Handle::new(fixture.open().await)
 }

@@ -1,4 +1,4 @@
-//! Leases that ran out, and who takes the record over.
+//! Rules about leases that ran out, and about who takes the record over.
 
 use std::time::Duration;
 
@@ -7,7 +7,8 @@ use tokio::time::{Instant, sleep};
 use super::{Fixture, claims::race, support::*};
 use crate::stored::record::{AttemptId, Claim, ClaimOutcome, Fenced, RecordId, RecordState};
 
-/// A lease that ran out is taken over: same record, next attempt number, one more abandoned attempt.
+/// The same request takes over a lapsed lease: same record, next attempt number, one more abandoned
+/// attempt.
 pub(super) async fn a_lapsed_lease_is_taken_over_by_the_same_request(fixture: &dyn Fixture) {
     let [store, other] = two_handles(fixture).await;
     let first = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -28,7 +29,7 @@ pub(super) async fn a_lapsed_lease_is_taken_over_by_the_same_request(fixture: &d
     assert_eq!(record.expires_at, before.expires_at, "a takeover moved the expiry");
 }
 
-/// Each takeover counts the attempt number and the abandoned attempts by one.
+/// Each takeover increases the attempt number and the number of abandoned attempts by one.
 pub(super) async fn attempt_numbers_count_the_takeovers(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let first = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -42,7 +43,7 @@ pub(super) async fn attempt_numbers_count_the_takeovers(fixture: &dyn Fixture) {
     }
 }
 
-/// At the instant a lease runs out, one of many claims takes it over.
+/// Of many claims at the moment when a lease runs out, exactly one takes the record over.
 pub(super) async fn a_lapsed_lease_is_taken_over_by_exactly_one(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     for round in 0..2 {
@@ -66,7 +67,8 @@ pub(super) async fn a_lapsed_lease_is_taken_over_by_exactly_one(fixture: &dyn Fi
     }
 }
 
-/// Many claims that find a lease lapsed long ago: one of them takes it over.
+/// Of many simultaneous claims that find a lease lapsed long ago, exactly one takes the record
+/// over.
 pub(super) async fn of_many_simultaneous_takeovers_exactly_one_wins(fixture: &dyn Fixture) {
     let handles = two_handles(fixture).await;
     let firsts: Vec<Claim> =
@@ -111,7 +113,7 @@ pub(super) async fn a_different_request_never_gets_the_key(fixture: &dyn Fixture
     assert_eq!(won, (lapsed.record_id, 2), "id and number of the takeover");
 }
 
-/// A record whose lease ran out is in progress with nothing left of the lease.
+/// A record whose lease ran out is in progress, with nothing left of the lease.
 pub(super) async fn a_lapsed_lease_shows_nothing_remaining(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     let claim = Claim { lease: fixture.lease(), ..claim_of("k") };
@@ -122,17 +124,18 @@ pub(super) async fn a_lapsed_lease_shows_nothing_remaining(fixture: &dyn Fixture
     assert_eq!(
         record.attempt,
         Some(claim.attempt.id),
-        "a lapsed lease that nobody took is still its owner's"
+        "a lapsed lease that no other attempt took is still its owner's"
     );
 }
 
-/// Lets each claim try again and again until one was won and the others have had time to win as well.
+/// Lets each claim try again until one was won and the others have had time to win as well.
 pub(super) async fn race_until_won(
     fixture: &dyn Fixture,
     handles: &[Handle; 2],
     claims: Vec<Claim>,
 ) -> Vec<(AttemptId, RecordId, u32)> {
     let until = Instant::now() + fixture.lease() * 3 / 2;
+    // The claims begin before the lease runs out, so that they meet the moment when it does.
     sleep(fixture.lease() * 3 / 4).await;
     let tasks = claims.into_iter().enumerate().map(|(n, claim)| {
         let store = handles[n % 2].clone();

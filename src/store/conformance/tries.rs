@@ -1,4 +1,4 @@
-//! What becomes of requests that were taken, and operators.
+//! Rules about the outcomes of tries to send a request again, and about operators.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::stored::{
 };
 
 impl Recovery {
-    /// What waits for an operator: the keys, and what is said of them.
+    /// Lists the requests that wait for an operator: their keys, and the reasons.
     pub(super) async fn attention(&self) -> Vec<(String, String)> {
         let shown =
             |request: KeptRequest| (request.key.as_str().to_owned(), request.attention.unwrap_or_default());
@@ -35,7 +35,8 @@ fn not_sent() -> RequestUpdate {
     RequestUpdate::SendAgain { after: Duration::ZERO, tried: false }
 }
 
-/// What became of a try is recorded only while the request was not taken again since and waits to be sent.
+/// The outcome of a try is recorded only while the request waits to be sent and was not taken again
+/// since.
 pub(super) async fn an_update_of_a_request_is_fenced_by_its_tries(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = claim_of("k").record_id;
@@ -62,7 +63,7 @@ pub(super) async fn an_update_of_a_request_is_fenced_by_its_tries(fixture: &dyn 
     assert_eq!(recovery.attention().await, [("k".to_owned(), "first".to_owned())]);
 }
 
-/// An operator has a request sent again whatever it is at, and its tries begin anew.
+/// An operator can have a request sent again in any state. Its tries are then counted from zero.
 pub(super) async fn an_operator_begins_the_tries_of_a_request_anew(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = recovery.abandoned_request("k").await.record_id;
@@ -78,7 +79,8 @@ pub(super) async fn an_operator_begins_the_tries_of_a_request_anew(fixture: &dyn
     assert_eq!((taken.tries, taken.attention), (1, None), "tries, and what is left of the attention");
 }
 
-/// A request that needs attention is listed with the reason, and never taken until an operator has it sent again.
+/// A request that needs attention is listed with the reason. It is not taken until an operator has
+/// it sent again.
 pub(super) async fn a_request_that_needs_attention_is_listed_and_not_taken(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     recovery.abandoned_request("a").await;
@@ -97,7 +99,8 @@ pub(super) async fn a_request_that_needs_attention_is_listed_and_not_taken(fixtu
     assert_eq!(recovery.keys_taken().await, ["b"], "requests that are taken");
 }
 
-/// A request that was not completed is taken again when it is said to be, however long it was taken for.
+/// A request that was not completed is taken again at the time that its update names. The pause of
+/// the take does not count then.
 pub(super) async fn a_request_is_sent_again_when_it_is_said_to_be(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     for (key, after) in [("soon", Duration::ZERO), ("later", LONG)] {
@@ -107,19 +110,20 @@ pub(super) async fn a_request_is_sent_again_when_it_is_said_to_be(fixture: &dyn 
         let updated = recovery.update_request(taken[0].record_id, Some(1), send_again(after)).await;
         assert_eq!(updated, Fenced::Applied, "to be sent again");
         if key == "soon" {
-            assert_eq!(recovery.take_request("it is due at once").await.tries, 2, "tries");
+            assert_eq!(recovery.take_request("it is due immediately").await.tries, 2, "tries");
         }
     }
     run_out(fixture).await;
     assert_eq!(recovery.keys_taken().await, [""; 0], "requests that are due");
 }
 
-/// That a request was taken and not sent does not count as a try. There are never fewer than none.
+/// A request that was taken and not sent has not used up a try. The number of tries is never below
+/// zero.
 pub(super) async fn a_try_that_was_not_sent_does_not_count(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let record = recovery.abandoned_request("k").await.record_id;
     let untaken = recovery.update_request(record, Some(0), not_sent()).await;
-    assert_eq!(untaken, Fenced::Applied, "nobody has taken it yet");
+    assert_eq!(untaken, Fenced::Applied, "no call has taken it yet");
     for (tries, update) in [(1, not_sent()), (1, send_again(Duration::ZERO)), (2, not_sent())] {
         assert_eq!(recovery.take_request("it is due").await.tries, tries, "tries");
         assert_eq!(recovery.update_request(record, Some(tries), update).await, Fenced::Applied);
@@ -127,7 +131,7 @@ pub(super) async fn a_try_that_was_not_sent_does_not_count(fixture: &dyn Fixture
     assert_eq!(recovery.take_request("it is due").await.tries, 2, "tries");
 }
 
-/// A request that is not needed any more is deleted, whatever it is at, and no other.
+/// A request that is done is deleted in any state. No other request is.
 pub(super) async fn a_request_that_is_done_is_deleted(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let done = recovery.abandoned_request("done").await.record_id;
