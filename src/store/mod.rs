@@ -68,52 +68,56 @@ pub use crate::{
 ///
 /// The words in bold are also the names of these rules in the source of this crate's stores.
 ///
-/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces matter.
-/// * **A claim is atomic.** Of any number of claims of an absent key, over any number of processes,
-///   exactly one is won. Reading first is fine. Deciding by what was read is not.
-/// * **Absent** is also a record past its expiry, purged or not, unless its lease is alive, it is
-///   held, or it is in progress with an open intent. A claim makes a new record of it: new id, attempt
-///   number 1, any fingerprint. **Purgeable** is an absent record without an open intent.
-/// * **Lapsed** is a record in progress whose lease has run out. A claim with the *same* fingerprint
-///   takes it over: same record id, next attempt number, one more abandoned attempt.
-/// * **Exhausted** is a lapsed record whose attempt, counted as abandoned, is number `max_abandoned`,
-///   as the record was claimed with. It counts as held before a claim makes it so.
-/// * **Held** is a record that was made so, that is exhausted, or that is blocked by an intent (see
-///   [`RecoveryStore`]). It stays past its expiry, and no claim takes it over.
+/// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces
+///   matter.
+/// * **A claim is atomic.** Of any number of claims of an absent key, in any number of processes,
+///   exactly one is won. An implementation may read first, but must not decide by what it has read.
+/// * **Absent** is also a record past its expiry, purged or not. It is not absent if its lease is
+///   alive, if it is held, or if it is in progress with an open intent. A claim replaces it by a
+///   new record: new id, attempt number 1, any fingerprint. **Purgeable** is an absent record
+///   without an open intent.
+/// * **Lapsed** is a record in progress whose lease has run out. A claim with the *same*
+///   fingerprint takes it over: same record id, next attempt number, one more abandoned attempt.
+/// * **Exhausted** is a lapsed record whose attempt, counted as abandoned, is number
+///   `max_abandoned` of the claim that made the record. It counts as held even before a claim makes
+///   it held.
+/// * **Held** is a record that was made held, that is exhausted, or that is blocked by an intent
+///   (see [`RecoveryStore`]). It stays past its expiry, and no claim takes it over.
 /// * **Mine** is a record, in progress or held, with the id of the attempt that asks. `renew`,
-///   `complete`, `release` and `hold` change no other. The age of the lease does not matter: until
-///   another attempt takes a lapsed record over, its owner may still end it.
+///   `complete`, `release` and `hold` change no other record. The age of the lease does not matter:
+///   the owner may end a lapsed record until another attempt takes it over.
 /// * **Resolvable** is a record that is held or lapsed: an operator may complete it. It is
 ///   **releasable** as well unless an intent makes it unrepeatable (see [`RecoveryStore`]).
-/// * **The whole retention**, counted from that moment, goes to a record whose response is stored past
-///   its expiry. Other reasons are in [`RecoveryStore`].
+/// * **The whole retention**, counted from that moment, goes to a record whose response is stored
+///   past its expiry. [`RecoveryStore`] names other reasons.
 /// * **A repeated claim by the same attempt** is won again, with the same number: the reply to the
-///   first may have been lost.
+///   first claim may have been lost.
 /// * **Completed records never change**, and a claim that finds one writes nothing.
-/// * **Time** is the clock of the store alone. Claims and renewals carry durations.
+/// * **Time** is the clock of the store alone. Claims and renewals carry durations, not times.
 /// * **No claim waits.** One that finds the key taken answers immediately. No call that serves more
 ///   than one request waits for a lock on one of its rows: it skips the row.
-/// * **Durability.** When a call has answered, its effect survives a crash of the process and, for a
-///   store that promises it, of the machine.
-/// * **Errors** say by their [kind](crate::store::StoreErrorKind) what is known about the effect.
+/// * **Durability.** Once a call has answered, its effect survives a crash of the process. If the
+///   store promises it, the effect also survives a crash of the machine.
+/// * **Errors** say by their [kind](crate::store::StoreErrorKind) how much is known about the
+///   effect.
 ///
 /// # Implementing it
 ///
 /// The trait is an `#[async_trait]`: an implementation carries the same attribute, from the crate
 /// `async-trait`. The source of the `MemoryStore`, in `src/store/memory/`, is the contract as a
-/// program and a model to begin with: `entry.rs` says what may be done with a record, `intents.rs`
-/// with an intent.
+/// program and a model to begin with. In it, `entry.rs` says when a record may be changed, and
+/// `intents.rs` when an intent may.
 ///
-/// The layer awaits every call in a task that is not cancelled, so a store need not survive that
-/// the future of a call is dropped. Other callers await it the same way, unless the store's docs
-/// allow more. A store is shared: clones and handles to the same tables see the same records.
+/// The layer awaits every call in a task that is not cancelled. So a store need not handle a call
+/// whose future is dropped. Other callers await it the same way, unless the store's docs allow
+/// more. A store is shared: clones and handles to the same tables see the same records.
 #[async_trait]
 pub trait Store: Debug + Send + Sync + 'static {
     /// Prepares the store: creates or migrates its tables unless told not to, and checks that the
     /// store can be trusted. Every other call does this once.
     ///
-    /// Returns what an operator should know, one sentence each, for example that the server does
-    /// not flush its log.
+    /// Returns warnings for an operator, one sentence each: for example, that the server does not
+    /// flush its log.
     ///
     /// # Errors
     ///
@@ -140,15 +144,15 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the response may be stored; the
-    /// same call again tells.
+    /// After [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous) the response may be stored:
+    /// repeat the call to find out.
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError>;
 
-    /// Releases the key: the record of the attempt, in progress or held, is claimable immediately.
+    /// Releases the key. The record of the attempt, in progress or held, is claimable immediately.
     ///
     /// The record is deleted, and any fingerprint may claim the key, unless the record is retained
-    /// for a reason that [`RecoveryStore`] names. A held record is included, because a claim whose
-    /// reply came too late must be released even if its record has become held in the meantime.
+    /// for a reason that [`RecoveryStore`] names. A held record can be released too: a claim whose
+    /// reply came too late must be released even if its record has become held meanwhile.
     ///
     /// # Errors
     ///
@@ -188,8 +192,8 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Ends a record that is held or whose lease ran out.
     ///
-    /// A completion by this call takes the record from its attempt. It also gives the record its
-    /// whole retention again, so that the waiting client can still fetch the response.
+    /// A completion by this call takes the record from its attempt. It also keeps the record for
+    /// its whole retention again, so that the waiting client can still fetch the response.
     ///
     /// # Errors
     ///
@@ -204,9 +208,10 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Offers the handler of an attempt a transaction in which its record can be completed.
     ///
-    /// The store puts something into the request's extensions from which the handler gets the
-    /// transaction. The transaction begins only when the handler asks for it. `None` if the store
-    /// has no transactions; the extractor `Tx` takes those of this crate's stores only.
+    /// The store puts a value into the request's extensions, from which the handler gets the
+    /// transaction. The transaction begins only when the handler asks for it. Returns `None` if the
+    /// store has no transactions. The extractor `Tx` takes transactions of this crate's stores
+    /// only.
     fn transaction(
         &self,
         attempt: &Attempt,
@@ -214,8 +219,8 @@ pub trait Store: Debug + Send + Sync + 'static {
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>>;
 
-    /// Returns the part of the store that keeps intents, finished phases and requests. `None` if it
-    /// keeps none.
+    /// Returns the part of the store that keeps intents, finished phases and requests. Returns
+    /// `None` if the store keeps none.
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>>;
 
     /// Deletes at most `limit` records that count as absent, and returns their number.
@@ -229,7 +234,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     async fn purge(&self, limit: u32) -> Result<u64, StoreError>;
 }
 
-/// A store, or a pool that a store can be made of: the argument of
+/// A store, or a pool from which a store can be made. The argument of
 /// [`IdempotencyLayer::new`](crate::IdempotencyLayer::new).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a store for idempotency records",

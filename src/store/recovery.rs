@@ -25,27 +25,29 @@ use crate::{
 ///
 /// The words in bold are also the names of these rules in the source of this crate's stores.
 ///
-/// * **The record knows.** A change to an intent also tells its record, in the same transaction, how
-///   many of its intents are open and until when they may all be called again. Claims, takeovers,
-///   releases and the purge look at the record only, so none of them misses an intent that is being
-///   opened.
-/// * **Unrepeatable** is a record with an open intent that may not be called again. If it has lapsed or
-///   was released, it is **blocked**: it counts as held until that intent is settled. A record whose
-///   open intents may all be called again is taken over as usual.
-/// * **Retained** is a record that has an intent or a finished phase, or whose request is about to be
-///   sent again. Releasing it leaves it: its id, fingerprint and attempt number go on.
-/// * **The whole retention**, counted from that moment, goes to a record that was kept past its expiry
-///   by an open intent, a hold or a live lease, when that ends; and to a retained record whose lease
-///   outlives the expiry. So a retry finds what was recorded.
-/// * **Owned** is a record by the attempt with a live lease. Opening an intent needs it, is committed
-///   before the call returns, and is repeatable: an opening with the id of the last call is won again.
-///   While the record is owned by the attempt that called last, the intent is **in flight**.
-/// * **Callable** is an intent that is new; that is open and was certainly not sent; that is open and
-///   whose key the upstream still recognizes; or that is dead because the upstream does not know it.
-///   Never with other arguments.
-/// * **Intents outlive their record.** Those whose record is gone are settled alone.
-/// * **Kept requests do not.** One is sent again only while its record is **abandoned**, which means
-///   that it waits for the next attempt. It is purged once its record is completed or gone.
+/// * **The record knows.** A change to an intent also changes its record, in the same transaction:
+///   how many of its intents are open, and until when they may all be called again. Claims,
+///   takeovers, releases and the purge read the record only. So none of them misses an intent that
+///   is just being opened.
+/// * **Unrepeatable** is a record with an open intent that may not be called again. If it has
+///   lapsed or was released, it is **blocked**: it counts as held until that intent is settled. A
+///   record whose open intents may all be called again is taken over as usual.
+/// * **Retained** is a record that has an intent or a finished phase, or whose request is about to
+///   be sent again. A release does not delete it: its id, fingerprint and attempt number go on.
+/// * **The whole retention** goes to a record that was kept past its expiry by an open intent, a
+///   hold or a live lease. It counts from the moment when that ends. It also goes to a retained
+///   record whose lease outlives the expiry. So a retry finds the outcomes that were recorded.
+/// * **Owned** is a record by the attempt with a live lease. An attempt opens an intent only while
+///   it owns the record. The opening is committed before the call returns. It is repeatable: an
+///   opening with the id of the last call succeeds again. While the attempt that called last owns
+///   the record, the intent is **in flight**.
+/// * **Callable** is an intent that is new; that is open and was certainly not sent; that is open
+///   and whose key the upstream still recognizes; or that is dead because the upstream does not
+///   know it. An intent is never callable with other arguments.
+/// * **Intents outlive their record.** An intent whose record is gone is settled alone.
+/// * **Kept requests do not outlive their record.** A request is sent again only while its record
+///   is **abandoned**, which means that it waits for the next attempt. It is purged once its record
+///   is completed or gone.
 #[async_trait]
 pub trait RecoveryStore: Debug + Send + Sync {
     /// Opens an intent before its call.
@@ -59,7 +61,8 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Changes an intent while its fence holds.
     ///
     /// `attention` is a message for the operator. An open intent that needs attention is not looked
-    /// up any more. [`Lost`](Fenced::Lost) if there is no such intent or its fence does not hold.
+    /// up any more. Returns [`Lost`](Fenced::Lost) if there is no such intent or its fence does not
+    /// hold.
     ///
     /// # Errors
     ///
@@ -104,7 +107,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// After any error, nothing is changed.
     async fn count_intents(&self) -> Result<IntentCounts, StoreError>;
 
-    /// Returns the result of a finished phase; `None` if the phase was not finished.
+    /// Returns the result of a finished phase, or `None` if the phase was not finished.
     ///
     /// Waits for a transaction that is finishing the phase. Only the stores of this crate can have
     /// phases.
@@ -122,8 +125,8 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Keeps the encoded request of an attempt that owns its record with a live lease. The request
     /// is sent again if its record is not completed `after` this time.
     ///
-    /// The first request of a record counts: a later call of an attempt that owns the record is
-    /// applied and changes nothing. [`Lost`](Fenced::Lost) for any other attempt.
+    /// The first request of a record counts: a later call by an attempt that owns the record
+    /// succeeds and changes nothing. Returns [`Lost`](Fenced::Lost) for any other attempt.
     ///
     /// # Errors
     ///
@@ -139,7 +142,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// Retains a record when it is released, as if it had an intent, because its request is about
     /// to be sent again.
     ///
-    /// [`Lost`](Fenced::Lost) if there is no such record any more, or if it is completed.
+    /// Returns [`Lost`](Fenced::Lost) if the record is gone or completed.
     ///
     /// # Errors
     ///
@@ -160,8 +163,8 @@ pub trait RecoveryStore: Debug + Send + Sync {
     ///   retained.
     /// * The next claim would not find it held.
     /// * It was not claimed under a policy that holds abandoned attempts
-    ///   ([`max_abandoned`](crate::store::Claim::max_abandoned) 1), in whatever way its attempt
-    ///   ended.
+    ///   ([`max_abandoned`](crate::store::Claim::max_abandoned) 1). The way in which its attempt
+    ///   ended does not matter.
     ///
     /// No other call takes them for `pause`, and each take counts as one more try.
     ///
@@ -180,7 +183,7 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// * [`Done`](RequestUpdate::Done) applies in any state, because a record that is completed or
     ///   gone stays so.
     ///
-    /// [`Lost`](Fenced::Lost) if it does not apply, or if there is no such request.
+    /// Returns [`Lost`](Fenced::Lost) if it does not apply, or if there is no such request.
     ///
     /// # Errors
     ///
@@ -200,8 +203,8 @@ pub trait RecoveryStore: Debug + Send + Sync {
     /// After any error, nothing is changed.
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError>;
 
-    /// Deletes what is not needed any more, and returns the number of rows. At most `limit` rows
-    /// are deleted of each kind:
+    /// Deletes data that is not needed any more, and returns the number of rows. At most `limit`
+    /// rows are deleted of each kind:
     ///
     /// * requests whose record is completed or gone, of any age
     /// * settled intents that are older than `retention` and whose record is gone

@@ -42,9 +42,11 @@ pub enum IsolationLevel {
     Serializable,
 }
 
-/// The transaction of one attempt, as the layer sees it. A store that offers transactions puts something into the
-/// request's extensions that the handler gets it from, and returns this from
-/// [`Store::transaction`](crate::store::Store::transaction).
+/// The transaction of one attempt, as the layer sees it.
+///
+/// A store that offers transactions puts a value into the request's extensions, from which the
+/// handler gets the transaction. [`Store::transaction`](crate::store::Store::transaction) returns
+/// the layer's side of it, which implements this trait.
 ///
 /// # Rules
 ///
@@ -57,7 +59,7 @@ pub enum IsolationLevel {
 /// * The store notices if the handler has ended the transaction.
 #[async_trait]
 pub trait StoreTransaction: fmt::Debug + Send + Sync + 'static {
-    /// State of the transaction.
+    /// Returns the state of the transaction.
     fn usage(&self) -> TransactionUsage;
 
     /// Returns when the transaction has been open for longer than its limit. Never returns if it
@@ -69,13 +71,13 @@ pub trait StoreTransaction: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// The [kind](TransactionError::kind) says what is known. Something may have been committed
+    /// The [kind](TransactionError::kind) says how much is known. Something may have been committed
     /// only after [`Unconfirmed`](TransactionErrorKind::Unconfirmed) and
     /// [`Ended`](TransactionErrorKind::Ended).
     async fn commit(&self, response: Bytes) -> Result<(), TransactionError>;
 
-    /// Rolls the transaction back. If the handler still has it, it is taken from the handler as far
-    /// as the database allows.
+    /// Rolls the transaction back. If the handler still has it, the store takes it away from the
+    /// handler as far as the database allows.
     ///
     /// # Errors
     ///
@@ -169,7 +171,7 @@ impl TransactionErrorKind {
 }
 
 impl TransactionError {
-    /// Makes an error of this kind. The message says what was tried.
+    /// Makes an error of this kind. The message says which step failed.
     pub fn new(kind: TransactionErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), source: None }
     }

@@ -1,4 +1,4 @@
-//! What is kept: data and its bytes, without behaviour.
+//! The data that a store keeps, and its bytes; no behaviour.
 
 pub(crate) mod codec;
 pub(crate) mod intent;

@@ -135,7 +135,9 @@ pub(super) async fn a_completion_and_a_takeover_exclude_each_other(fixture: &dyn
         let retry = Claim { lease: LONG, ..retry_of(&first) };
         let completion = {
             let (store, attempt) = (handles[0].clone(), first.attempt.clone());
-            async move { matches!(store.complete(&attempt, response("first")).await, CompleteOutcome::Completed) }
+            async move {
+                matches!(store.complete(&attempt, response("completed")).await, CompleteOutcome::Completed)
+            }
         };
         let (completed, won) = both_at_once(round, completion, wins(handles[1].clone(), retry.clone())).await;
         let taken_over = won.is_some();

@@ -101,6 +101,7 @@ pub(super) async fn a_release_never_reaches_the_attempt_that_takes_over(fixture:
             async move { store.release(&first.attempt).await == Fenced::Applied }
         };
         let (released, won) = both_at_once(round, release, wins(handles[1].clone(), retry.clone())).await;
+        // If the release came first, the key was free, and the claim made a new record.
         if let Some(number) = won {
             assert_eq!(number, if released { 1 } else { 2 }, "attempt number; released: {released}");
             let record = handles[1].get(&retry, "claimed while the earlier attempt released").await;

@@ -15,10 +15,15 @@
 /// # #[async_trait::async_trait]
 /// # impl Fixture for Server {
 /// #     async fn open(&self) -> Arc<dyn Store> { Arc::new(self.0.clone()) }
-/// #     async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> { self.open().await }
+/// #     async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {
+/// #         self.open().await
+/// #     }
 /// # }
-/// tower_idempotency::conformance_tests!(redis, Server::connect().await, #[ignore = "needs
-/// Redis"]);
+/// tower_idempotency::conformance_tests!(
+///     redis,
+///     Server::connect().await,
+///     #[ignore = "needs Redis"]
+/// );
 /// # fn main() {}
 /// ```
 #[macro_export]

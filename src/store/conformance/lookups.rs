@@ -98,6 +98,7 @@ pub(super) async fn an_operator_makes_no_earlier_lookup_count_again(fixture: &dy
 /// A record with intents is not forgotten when a lease that outlives its expiry runs out.
 pub(super) async fn a_lease_that_outlives_the_expiry_keeps_a_record_with_intents(fixture: &dyn Fixture) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
+    // Three waits end before the expiry. The renewed lease ends after it.
     let claims = ["called before", "called after"]
         .map(|key| Claim { retention: fixture.lease() * 9 / 2, ..claim_of(key) });
     let [before, after] = &claims;

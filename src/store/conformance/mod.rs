@@ -45,7 +45,7 @@
 //!
 //! [`rules`] returns the same rules as values.
 
-// A rule fails in one way only: it panics, also about any outcome that it did not expect.
+// A rule fails by a panic, for any outcome that it did not expect.
 #![allow(clippy::missing_panics_doc, clippy::wildcard_enum_match_arm)]
 
 mod abandoned_requests;

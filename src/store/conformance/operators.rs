@@ -58,6 +58,7 @@ pub(super) async fn a_list_begins_with_the_oldest(fixture: &dyn Fixture) {
     let store = handle(fixture).await;
     for key in ["m", "a", "z", "B", "k"] {
         store.win(&Claim { retention: LONG, ..claim_of(key) }, "first claim").await;
+        // The times of creation must differ on the clock of any store.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let first = claim_of("a");

@@ -109,6 +109,7 @@ pub(super) async fn a_purge_spares_what_is_claimed_meanwhile(fixture: &dyn Fixtu
             let store = store.clone();
             async move {
                 let new = Claim { retention: LONG, lease: LONG, ..retry_of(&old) };
+                // The purge may have the record locked at this moment.
                 while let ClaimOutcome::Contended = store.claim(&new).await {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }

@@ -1,5 +1,5 @@
-//! One record and the rules about it: the contract, in a form that can be read. The SQL of the
-//! rules is in `sql/rules.rs`, under the same names.
+//! One record and the rules about it: the contract as readable code. The SQL of the rules is in
+//! `sql/rules.rs`, under the same names.
 
 use std::time::Duration;
 
@@ -24,11 +24,12 @@ pub(super) struct Entry {
     pub(super) expires_at: Instant,
     /// As the record was claimed with.
     pub(super) retention: Duration,
-    /// It has an intent, or its request is about to be sent again: releasing it leaves it.
+    /// It has an intent, or its request is about to be sent again: a release does not delete it.
     pub(super) retained: bool,
     /// The number of its open intents.
     pub(super) unresolved: u32,
-    /// The end of the time in which its open intents may all be called again. `None`: always.
+    /// The end of the time in which its open intents may all be called again. `None` if that time
+    /// has no end.
     pub(super) repeatable_until: Option<Instant>,
 }
 
@@ -65,8 +66,8 @@ impl Entry {
         }
     }
 
-    /// A record past its expiry counts as absent, unless its lease is alive, it is held, or it is
-    /// in progress with an open intent.
+    /// A record past its expiry counts as absent. It does not if its lease is alive, if it is held,
+    /// or if it is in progress with an open intent.
     pub(super) fn is_absent(&self, now: Instant) -> bool {
         let must_stay = match self.state {
             State::InProgress { .. } => !self.has_lapsed(now) || self.unresolved > 0 || self.is_held(now),
@@ -76,7 +77,7 @@ impl Entry {
         self.expires_at <= now && !must_stay
     }
 
-    /// What counts as absent is purged, unless an intent is open.
+    /// A record that counts as absent is purged, unless it has an open intent.
     pub(super) fn is_purgeable(&self, now: Instant) -> bool {
         self.is_absent(now) && self.unresolved == 0
     }
@@ -85,7 +86,7 @@ impl Entry {
         matches!(self.state, State::InProgress { lease_until } if lease_until <= now)
     }
 
-    /// It shows as held: it was made so, or the next claim must not take it over.
+    /// It is shown as held: it was made held, or the next claim must not take it over.
     pub(super) fn is_held(&self, now: Instant) -> bool {
         matches!(self.state, State::Held) || self.is_exhausted(now) || self.is_blocked(now)
     }
@@ -122,14 +123,14 @@ impl Entry {
         matches!(self.state, State::InProgress { lease_until } if lease_until > now)
     }
 
-    /// It waits for the next attempt, which need not be the client's.
+    /// It waits for the next attempt, which may be one without the client.
     pub(super) fn is_abandoned(&self, now: Instant) -> bool {
         self.has_lapsed(now) && !self.is_held(now) && self.expires_at > now && self.max_abandoned > 1
     }
 
-    /// When it expires if what has kept it ends now. What outlived its expiry by an open intent, a
-    /// hold or a live lease gets its whole retention: it must not be forgotten in the moment in
-    /// which it is freed.
+    /// The expiry if the reason that kept the record ends now. A record that outlived its expiry by
+    /// an open intent, a hold or a live lease gets its whole retention: it must not be forgotten at
+    /// the moment when it is freed.
     pub(super) fn expiry_if_freed(&self, now: Instant) -> Instant {
         if self.expires_at <= now && !self.is_absent(now) {
             self.whole_retention(now)
@@ -138,16 +139,16 @@ impl Entry {
         }
     }
 
-    /// When it expires if its lease counts from now on. What is retained must not be forgotten when
-    /// a lease that outlives the expiry runs out.
+    /// The expiry if its lease counts from now on. A retained record must not be forgotten when a
+    /// lease that outlives the expiry runs out.
     pub(super) fn expiry_if_leased(&self, now: Instant) -> Instant {
         let outlives = matches!(self.state, State::InProgress { lease_until }
             if lease_until > now && lease_until >= self.expires_at);
         if self.retained && outlives { self.whole_retention(now) } else { self.expires_at }
     }
 
-    /// When it expires if it is completed now. A response must not be forgotten in the moment in
-    /// which it is stored.
+    /// The expiry if it is completed now. A response must not be forgotten at the moment when it is
+    /// stored.
     fn expiry_if_completed(&self, now: Instant) -> Instant {
         if self.expires_at <= now { self.whole_retention(now) } else { self.expires_at }
     }
@@ -156,7 +157,7 @@ impl Entry {
         now + self.retention
     }
 
-    /// With its lease from now on.
+    /// Gives it a lease that counts from now on.
     pub(super) fn with_lease(self, lease: Duration, now: Instant) -> Self {
         let leased = Self { state: State::in_progress(now, lease), ..self };
         Self { expires_at: leased.expiry_if_leased(now), ..leased }
@@ -167,7 +168,7 @@ impl Entry {
         Self { state: State::Completed { response }, expires_at, ..self.clone() }
     }
 
-    /// Given back, if it is retained.
+    /// The record after its release, if it is retained.
     pub(super) fn released(&self, now: Instant) -> Self {
         let state = State::InProgress { lease_until: now };
         Self { state, attempt: None, expires_at: self.expiry_if_freed(now), ..self.clone() }
@@ -193,7 +194,7 @@ impl Entry {
         }
     }
 
-    /// Its last attempt is over, and was abandoned unless it gave the record back.
+    /// Its last attempt is over. That attempt counts as abandoned, unless it released the record.
     fn without_owner(&self) -> Self {
         Self { abandoned: self.abandoned.saturating_add(self.attempt.is_some().into()), ..self.clone() }
     }
@@ -211,12 +212,14 @@ pub(super) fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) 
     let Some(entry) = entry.filter(|entry| !entry.is_absent(now)) else {
         return Decision::Create;
     };
+    // First: a repeated claim is won even if the lease has run out or was the last one permitted.
     if entry.is_in_progress_by(&claim.attempt) {
         return win(entry.clone().with_lease(claim.lease, now));
     }
     if entry.fingerprint != claim.fingerprint || !entry.has_lapsed(now) || entry.is_blocked(now) {
         return Decision::Show(entry);
     }
+    // After the fingerprint was compared: only the same request counts the attempt as abandoned.
     if entry.is_exhausted(now) {
         return Decision::Hold(Box::new(Entry { state: State::Held, ..entry.without_owner() }));
     }
@@ -233,5 +236,5 @@ fn win<'a>(entry: Entry) -> Decision<'a> {
     Decision::Change(Box::new(entry), outcome)
 }
 
-/// A thousand years, so that no sum of instants overflows.
+/// A thousand years: short enough that no sum of instants overflows.
 pub(super) const LONGEST: Duration = Duration::from_secs(1000 * 365 * 24 * 60 * 60);

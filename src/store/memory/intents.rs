@@ -1,4 +1,4 @@
-//! One intent, when it may be called, and who may change it.
+//! One intent: when it may be called, and by which update it may be changed.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,7 @@ use crate::{
     stored::intent::{CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey},
 };
 
-/// A moment, on the clock that judges and on the one that is shown to people.
+/// A moment on two clocks: one decides, the other is shown to people.
 #[derive(Clone, Copy)]
 pub(super) struct Now {
     pub(super) instant: Instant,
@@ -22,7 +22,7 @@ pub(super) struct Now {
 
 #[derive(Clone)]
 pub(super) struct KeptIntent {
-    /// As it is shown, but for what depends on the time.
+    /// The intent as it is shown, without the values that depend on the time.
     pub(super) intent: Intent,
     /// The end of the time in which the upstream recognizes its call by the key.
     repeatable_until: Instant,
@@ -53,8 +53,8 @@ impl KeptIntent {
         }
     }
 
-    /// It may be called again if the upstream recognizes the call, if no call has arrived, or if
-    /// the upstream does not know it; with the same arguments only.
+    /// It may be called again in three cases: the upstream recognizes the call, no call has
+    /// arrived, or the upstream does not know it. Only the same arguments may be called again.
     pub(super) fn is_callable(&self, opening: &Opening, now: Now) -> bool {
         let allowed = match self.intent.state {
             IntentState::Open { sent: true } => {
@@ -67,7 +67,8 @@ impl KeptIntent {
         allowed && self.intent.arguments == opening.arguments && self.intent.call != opening.call
     }
 
-    /// Called again: the upstream remembers the first of the calls that may have arrived.
+    /// The intent after another call. The upstream remembers the first of the calls that may have
+    /// arrived.
     pub(super) fn called_again(&self, opening: &Opening, now: Now) -> Self {
         let again = Self::opened(opening, now);
         let intent = Intent {
@@ -83,8 +84,8 @@ impl KeptIntent {
         Self { intent, repeatable_until, sent_before: true, ..again }
     }
 
-    /// Tells if the fence of an update holds. An intent is in flight while its attempt owns the
-    /// record.
+    /// Returns `true` if the fence of an update holds. An intent is in flight while its attempt
+    /// owns the record.
     pub(super) fn permits(&self, fence: IntentFence, update: &IntentUpdate, is_in_flight: bool) -> bool {
         let Intent { state, call: last, takes, .. } = &self.intent;
         let open = self.is_open();
@@ -122,9 +123,11 @@ impl KeptIntent {
             (intent.state, intent.settled_at) = (state, Some(now.shown));
         }
         if let (IntentUpdate::NotSent, IntentState::Open { sent }) = (update, &mut intent.state) {
+            // The last call has not arrived, but an earlier one may have.
             *sent = self.sent_before;
         }
         intent.attention = attention.map(str::to_owned);
+        // An intent that needs attention is not looked up any more, even if the update asks for it.
         self.look = match update {
             _ if attention.is_some() => Look::ByOperator,
             IntentUpdate::NotSent => self.look,
@@ -139,6 +142,7 @@ impl KeptIntent {
 
     fn look_again(&mut self, fence: IntentFence, after: Duration, absences: u32, now: Now) -> Look {
         self.intent.absences = absences;
+        // An operator has it looked up as if for the first time.
         if matches!(fence, IntentFence::Operator) {
             self.intent.looks = 0;
         }
@@ -188,7 +192,7 @@ impl KeptIntent {
         matches!(self.intent.state, IntentState::Open { sent: true })
     }
 
-    /// The end of the time in which its record may be taken over. `None`: always.
+    /// The end of the time in which its record may be taken over. `None` if that time has no end.
     pub(super) fn repeatable_until(&self) -> Option<Instant> {
         self.may_have_arrived().then_some(self.repeatable_until)
     }
@@ -207,7 +211,8 @@ impl KeptIntent {
     }
 }
 
-/// Intents. Those that a person or a reconciler must look at, a handful, lie apart.
+/// Intents. The few that a person or a reconciler must look at are kept apart, so that they are
+/// found quickly.
 #[derive(Default)]
 pub(super) struct Intents {
     pub(super) waiting: HashMap<UpstreamKey, KeptIntent>,
@@ -223,9 +228,10 @@ impl Intents {
         self.waiting.values().chain(self.settled.values())
     }
 
-    /// Stores an intent and returns what was there.
+    /// Stores an intent and returns the one that it replaces.
     pub(super) fn put(&mut self, kept: KeptIntent) -> Option<KeptIntent> {
         let key = kept.intent.upstream_key;
+        // An update may move an intent between the two maps.
         let old = self.remove(key);
         let intents = if kept.is_waiting() { &mut self.waiting } else { &mut self.settled };
         intents.insert(key, kept);

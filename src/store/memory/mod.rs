@@ -1,4 +1,4 @@
-//! The in-process store, and the executable specification of the contract.
+//! The in-process store, which is also the executable specification of the contract.
 
 mod entry;
 mod intents;
@@ -38,22 +38,24 @@ use crate::{
     },
 };
 
-/// Keeps records, intents and requests in this process: for tests and for tools that run as a
+/// Keeps records, intents and requests in this process. Made for tests, and for tools that run as a
 /// single process.
 ///
-/// They are lost with the process, and no other process sees them. A clone is another handle to the
-/// same records.
+/// All data is lost with the process, and no other process sees it. A clone is another handle to
+/// the same records.
 ///
-/// It has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else works as
-/// with a database: [intents](crate::Idempotency::intent), [`IntentLog`](crate::IntentLog),
-/// [`Reconciler`](crate::Reconciler) and [`Completer`](crate::recovery::Completer).
+/// The store has no transactions: `Tx` and `phase` are refused as `store-misconfigured`. All else
+/// works as with a database: [intents](crate::Idempotency::intent),
+/// [`IntentLog`](crate::IntentLog), [`Reconciler`](crate::Reconciler) and
+/// [`Completer`](crate::recovery::Completer).
 ///
-/// The store never drops what it may not forget. When it is full, settled intents whose record has
-/// gone are forgotten early; if that does not help, a claim of a new key is
-/// [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503; what is stored is still
-/// replayed.
+/// The store never drops data that it must keep. When it is full, it first forgets settled intents
+/// whose record is gone. If that does not help, a claim of a new key is
+/// [`Unavailable`](StoreErrorKind::Unavailable), and the layer answers 503. Stored responses are
+/// still replayed.
 ///
-/// Time is tokio's, so that a test with a paused clock can let leases run out and records expire.
+/// Time is tokio's. In a test with a paused clock, leases run out and records expire when the test
+/// advances the clock.
 ///
 /// ```
 /// # use tower_idempotency::MemoryStore;
@@ -68,28 +70,28 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// An empty store with the default limits.
+    /// Makes an empty store with the default limits.
     #[must_use]
     pub fn new() -> Self {
         Self { shared: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
     }
 
-    /// Sets the most records, intents and kept requests, counted together, that this handle lets
-    /// the store grow to. Default: 100,000.
+    /// Sets the number of records, intents and kept requests, counted together, up to which this
+    /// handle lets the store grow. Default: 100,000.
     ///
-    /// It is checked when a key is claimed; the intents and the request of a record that was
-    /// claimed are always kept.
+    /// The limit is checked when a key is claimed. The intents and the request of a claimed record
+    /// are always kept.
     #[must_use]
     pub fn with_max_records(mut self, max_records: usize) -> Self {
         self.max_records = max_records;
         self
     }
 
-    /// Sets the most bytes of stored responses, kept requests and payloads of intents that this
-    /// handle lets the store grow to. Default: 256 MiB.
+    /// Sets the number of bytes, of stored responses, kept requests and payloads of intents, up to
+    /// which this handle lets the store grow. Default: 256 MiB.
     ///
-    /// It is checked when a key is claimed, because a response that was earned must be stored; what
-    /// is in flight at that moment may overshoot it.
+    /// The limit is checked when a key is claimed, because the response of a finished handler must
+    /// be stored. So requests that are in flight at that moment may exceed the limit.
     #[must_use]
     pub fn with_max_bytes(mut self, max_bytes: usize) -> Self {
         self.max_bytes = max_bytes;
@@ -106,7 +108,7 @@ impl MemoryStore {
         })
     }
 
-    /// Forgets what may be forgotten, if the store is full.
+    /// Forgets data that may be forgotten, if the store is full.
     fn make_room(&self) {
         if self.full().is_some() {
             let (now, stored) = (self.shared.now(), &self.shared.stored);
@@ -125,7 +127,7 @@ impl Default for MemoryStore {
     }
 }
 
-/// Shows how much is stored, and nothing of it.
+/// Shows how much is stored, and none of the data.
 impl fmt::Debug for MemoryStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryStore")
@@ -142,12 +144,15 @@ impl Store for MemoryStore {
     }
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
+        // Before a shard is locked, because making room locks one shard after the other.
         self.make_room();
         let identity = identity_of(&claim.attempt);
         let mut shard = self.shared.shard(&identity);
         let (now, stored) = (Instant::now(), &self.shared.stored);
         match decide(shard.entries.get(&identity), claim, now) {
             Decision::Create => {
+                // The expired record goes first, so that its key can be claimed again when the
+                // store is full.
                 shard.remove(&identity, stored);
                 if let Some(error) = self.full() {
                     return Err(error);
@@ -185,6 +190,7 @@ impl Store for MemoryStore {
             let record = self.shared.show(&identity, entry, now);
             return Ok(CompleteOutcome::Lost(Box::new(record)));
         }
+        // A repeated completion succeeds, and the stored response stays.
         if !entry.is_completed() {
             let completed = entry.completed(response, now);
             shard.put(identity, completed, &self.shared.stored);
@@ -226,6 +232,7 @@ impl Store for MemoryStore {
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
         let now = Instant::now();
         let mut records: Vec<Record> = Vec::new();
+        // One shard after the other: a list need not show one moment, and must not stop all claims.
         for shard in &self.shared.shards {
             let shard = lock(shard);
             let shown = shard.entries.iter().map(|(identity, entry)| self.shared.show(identity, entry, now));
@@ -265,6 +272,7 @@ impl Store for MemoryStore {
                 return Ok(ResolveOutcome::UnresolvedIntents);
             }
             Resolution::Release => {
+                // An operator who releases a record allows all its attempts again.
                 let released = Entry { abandoned: 0, ..entry.released(now) };
                 shard.give_back(identity, released, stored);
             }
@@ -376,8 +384,8 @@ mod tests {
         assert_eq!(format!("{store:?}"), "MemoryStore { items: 1, bytes: 0, .. }");
     }
 
-    /// A record whose intent, of an upstream that recognizes its key for a minute, is finalized or
-    /// open.
+    /// Makes a record with an intent, finalized or open. The upstream recognizes its key for a
+    /// minute.
     async fn with_intent(store: &MemoryStore, key: &str, finalized: bool) -> (Claim, Opening) {
         let claim = claim(key);
         assert!(is_won(store, &claim).await);

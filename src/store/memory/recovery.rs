@@ -1,7 +1,6 @@
-//! Intents and kept requests: the contract of [`RecoveryStore`], in a form that can be read.
+//! Intents and kept requests: the contract of [`RecoveryStore`] as readable code.
 //!
-//! When an intent may be called and changed is in `intents.rs`, what a record may be used for in
-//! `entry.rs`.
+//! `intents.rs` says when an intent may be called and changed, `entry.rs` when a record may be.
 
 use std::{cmp::Reverse, time::Duration};
 
@@ -43,6 +42,7 @@ impl RecoveryStore for MemoryStore {
         }
         let called = match shard.intents.get(opening.upstream_key) {
             None => KeptIntent::opened(opening, now),
+            // A repeated opening: the reply to the first may have been lost.
             Some(kept) if kept.is_open_by(opening.call) => return Ok(OpenOutcome::Opened),
             Some(kept) if kept.is_callable(opening, now) => kept.called_again(opening, now),
             Some(kept) => return Ok(OpenOutcome::Recorded(Box::new(kept.show(now)))),
@@ -58,6 +58,8 @@ impl RecoveryStore for MemoryStore {
         update: &IntentUpdate,
         attention: Option<&str>,
     ) -> Result<Fenced, StoreError> {
+        // The shard stays locked from here on, so that the intent cannot change before it is
+        // updated.
         let Some(mut shard) = self.shared.shard_where(|shard| shard.intents.get(intent).is_some()) else {
             return Ok(Fenced::Lost);
         };
@@ -76,6 +78,7 @@ impl RecoveryStore for MemoryStore {
     async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
         let mut shards = self.shared.all();
         let now = self.shared.now();
+        // Of all shards, so that the limit leaves the most overdue.
         let mut due: Vec<_> = shards.iter_mut().flat_map(|shard| shard.due_intents(now)).collect();
         due.sort_by_key(|(since, _)| *since);
         Ok(due.into_iter().take(size(limit)).map(|(_, kept)| kept.take(pause, now)).collect())
@@ -108,7 +111,7 @@ impl RecoveryStore for MemoryStore {
         })
     }
 
-    /// This store has no transactions, and so no phases.
+    /// Finds none: this store has no transactions, and so no phases.
     async fn find_phase(&self, _: &Attempt, _: RecordId, _: &str) -> Result<Option<Bytes>, StoreError> {
         Ok(None)
     }
@@ -171,6 +174,7 @@ impl RecoveryStore for MemoryStore {
         let Some(mut shard) = self.shared.shard_where(|shard| shard.requests.contains_key(&record)) else {
             return Ok(Fenced::Lost);
         };
+        // In any state, because a record that is completed or gone stays so.
         if matches!(update, RequestUpdate::Done) {
             shard.remove_request(record, &self.shared.stored);
             return Ok(Fenced::Applied);
@@ -201,7 +205,7 @@ impl RecoveryStore for MemoryStore {
 }
 
 impl MemoryStore {
-    /// Those that a person or a reconciler must look at, the oldest first.
+    /// Returns the intents that a person or a reconciler must look at, the oldest first.
     fn waiting(&self, filter: impl Fn(&Intent) -> bool) -> Vec<Intent> {
         let (shards, now) = (self.shared.all(), self.shared.now());
         let waiting = shards.iter().flat_map(|shard| shard.intents.waiting.values());
@@ -210,7 +214,7 @@ impl MemoryStore {
         shown
     }
 
-    /// Those that are dead, the newest first.
+    /// Returns the dead intents, the newest first.
     fn dead(&self) -> Vec<Intent> {
         let (shards, now) = (self.shared.all(), self.shared.now());
         let all = shards.iter().flat_map(|shard| shard.intents.all());

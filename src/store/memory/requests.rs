@@ -1,18 +1,20 @@
-//! One kept request, and what becomes of a try to send it again.
+//! One kept request, and the outcome of a try to send it again.
 
 use tokio::time::Instant;
 
 use super::entry::LONGEST;
 use crate::stored::request::{KeptRequest, RequestUpdate};
 
-/// A request, and the time at which it is sent again. `None`: never, it needs attention.
+/// A request and the time of the next try. `None` if there is none, because the request needs
+/// attention.
 pub(super) struct Request {
     pub(super) kept: KeptRequest,
     pub(super) next_at: Option<Instant>,
 }
 
 impl Request {
-    /// Tells if it may be updated by a caller that has seen so many tries. `None` is the operator.
+    /// Returns `true` if a caller that has seen so many tries may update it. `None` stands for an
+    /// operator.
     pub(super) fn permits(&self, tries: Option<u32>) -> bool {
         tries.is_none_or(|tries| self.kept.tries == tries && self.next_at.is_some())
     }
@@ -23,6 +25,7 @@ impl Request {
             RequestUpdate::NeedsAttention(what) => (None, true, Some(what.clone())),
             RequestUpdate::Done => return,
         };
+        // An operator starts the count again. A try that was not sent does not count.
         self.kept.tries = match tries {
             None => 0,
             Some(tries) if tried => tries,

@@ -1,4 +1,4 @@
-//! Where records lie, each beside its intents and its request, so that they change together.
+//! A part of the records, each beside its intents and its request, so that they change together.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -29,7 +29,7 @@ pub(super) fn identity_of(attempt: &Attempt) -> Identity {
     (attempt.consumer.clone(), attempt.key.clone())
 }
 
-/// A part of the records, with their intents and requests.
+/// A part of the records, with their intents and requests, under one lock.
 #[derive(Default)]
 pub(super) struct Shard {
     pub(super) entries: HashMap<Identity, Entry>,
@@ -39,7 +39,7 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    /// Stores an entry, in the place of the one that the key has.
+    /// Stores an entry. It replaces the one that the key has.
     pub(super) fn put(&mut self, identity: Identity, entry: Entry, stored: &Stored) {
         self.remove(&identity, stored);
         stored.add(entry.size());
@@ -54,7 +54,7 @@ impl Shard {
         true
     }
 
-    /// Frees the key: the next claim makes a new record, unless this one is retained.
+    /// Frees the key. The next claim makes a new record, unless this one is retained.
     pub(super) fn give_back(&mut self, identity: Identity, released: Entry, stored: &Stored) {
         if released.retained {
             self.put(identity, released, stored);
@@ -63,8 +63,8 @@ impl Shard {
         }
     }
 
-    /// Stores an intent as it was opened or changed, and tells its record. What a record knows of
-    /// its intents is derived here and nowhere else.
+    /// Stores an intent as it was opened or changed, and updates its record. Only this code
+    /// computes what a record knows about its intents.
     pub(super) fn put_intent(&mut self, kept: KeptIntent, now: Instant, stored: &Stored) {
         let (identity, record) = (kept.identity(), kept.intent.record_id);
         stored.add(kept.size());
@@ -83,30 +83,31 @@ impl Shard {
             expires_at: entry.expiry_if_freed(now),
             ..entry.clone()
         };
+        // Only after `retained` was set: a record that is not retained may expire under its lease.
         let expires_at = entry.expiry_if_leased(now);
         self.put(identity, Entry { expires_at, ..entry }, stored);
     }
 
-    /// The record, unless it is gone. Another record may have its key.
+    /// Returns the record, unless it is gone. Another record may have its key.
     pub(super) fn record(&self, identity: &Identity, record: RecordId) -> Option<&Entry> {
         self.entries.get(identity).filter(|entry| entry.record_id == record)
     }
 
-    /// Tells if its attempt may be calling.
+    /// Returns `true` if its attempt may be calling.
     pub(super) fn is_in_flight(&self, kept: &KeptIntent, now: Instant) -> bool {
         is_in_flight(&self.entries, &kept.intent, now)
     }
 
-    /// Intents whose look-up is due, because no attempt can be calling any more, and the time since
-    /// which.
+    /// Returns the intents whose look-up is due, and the times since which. No attempt can be
+    /// calling them any more.
     pub(super) fn due_intents(&mut self, now: Now) -> impl Iterator<Item = (Instant, &mut KeptIntent)> {
         let Self { entries, intents, .. } = self;
         let due = intents.waiting.values_mut().filter_map(move |kept| Some((kept.due_since(now)?, kept)));
         due.filter(move |(_, kept)| !is_in_flight(entries, &kept.intent, now.instant))
     }
 
-    /// Requests that are to be sent again, because their record waits for the next attempt, and
-    /// since when.
+    /// Returns the requests that must be sent again, and the times since which they are due. Their
+    /// records wait for the next attempt.
     pub(super) fn due_requests(&mut self, now: Instant) -> impl Iterator<Item = (Instant, &mut Request)> {
         let Self { entries, requests, .. } = self;
         let due = requests.values_mut().filter_map(|request| Some((request.next_at?, request)));
@@ -129,7 +130,8 @@ impl Shard {
         count(&doomed)
     }
 
-    /// Those of a record that is still there may be asked for again.
+    /// Purges settled intents. An intent stays as long as its record, because a retry may ask for
+    /// it again.
     pub(super) fn purge_intents(
         &mut self,
         limit: u32,
@@ -147,7 +149,7 @@ impl Shard {
         count(&doomed)
     }
 
-    /// Those of a record that is completed or gone are not needed any more.
+    /// Purges requests that are not needed any more: those whose record is completed or gone.
     pub(super) fn purge_requests(&mut self, limit: u32, stored: &Stored) -> u32 {
         let done = self.requests.iter().filter(|(id, request)| {
             let identity = (request.kept.consumer.clone(), request.kept.key.clone());
@@ -161,6 +163,7 @@ impl Shard {
     }
 
     pub(super) fn put_request(&mut self, kept: KeptRequest, next_at: Instant, stored: &Stored) {
+        // The first request of a record counts: a later one must not change it.
         self.requests.entry(kept.record_id).or_insert_with(|| {
             stored.add(kept.request.len());
             Request { kept, next_at: Some(next_at) }

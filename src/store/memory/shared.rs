@@ -1,4 +1,5 @@
-//! What all handles to a store share: its shards, its clock, and how much it keeps.
+//! The state that all handles to a store share: its shards, its clock, and the amount that it
+//! keeps.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -23,7 +24,7 @@ pub(super) struct Node {
     pub(super) shards: [Mutex<Shard>; SHARDS],
     pub(super) stored: Stored,
     hasher: RandomState,
-    /// One moment on both clocks: leases are judged by the first, the second is shown to people.
+    /// One moment on both clocks: the first decides about leases, the second is shown to people.
     epoch: (Instant, SystemTime),
 }
 
@@ -44,18 +45,18 @@ impl Node {
         lock(&self.shards[usize::from(hash) % SHARDS])
     }
 
-    /// The first shard of which this holds.
+    /// Locks and returns the first shard for which `holds` is true.
     pub(super) fn shard_where(&self, holds: impl Fn(&Shard) -> bool) -> Option<MutexGuard<'_, Shard>> {
         self.shards.iter().map(lock).find(|shard| holds(shard))
     }
 
-    /// All at one moment. They are always locked in this order, and no other code waits for a
-    /// second one.
+    /// Locks all shards, to see them at one moment. They are always locked in this order, and no
+    /// other code waits for a second lock.
     pub(super) fn all(&self) -> Vec<MutexGuard<'_, Shard>> {
         self.shards.iter().map(lock).collect()
     }
 
-    /// Purges one shard after the other until so many are deleted.
+    /// Purges one shard after the other until `limit` items are deleted.
     pub(super) fn purge(&self, limit: u32, purge: impl Fn(&mut Shard, u32) -> u32) -> u64 {
         let mut left = limit;
         for shard in &self.shards {
@@ -98,8 +99,8 @@ impl Node {
     }
 }
 
-/// The amount that is stored: records, intents and requests, and the bytes that applications gave
-/// them.
+/// The amount that is stored: the number of records, intents and requests, and the bytes that
+/// applications gave them.
 #[derive(Debug, Default)]
 pub(super) struct Stored {
     pub(super) items: AtomicUsize,
@@ -108,6 +109,7 @@ pub(super) struct Stored {
 
 impl Stored {
     pub(super) fn add(&self, size: usize) {
+        // Relaxed: the counters guard no data, and a limit may be exceeded a little.
         self.items.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(size, Ordering::Relaxed);
     }
@@ -118,7 +120,7 @@ impl Stored {
     }
 }
 
-/// A poisoned lock is taken too: no panic leaves a change to a shard half done.
+/// Locks a shard, even a poisoned one: no panic leaves a change to a shard half done.
 pub(super) fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }

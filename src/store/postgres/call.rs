@@ -1,4 +1,4 @@
-//! The two ways of sending a statement.
+//! The two ways in which a statement is sent.
 
 use std::{fmt::Write, sync::Arc};
 
@@ -17,9 +17,9 @@ use crate::store::sql::{
 impl<'a> Call<'a> {
     /// Runs the statement to its end and returns its rows.
     ///
-    /// sqlx prepares and executes even an unnamed statement in two steps, between which a
-    /// transaction pooler may change the server connection. Through one, the statement is sent as
-    /// text with its values in it.
+    /// sqlx prepares and executes even an unnamed statement in two steps, and a transaction pooler
+    /// may change the server connection between them. Through such a pooler, the statement is sent
+    /// as text with its values in it.
     pub(super) async fn fetch_all(
         self,
         connection: &mut PgConnection,
@@ -33,7 +33,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Runs the statement to its end and returns how many rows it has changed.
+    /// Runs the statement to its end and returns the number of rows that it has changed.
     pub(super) async fn execute(
         self,
         connection: &mut PgConnection,
@@ -48,9 +48,8 @@ impl<'a> Call<'a> {
         done.map(|done| done.rows_affected())
     }
 
-    /// Runs the statement on a connection of the application's, inside a transaction, in which a
-    /// pooler keeps to one server connection. Behind a pooler, no prepared statement may stay on
-    /// that connection.
+    /// Runs the statement on a connection of the application, inside a transaction. A pooler does
+    /// not change the server connection there, but no prepared statement may stay on it.
     pub(super) async fn fetch_all_inside(
         self,
         connection: &mut PgConnection,
@@ -71,7 +70,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// The statement with its values in it.
+    /// Returns the statement as text, with its values in it.
     pub(super) fn text(&self) -> String {
         let values = self.values().collect::<Vec<_>>();
         let mut parts = self.statement.text.split('$');
@@ -89,8 +88,8 @@ impl<'a> Call<'a> {
 }
 
 impl Value<'_> {
-    /// Writes the value as an expression. What came from a client goes in as hexadecimal digits,
-    /// which no setting of the server reads as anything else.
+    /// Writes the value as an expression. Text and bytes, which may come from a client, are written
+    /// as hexadecimal digits: no setting of the server reads those as anything else.
     fn write(&self, text: &mut String) {
         match self {
             Self::Text(None) | Self::Bytes(None) => text.push_str("NULL"),

@@ -26,11 +26,11 @@ use crate::{
     },
 };
 
-/// A pool of the store's own, made of the user's at the first use.
+/// A pool of the store's own, made from the user's pool at the first use.
 #[derive(Debug, Default)]
 pub(super) struct Connections(OnceLock<PgPool>);
 
-/// The store's use of its connections.
+/// The settings of the store's connections.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) mode: ConnectionMode,
@@ -58,7 +58,7 @@ impl Connections {
         self.received(connection, settings, operation, reply)
     }
 
-    /// Runs one statement and returns how many rows it has changed.
+    /// Runs one statement and returns the number of rows that it has changed.
     pub(super) async fn change(
         &self,
         base: &PgPool,
@@ -72,7 +72,7 @@ impl Connections {
         self.received(connection, settings, operation, reply)
     }
 
-    /// Runs statements in one transaction and one round trip, each with a snapshot of its own.
+    /// Runs statements in one transaction and one round trip. Each has a snapshot of its own.
     /// Returns the rows of each.
     pub(super) async fn script(
         &self,
@@ -99,13 +99,15 @@ impl Connections {
                     }
                 }
             }
+            // Without the reply to the isolation level, which is none of the calls.
             Ok(replies.split_off(preludes.min(replies.len())))
         };
         let reply = timeout(settings.statement_timeout, sent).await;
         self.received(connection, settings, operation, reply)
     }
 
-    /// A connection whose statement did not end in time, or was not awaited, is thrown away.
+    /// Handles the reply to a statement. Closes the connection if its statement did not end in time
+    /// or was not awaited.
     fn received<T>(
         &self,
         connection: Lent,
@@ -121,6 +123,7 @@ impl Connections {
             Ok(Err(source)) => {
                 let read_only = is_read_only(&source);
                 let error = error(operation, source);
+                // A connection that is not given back is closed when it is dropped.
                 if error.kind() == StoreErrorKind::Ambiguous || read_only {
                     self.forget_idle();
                 } else {
@@ -136,8 +139,8 @@ impl Connections {
         }
     }
 
-    /// If one connection broke, the idle ones are probably broken too, and nothing tests them
-    /// before their next use.
+    /// Closes the idle connections: if one connection broke, they are probably broken too, and no
+    /// test before their next use would notice.
     fn forget_idle(&self) {
         while let Some(connection) = self.0.get().and_then(PgPool::try_acquire) {
             drop(connection.detach());
@@ -145,12 +148,13 @@ impl Connections {
     }
 }
 
-/// A server that is read-only may have been replaced by another, which new connections find.
+/// Returns `true` if the server is read-only. It may have been replaced by another server, which
+/// new connections find.
 fn is_read_only(error: &sqlx::Error) -> bool {
     errors::code(error).as_deref() == Some(READ_ONLY)
 }
 
-/// A connection that goes back to its pool only when it is known to be in order, and else is
+/// A connection that returns to its pool only if it is known to be in order. Otherwise it is
 /// closed.
 #[derive(Debug)]
 pub(super) struct Lent(Option<PoolConnection<Postgres>>);
@@ -193,14 +197,16 @@ fn own_pool(base: &PgPool, settings: &Settings) -> PgPool {
         .min_connections(0)
         .max_connections(connections.max(1))
         .acquire_timeout(ACQUIRE_TIMEOUT)
+        // A test would cost every call a round trip.
         .test_before_acquire(false)
         .connect_lazy_with(connect_options(base.connect_options().as_ref().clone(), settings))
 }
 
 fn connect_options(options: PgConnectOptions, settings: &Settings) -> PgConnectOptions {
-    // Statements may hold their values, which do not belong into a log.
+    // Statements may contain their values, which must not be logged.
     let options = options.disable_statement_logging();
-    // The server gives up first, so that a statement that was too slow is not carried out later.
+    // The server's limit is shorter than ours, so that a statement that was too slow is not carried
+    // out later.
     let server_timeout = settings.statement_timeout * 9 / 10;
     match settings.mode {
         ConnectionMode::Direct => options
@@ -235,13 +241,14 @@ fn meaning(code: &str) -> Meaning {
         }
         "42501" => (
             Misconfigured,
-            "the account lacks a right: it needs USAGE on the schema, SELECT, INSERT, UPDATE, DELETE on the records and \
-             SELECT on the migrations table; to create the tables it needs CREATE on the schema",
+            "the account lacks a right: it needs USAGE on the schema, SELECT, INSERT, UPDATE, DELETE on the \
+             records and SELECT on the migrations table; to create the tables it needs CREATE on the schema",
         ),
         READ_ONLY => (Misconfigured, "the server is read-only: connect to the primary"),
         "26000" | "42P05" => (
             Misconfigured,
-            "prepared statements got lost between connections: for PgBouncer use ConnectionMode::TransactionPooler",
+            "prepared statements got lost between connections: \
+             for PgBouncer use ConnectionMode::TransactionPooler",
         ),
         "40001" | "40P01" | "55P03" => {
             (Unavailable, "the statement collided with another one and was rolled back")
@@ -258,8 +265,9 @@ fn meaning(code: &str) -> Meaning {
     }
 }
 
-/// A statement that was prepared while the table was small must find its rows by an index when it
-/// has grown. One that takes a batch must not read all that is due first, which a bitmap does.
+/// Settings for plans that last. A statement that was prepared while the table was small must still
+/// find its rows by an index when the table has grown. One that takes a batch must not read all due
+/// rows first, as a bitmap scan does.
 const START_UP: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
@@ -267,7 +275,7 @@ const START_UP: [(&str, &str); 5] = [
     ("jit", "off"),
     ("default_transaction_isolation", "read committed"),
 ];
-/// Through a pooler no start-up option says so.
+/// The isolation level of a script. Through a pooler, no start-up option can set it.
 const ISOLATION: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
 const READ_ONLY: &str = "25006";
 const MAX_CONNECTIONS: u32 = 16;

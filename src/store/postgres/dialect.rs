@@ -1,4 +1,4 @@
-//! What PostgreSQL says in its own words.
+//! The statements and fragments of PostgreSQL.
 //!
 //! A statement that serves many rows, or could, locks them in the order of their identity and skips
 //! the locked ones.
@@ -19,12 +19,12 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    /// `schema` is quoted where it needs to be.
+    /// Makes the statements. `schema` is quoted already if it needs quotes.
     pub(super) fn new(schema: &str, prefix: &Identifier) -> Self {
         let table = |table: &str| format!("{schema}.{prefix}_{table}");
         let records = Dialect::new('$', table, FRAGMENTS);
-        // After a lock was waited for, and not before; in a subquery, because an index is not asked
-        // for what changes from row to row.
+        // The time after the wait for a lock, not before. In a subquery, because PostgreSQL uses no
+        // index for a value that may change from row to row.
         let recovery = records.with("now", "(SELECT clock_timestamp())");
         Self {
             takes: Takes::new(&recovery),
@@ -52,7 +52,7 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("never", "'-infinity'"),
     ("far", "'infinity'"),
     ("place", "ctid"),
-    // Faster than IN, which first sorts out duplicates.
+    // Faster than IN, which first removes duplicates.
     ("where_doomed", "USING doomed WHERE ctid = doomed.place"),
     ("materialized", "MATERIALIZED"),
     ("for_update", "FOR NO KEY UPDATE"),
@@ -63,20 +63,20 @@ const FRAGMENTS: &[(&str, &str)] = &[
 ];
 
 statements! {
-    /// Those in the words of PostgreSQL alone.
+    /// The statements that only PostgreSQL has.
     pub(super) struct Own by dialect {
-        /// Adds the key, or shows what is there; `open` is true if it could be taken. No row comes
-        /// back if another claim added the key at the same moment.
+        /// Adds the key, or shows its record; `open` is true if the record could be taken. No row
+        /// comes back if another claim added the key simultaneously.
         ///
-        /// The insert is tried only if the snapshot does not show the key: on one that is there it
-        /// would wait for the holder of the row, and a duplicate would cost a row lock and a
-        /// transaction id.
+        /// The insert is tried only if the snapshot does not show the key. On a key that exists, it
+        /// would wait for the transaction that holds the row. A duplicate would then cost a row
+        /// lock and a transaction id.
         claim: dialect.statement(
             "WITH found AS (
                  SELECT {record}, {decision} <> 'show' AS open FROM {records} AS {r} WHERE {this_key}
              ), added AS (
-                 INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned,
-                     max_abandoned, lease_until, created_at, expires_at)
+                 INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                     abandoned, max_abandoned, lease_until, created_at, expires_at)
                  SELECT :consumer, :key, :record, :fingerprint, 'in_progress', :attempt, 1, 0, :max_abandoned,
                      {lease_until}, {now}, {now} + :retention
                  WHERE NOT EXISTS (SELECT FROM found)
@@ -87,8 +87,8 @@ statements! {
              UNION ALL
              SELECT found.*, FALSE AS written FROM found"
         ),
-        /// Takes a key that is there. No row comes back if another claim was faster, or is about to
-        /// be. What was decided is decided about the row as it was locked.
+        /// Takes a key that exists. No row comes back if another claim was faster, or is about to
+        /// be. The decision is made about the row as it was locked.
         take: dialect.with("decided", "l.decision").statement(
             "WITH locked AS (
                  SELECT {r}.consumer, {r}.key, {decision} AS decision FROM {records} AS {r}
@@ -99,8 +99,8 @@ statements! {
              FROM locked AS l WHERE {r}.consumer = l.consumer AND {r}.key = l.key
              RETURNING {record}"
         ),
-        /// By `ctid`: joined by their key, the rows could be found by a walk through the index, if
-        /// the plan was made while the table was small.
+        /// Finds the rows by `ctid`. In a join by their key, a plan that was made while the table
+        /// was small could walk through the whole index.
         renew: dialect.with("lease", "l.lease").statement(
             "WITH i AS (
                  SELECT value ->> 0 AS consumer, value ->> 1 AS key, (value ->> 2)::uuid AS attempt,
@@ -128,12 +128,13 @@ statements! {
              UNION ALL
              SELECT attempt, TRUE AS renewed FROM renewed"
         ),
-        /// Locks the record of an attempt for its transaction, and puts a setting of the session
-        /// back. `fresh` is false on a connection that was in a transaction already, with writes of
-        /// other code. It is computed before the row is locked, because the lock itself assigns an
-        /// id.
+        /// Locks the record of an attempt for its transaction, and restores a setting of the
+        /// session. `fresh` is false on a connection that was already in a transaction, with writes
+        /// of other code. It is computed before the row is locked, because the lock assigns a
+        /// transaction id.
         lock: dialect.statement(
-            "SELECT txid_current_if_assigned() IS NULL AS fresh, set_config('enable_seqscan', :enable_seqscan, true)
+            "SELECT txid_current_if_assigned() IS NULL AS fresh,
+                 set_config('enable_seqscan', :enable_seqscan, true)
              FROM {records} AS {r} WHERE {this_key} AND {mine} FOR NO KEY UPDATE OF {r}"
         ),
         /// Renews the lease in the transaction that has the row locked.
@@ -141,10 +142,10 @@ statements! {
             "UPDATE {records} AS {r} SET lease_until = {lease_until}
              WHERE {this_key} AND {mine} AND {r}.state = 'in_progress'"
         ),
-        /// Completes inside of the transaction that has the row locked. Written as the insert that
-        /// it never becomes, it finds the row by the index, whatever the planner thinks of the
-        /// table; a walk through it would take long in a large one, and in a small one collide with
-        /// every other transaction under SERIALIZABLE.
+        /// Completes the record in the transaction that has the row locked. It is written as an
+        /// insert that never inserts: so it finds the row by the index, even if the planner would
+        /// prefer a walk through the table. A walk would be slow in a large table. In a small one,
+        /// it would collide with every other transaction under SERIALIZABLE.
         complete_locked: dialect.statement(
             "INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt_number, abandoned,
                  max_abandoned, lease_until, created_at, expires_at, response)
@@ -154,13 +155,13 @@ statements! {
              WHERE {mine} AND current_setting('tower_idempotency.attempt', true) = :attempt::text
              RETURNING {r}.state = 'completed' AS completed"
         ),
-        /// Records the result of a phase as the last statement of its transaction, in which the row
-        /// is locked, retains the record and renews the lease. Written as an insert for the same
-        /// reason as the completion.
+        /// Records the result of a phase as the last statement of its transaction, which has the
+        /// row locked. It also retains the record and renews the lease. It is written as an insert
+        /// for the same reason as the completion.
         finish_phase: dialect.with("retained", "TRUE").statement(
             "WITH mine AS (
-                 INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt_number, abandoned,
-                     max_abandoned, lease_until, created_at, expires_at)
+                 INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt_number,
+                     abandoned, max_abandoned, lease_until, created_at, expires_at)
                  VALUES (:consumer, :key, :attempt, '', 'held', 0, 0, 0, {now}, {now}, {now})
                  ON CONFLICT (consumer, key) DO UPDATE SET kept = TRUE, lease_until = {lease_until},
                      expires_at = {expiry_if_leased}
@@ -178,7 +179,8 @@ statements! {
              FROM {records} AS {r}
              JOIN pg_locks AS l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = {r}.xmax
              JOIN pg_stat_activity AS a ON a.pid = l.pid
-             WHERE {this_key} AND {r}.attempt = :attempt AND a.state LIKE :state AND a.pid <> pg_backend_pid()"
+             WHERE {this_key} AND {r}.attempt = :attempt AND a.state LIKE :state
+                 AND a.pid <> pg_backend_pid()"
         ),
     }
 }

@@ -42,9 +42,9 @@ use crate::{
 /// A claim is one statement and one round trip. A duplicate of a known key writes nothing and waits
 /// for no lock.
 ///
-/// The store opens a pool of its own, with the options, hooks and address of the given pool. A
-/// handler that has taken every connection of the application therefore cannot delay a completion.
-/// The store's pool does not test a connection before it uses it: after a restart of the server the
+/// The store opens a pool of its own, with the options, hooks and address of the given pool. So a
+/// handler that has taken every connection of the application cannot delay a completion. The
+/// store's pool does not test a connection before it uses it. After a restart of the server, the
 /// first call may fail as [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous), and the layer
 /// repeats it.
 ///
@@ -75,16 +75,16 @@ pub struct PostgresStore {
 #[non_exhaustive]
 pub enum ConnectionMode {
     /// A direct connection, or a pooler that gives each client a server connection for the whole
-    /// session. The store prepares its statements once per connection and opens connections with
-    /// planner settings of its own. The default.
+    /// session. The store prepares its statements once per connection, and opens connections with
+    /// planner settings of its own. This is the default.
     #[default]
     Direct,
     /// A pooler that hands out server connections per transaction: PgBouncer with
     /// `pool_mode = transaction`, for example. The store uses nothing that must outlive a
     /// transaction: no prepared statements, start-up options or session state.
     ///
-    /// Values, responses among them, are part of a statement's text. They appear in the server's
-    /// log if it logs failed statements.
+    /// Values, including responses, are part of a statement's text. They appear in the server's log
+    /// if it logs failed statements.
     TransactionPooler,
 }
 
@@ -96,7 +96,7 @@ struct State {
 }
 
 impl PostgresStore {
-    /// A store in the database of `pool`. Nothing is opened before the first call.
+    /// Makes a store in the database of `pool`. Opens no connection before the first call.
     #[must_use]
     pub fn new(pool: PgPool) -> Self {
         let settings = Settings {
@@ -145,7 +145,8 @@ impl PostgresStore {
     /// # fn example(pool: sqlx::PgPool) {
     /// use tower_idempotency::{PostgresStore, store::ConnectionMode};
     ///
-    /// let store = PostgresStore::new(pool).with_connection_mode(ConnectionMode::TransactionPooler);
+    /// let store = PostgresStore::new(pool)
+    ///     .with_connection_mode(ConnectionMode::TransactionPooler);
     /// # }
     /// ```
     #[must_use]
@@ -161,8 +162,8 @@ impl PostgresStore {
         self.with_new_state()
     }
 
-    /// Sets the most connections that the store opens, at least 1. Default: the maximum of the
-    /// given pool, but not more than 16.
+    /// Sets the number of connections that the store opens at most, at least 1. Default: the
+    /// maximum of the given pool, but not more than 16.
     #[must_use]
     pub fn with_max_connections(mut self, connections: u32) -> Self {
         self.settings.max_connections = Some(connections);
@@ -178,16 +179,16 @@ impl PostgresStore {
         self.with_new_state()
     }
 
-    /// Guards a pool that serves transactions of handlers ([`Tx`](crate::Tx)): a connection that
-    /// comes back inside of a transaction is closed instead of being lent again.
+    /// Guards a pool that serves transactions of handlers ([`Tx`](crate::Tx)). A connection that is
+    /// returned inside of a transaction is closed instead of lent again.
     ///
-    /// That happens when a handler's own `pool.begin()` is cancelled, by a time-out for example.
-    /// sqlx leaves the transaction open on the connection, and the writes of the next borrower are
-    /// lost. A transaction of the layer notices such a connection and takes another one; statements
-    /// of the application do not.
+    /// A connection is left in that state when a handler's own `pool.begin()` is cancelled, for
+    /// example by a time-out. sqlx leaves the transaction open on the connection, and the writes of
+    /// the next borrower are lost. A transaction of the layer notices such a connection and takes
+    /// another one. Statements of the application do not notice it.
     ///
-    /// Costs a round trip whenever a connection is given back. Replaces a hook that was set with
-    /// `after_release`.
+    /// The guard costs a round trip whenever a connection is returned. It replaces a hook that was
+    /// set with `after_release`.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -202,15 +203,15 @@ impl PostgresStore {
     pub fn guard_pool(options: PgPoolOptions) -> PgPoolOptions {
         options.after_release(|connection, _| {
             Box::pin(async move {
-                // Equal only in the message that began the transaction.
+                // The two times are equal only in the message that began the transaction.
                 let statement = "SELECT transaction_timestamp() = statement_timestamp() AS outside";
                 sqlx::raw_sql(statement).fetch_one(connection).await?.try_get("outside")
             })
         })
     }
 
-    /// Creates or migrates the tables, whatever [`TableCreation`] says. Safe to repeat, and from
-    /// several processes simultaneously.
+    /// Creates or migrates the tables, whatever [`TableCreation`] says. It is safe to repeat, and
+    /// to call from several processes simultaneously.
     ///
     /// # Errors
     ///
@@ -221,7 +222,8 @@ impl PostgresStore {
         self.set_up(TableCreation::Automatic).await.map(drop)
     }
 
-    /// Settings apply to connections that are still to be opened and tables still to be found.
+    /// Forgets connections and tables, so that a new setting applies to those that are opened
+    /// later.
     fn with_new_state(mut self) -> Self {
         self.state = Arc::default();
         self
@@ -269,6 +271,7 @@ impl Engine for PostgresStore {
                 .map(|record| Some(ClaimOutcome::Exists(Box::new(record))))
                 .map_err(failed);
         }
+        // The record may have changed since: the second statement locks the row and decides again.
         let rows = self.read("claim", Call::new(&own.take).of_claim(claim)).await?;
         let taken = rows.first().map(rows::record).transpose().map_err(failed)?;
         Ok(taken.map(claimed))

@@ -25,7 +25,7 @@ impl PostgresStore {
         self.state.ready.get_or_make(|| self.set_up(self.creation)).await
     }
 
-    /// A connection on which something has failed is closed.
+    /// Sets up the tables. Closes a connection on which something has failed.
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
         let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
         let schema = self.schema.as_ref().map_or_else(String::new, Identifier::to_string);
@@ -33,6 +33,7 @@ impl PostgresStore {
         let statement = Statement::new(SERVER, '$');
         let server = one_row(&mut connection, mode, Call::new(&statement).with("schema", schema.as_str()));
         let server = in_time(statement_timeout, server).await?;
+        // Before the migration: a server that is refused must not be changed.
         refuse(&server)?;
         let schema = schema_of(&server)?;
         let found = version(&mut connection, mode, &schema, &self.prefix);
@@ -48,7 +49,7 @@ impl PostgresStore {
     }
 }
 
-/// Migrates in one transaction, one process after the other.
+/// Migrates in one transaction. Processes migrate one after the other.
 async fn migrate(
     connection: &mut PgConnection,
     mode: ConnectionMode,
@@ -57,6 +58,7 @@ async fn migrate(
 ) -> Result<(), StoreError> {
     let lock = format!("tower-idempotency {schema}.{prefix}").replace('\'', "''");
     execute(connection, BEGIN.replace("{lock}", &lock).replace("{schema}", schema)).await?;
+    // Under the lock, because another process may have migrated while this one waited.
     for migration in setup::pending(version(connection, mode, schema, prefix).await?, MIGRATIONS)? {
         execute(connection, migration.sql(prefix)).await?;
         tracing::info!(target: TRACING_TARGET, file = migration.file, schema, "migrated the tables");
@@ -64,7 +66,7 @@ async fn migrate(
     execute(connection, "COMMIT".to_owned()).await
 }
 
-/// The version of the tables, 0 if there are none.
+/// Returns the version of the tables, 0 if there are none.
 async fn version(
     connection: &mut PgConnection,
     mode: ConnectionMode,
@@ -128,8 +130,8 @@ fn refuse(server: &PgRow) -> Result<(), StoreError> {
     }
     if column(server, "read_only")? {
         return Err(misconfigured(
-            "transactions are read-only by default (default_transaction_read_only): connect to the primary, or change \
-             the setting for this account",
+            "transactions are read-only by default (default_transaction_read_only): \
+             connect to the primary, or change the setting for this account",
         ));
     }
     Ok(())
@@ -159,7 +161,8 @@ SELECT quote_ident(coalesce(nullif(:schema, ''), current_schema()::text)) AS sch
     current_setting('synchronous_commit') = 'off' AS commit_not_flushed,
     NOT current_setting('fsync')::bool AS fsync_off,
     NOT current_setting('full_page_writes')::bool AS pages_torn,
-    current_setting('default_transaction_isolation') NOT IN ('read committed', 'read uncommitted') AS isolated";
+    current_setting('default_transaction_isolation') NOT IN ('read committed', 'read uncommitted')
+        AS isolated";
 
 const WARNINGS: [(&str, &str); 4] = [
     (
@@ -170,19 +173,20 @@ const WARNINGS: [(&str, &str); 4] = [
     ("pages_torn", "full_page_writes is off: a crash of the machine can destroy records"),
     (
         "isolated",
-        "default_transaction_isolation is stricter than read committed: simultaneous claims of one key fail more often",
+        "default_transaction_isolation is stricter than read committed: \
+         simultaneous claims of one key fail more often",
     ),
 ];
 
-/// Reading `pg_class` makes the connection forget what it believed before others committed;
-/// `to_regclass` alone may still deny a table that was created while this process waited for the
-/// lock.
+/// Looks for a table. Reading `pg_class` refreshes what the connection has cached before others
+/// committed. `to_regclass` alone may still miss a table that was created while this process waited
+/// for the lock.
 const TABLE_THERE: &str = "SELECT EXISTS (SELECT FROM pg_class WHERE oid = to_regclass(:table)) AS there";
 
 const VERSION: &str = "SELECT coalesce(max(version), 0)::bigint AS version FROM {migrations}";
 
-/// The isolation level lets each statement see what another process committed while this one waited
-/// for the lock.
+/// Begins a migration. The isolation level lets each statement see what another process committed
+/// while this one waited for the lock.
 const BEGIN: &str = "
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL search_path = {schema};

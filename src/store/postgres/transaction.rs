@@ -1,13 +1,13 @@
 //! Transactions of handlers.
 //!
-//! A transaction begins by locking the record's row, if it is the attempt's. The lock stands in for
-//! the lease: claims and renewals skip a locked row, so no claim takes the record over, and nothing
-//! changes the row under a transaction that sees an older snapshot.
+//! A transaction begins by locking the record's row, if the record is the attempt's. The lock
+//! replaces the lease: claims and renewals skip a locked row. So no claim takes the record over,
+//! and no write changes the row under a transaction that sees an older snapshot.
 //!
-//! Two marks are left at the begin. A setting that ends with the transaction is part of the fence
-//! of the completion. A savepoint, to which even a failed transaction can be rolled back, proves in
-//! every other case that the transaction is still the one that was begun. It is set after the row
-//! was locked: a rollback to it keeps the lock until the lease is renewed.
+//! The begin leaves two marks. A setting that ends with the transaction is part of the fence of the
+//! completion. A savepoint proves in every other case that the transaction is still the one that
+//! was begun: even a failed transaction can be rolled back to it. It is set after the row was
+//! locked, so that a rollback to it keeps the lock until the lease is renewed.
 
 use std::{pin::pin, time::Duration};
 
@@ -51,6 +51,7 @@ impl Session {
     async fn learn(pool: &PgPool) -> Result<Self, StoreError> {
         let learned = async {
             let row = match sqlx::raw_sql(SESSION).fetch_one(pool).await {
+                // The connection was left in a failed transaction by other code.
                 Err(error) if errors::code(&error).as_deref() == Some(ABORTED) => {
                     sqlx::raw_sql(AssertSqlSafe(format!("ROLLBACK; {SESSION}"))).fetch_one(pool).await?
                 }
@@ -75,12 +76,12 @@ impl AttemptTransaction {
         Self { store, attempt, limits }
     }
 
-    /// The text that begins the transaction, in one message. The record must be locked by its key:
-    /// a walk over a small table would read all records, and under SERIALIZABLE collide with every
-    /// other transaction.
+    /// Returns the text that begins the transaction, in one message. The record must be locked by
+    /// its key. A walk over a small table would read all records, and collide with every other
+    /// transaction under SERIALIZABLE.
     fn begin_text(&self, session: &Session, after_failure: bool) -> String {
-        // A connection that was left in a failed transaction refuses whatever does not begin with a
-        // rollback.
+        // A connection that was left in a failed transaction refuses every message that does not
+        // begin with a rollback.
         let first = if after_failure { "ROLLBACK; " } else { "" };
         let isolation = match self.limits.isolation {
             None => "",
@@ -93,13 +94,14 @@ impl AttemptTransaction {
         let idle = shorter(session.idle_timeout, self.limits.idle_timeout);
         format!(
             "{first}BEGIN{isolation}; SET LOCAL tower_idempotency.attempt = '{attempt}'; \
-             SET LOCAL statement_timeout = {statement}; SET LOCAL idle_in_transaction_session_timeout = {idle}; \
+             SET LOCAL statement_timeout = {statement}; \
+             SET LOCAL idle_in_transaction_session_timeout = {idle}; \
              SET LOCAL enable_seqscan = off"
         )
     }
 
-    /// Begins the transaction and locks the record. In a task that is not cancelled: a connection
-    /// whose BEGIN was not awaited goes back to its pool inside of the transaction.
+    /// Begins the transaction and locks the record. Runs in a task that is not cancelled: a
+    /// connection whose BEGIN was not awaited returns to its pool inside of the transaction.
     async fn try_begin(self, after_failure: bool) -> Result<Transaction<'static, Postgres>, NotBegun> {
         let statements = self.store.sql().await.map_err(not_begun)?;
         let session = self.store.state.session.get_or_make(async || Session::learn(&self.store.pool).await);
@@ -107,6 +109,7 @@ impl AttemptTransaction {
         let text = self.begin_text(session, after_failure);
         let begun = self.store.pool.begin_with(AssertSqlSafe(text)).await;
         let mut transaction = begun.map_err(|source| match errors::code(&source) {
+            // An invalid transaction state: other code has left a transaction open.
             Some(code) if code.starts_with("25") => NotBegun::Again(left_open().with_source(source)),
             _ => not_begun(source),
         })?;
@@ -136,7 +139,8 @@ impl AttemptTransaction {
         }
     }
 
-    /// Returns false if the handler has ended the transaction, or reset every setting.
+    /// Writes the last statement. Returns false if the handler has ended the transaction, or reset
+    /// every setting.
     async fn write(&self, connection: &mut PgConnection, last: &Last) -> Result<bool, TransactionError> {
         let own = &self.store.sql().await?.own;
         let call = match last {
@@ -164,18 +168,18 @@ impl AttemptTransaction {
         })
     }
 
-    /// Rolls back without asking whose transaction it is.
+    /// Rolls back without a proof that the transaction is the one that was begun.
     async fn abandon(&self, transaction: Transaction<'static, Postgres>) {
-        // Dropped, it is rolled back when the connection can be used again.
+        // If it takes too long, sqlx rolls it back when the connection can be used again.
         let _ = timeout(PATIENCE, transaction.rollback()).await;
     }
 
-    /// Undoes what the handler has written, and fails if the transaction is not the one that was
-    /// begun. The lease is renewed before the row is unlocked, so that no claim takes the record
-    /// over before the attempt's next write.
+    /// Undoes the writes of the handler. Fails if the transaction is not the one that was begun.
+    /// The lease is renewed before the row is unlocked, so that no claim takes the record over
+    /// before the attempt's next write.
     async fn undo(&self, mut transaction: Transaction<'static, Postgres>) -> Result<(), TransactionError> {
-        // The error of a statement that the handler did not await says nothing about those that
-        // follow.
+        // The error of a statement that the handler did not await says nothing about the statements
+        // after it.
         while let Err(sqlx::Error::Database(_)) = transaction.ping().await {}
         let renew = Call::new(&self.store.sql().await?.own.renew_locked)
             .of_attempt(&self.attempt)
@@ -187,8 +191,9 @@ impl AttemptTransaction {
         transaction.commit().await.map_err(|source| failed("the lease could not be renewed", source))
     }
 
-    /// Ends the backend that holds the lock on the record, whatever it does or only if it waits for
-    /// a statement. Returns whether there was one; `None` if the server did not say.
+    /// Ends the backend that holds the lock on the record, if its state matches `state`: any state,
+    /// or only a wait for a statement. Returns `false` if there was none, and `None` if the server
+    /// did not answer.
     async fn terminate(&self, state: &str) -> Option<bool> {
         let terminated = async {
             let terminate = &self.store.sql().await?.own.terminate;
@@ -200,7 +205,9 @@ impl AttemptTransaction {
             Ok(backends) => Some(!backends.is_empty()),
             Err(error) => {
                 tracing::warn!(
-                    target: TRACING_TARGET, attempt = %self.attempt.id, error = &error as &dyn std::error::Error,
+                    target: TRACING_TARGET,
+                    attempt = %self.attempt.id,
+                    error = &error as &dyn std::error::Error,
                     "the server could not be told to end a transaction; its idle time-out will"
                 );
                 None
@@ -215,6 +222,7 @@ impl Driver<Postgres> for AttemptTransaction {
         let limit = self.store.settings.statement_timeout;
         let mut tries = 1;
         loop {
+            // In a task, because a BEGIN must be awaited even after the time-out.
             let begun = match timeout(limit, tokio::spawn(self.clone().try_begin(tries > 1))).await {
                 Ok(Ok(begun)) => begun,
                 Ok(Err(error)) => Err(not_begun(error)),
@@ -244,7 +252,8 @@ impl Driver<Postgres> for AttemptTransaction {
         };
         if let Some(error) = not_completed {
             self.roll_back(transaction).await?;
-            // It was the transaction that was begun, whatever the statement failed with.
+            // The rollback has proved that it was the transaction that was begun, so the handler
+            // has not ended it.
             let ended = error.kind() == TransactionErrorKind::Ended;
             let kind = if ended { TransactionErrorKind::Failed } else { error.kind() };
             return Err(TransactionError::new(kind, "nothing was committed").with_source(error));
@@ -252,8 +261,8 @@ impl Driver<Postgres> for AttemptTransaction {
         let commit = async { transaction.commit().await.map_err(at_commit) };
         let committed = self.in_time(TransactionErrorKind::Unconfirmed, commit).await;
         if committed.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::Unconfirmed) {
-            // Not one that has the COMMIT: that would report a success that a standby does not
-            // have.
+            // Not a backend that runs the COMMIT: the server would report a success that a standby
+            // does not have.
             self.terminate(IDLE).await;
         }
         committed
@@ -264,12 +273,12 @@ impl Driver<Postgres> for AttemptTransaction {
         if let Ok(undone) = timeout(PATIENCE, &mut undo).await {
             return undone;
         }
-        // Behind a statement that still runs.
+        // The rollback waits for a statement that still runs.
         if self.terminate(ANY).await != Some(false) {
             return Ok(());
         }
-        // Where no backend has the row locked, the statement has ended just now, or the transaction
-        // was over before.
+        // If no backend has the row locked, the statement has just ended, or the transaction was
+        // over before.
         timeout(PATIENCE, undo).await.unwrap_or_else(|elapsed| {
             let message = "the transaction is not the one that was begun";
             Err(TransactionError::new(TransactionErrorKind::Ended, message).with_source(elapsed))
@@ -285,8 +294,8 @@ impl Driver<Postgres> for AttemptTransaction {
     }
 }
 
-/// A time-out in milliseconds: that of the session, in which zero means none, unless ours is
-/// shorter.
+/// Returns a time-out in milliseconds: that of the session, in which zero means none, unless ours
+/// is shorter.
 fn shorter(session: Duration, ours: Duration) -> u128 {
     let limit = if session.is_zero() { ours } else { session.min(ours) };
     limit.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
@@ -294,7 +303,7 @@ fn shorter(session: Duration, ours: Duration) -> u128 {
 
 /// The reason why a transaction did not begin.
 enum NotBegun {
-    /// Another connection, or another moment, may do.
+    /// Another connection, or another moment, may succeed.
     Again(TransactionError),
     Final(TransactionError),
 }
@@ -305,7 +314,8 @@ fn not_begun(source: impl Into<BoxError>) -> NotBegun {
 }
 
 fn left_open() -> TransactionError {
-    let message = "a connection of the pool was in a transaction that other code had left open: see PostgresStore::guard_pool";
+    let message = "a connection of the pool was in a transaction that other code had left open: \
+                   see PostgresStore::guard_pool";
     TransactionError::new(TransactionErrorKind::Unavailable, message)
 }
 
@@ -313,7 +323,8 @@ fn failed(message: &str, source: sqlx::Error) -> TransactionError {
     TransactionError::new(errors::transaction_error_kind(&source), message).with_source(source)
 }
 
-/// A server that ends the connection at COMMIT does not say whether it has committed.
+/// Makes the error of a failed COMMIT. A server that ends the connection at COMMIT does not say
+/// whether it has committed.
 fn at_commit(source: sqlx::Error) -> TransactionError {
     let mut kind = errors::transaction_error_kind(&source);
     if kind == TransactionErrorKind::Lost || errors::code(&source).as_deref() == Some("40003") {
@@ -325,14 +336,15 @@ fn at_commit(source: sqlx::Error) -> TransactionError {
 const SESSION: &str = "
 SELECT current_setting('enable_seqscan') AS enable_seqscan,
     (extract(epoch FROM current_setting('statement_timeout')::interval) * 1000)::bigint AS statement_timeout,
-    (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint AS idle_timeout";
+    (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint
+        AS idle_timeout";
 
 /// A statement was refused because an earlier one of its transaction had failed.
 const ABORTED: &str = "25P02";
-/// The states of a backend in which it is terminated.
+/// The states in which a backend is ended, as patterns.
 const ANY: &str = "%";
 const IDLE: &str = "idle in transaction%";
 const TRIES: u32 = 3;
-/// The time that a rollback waits for a statement that still runs, before the server is told to end
-/// it.
+/// The time for which a rollback waits for a statement that still runs, before the server is told
+/// to end it.
 const PATIENCE: Duration = Duration::from_secs(1);

@@ -11,9 +11,9 @@ use crate::{
     stored::record::{Attempt, Claim, RecordId},
 };
 
-/// The words in which one database differs from the others.
+/// The fragments in which one database differs from the others.
 ///
-/// A template has fragments in braces, such as `{now}`, and values by name, such as `:consumer`.
+/// A template has fragments in braces, such as `{now}`, and named values, such as `:consumer`.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct Dialect {
     placeholder: char,
@@ -21,7 +21,8 @@ pub(in crate::store) struct Dialect {
 }
 
 impl Dialect {
-    /// `placeholder` stands before the number of a value. `table` gives a table its full name.
+    /// Makes a dialect. `placeholder` stands before the number of a value. `table` returns the full
+    /// name of a table.
     pub(in crate::store) fn new(
         placeholder: char,
         table: impl Fn(&str) -> String,
@@ -35,6 +36,7 @@ impl Dialect {
     /// Replaces the fragment of this name.
     pub(in crate::store) fn with(&self, name: &'static str, value: &'static str) -> Self {
         let mut dialect = self.clone();
+        // In front, because the first fragment of a name is used.
         dialect.fragments.insert(0, (name, value.into()));
         dialect
     }
@@ -46,8 +48,8 @@ impl Dialect {
         Statement::new(&sql, self.placeholder)
     }
 
-    /// Renders a statement and what it returns at its end: `columns`, in which SQLite knows no
-    /// alias.
+    /// Renders a statement that ends by returning `columns`. They have no alias, because SQLite
+    /// knows none there.
     pub(in crate::store) fn returning(&self, template: &str, columns: &str) -> Statement {
         let mut sql = String::new();
         self.fill(template, true, &mut sql);
@@ -56,7 +58,7 @@ impl Dialect {
         Statement::new(&sql, self.placeholder)
     }
 
-    /// Fills in the fragments, and those that they consist of.
+    /// Fills in the fragments, and the fragments inside of them.
     fn fill(&self, template: &str, qualified: bool, sql: &mut String) {
         let mut rest = template;
         while let Some((before, (name, after))) =
@@ -73,7 +75,7 @@ impl Dialect {
         sql.push_str(rest);
     }
 
-    /// `None` for an alias.
+    /// Returns `None` for an alias.
     fn fragment(&self, name: &str) -> Option<&str> {
         let own = self.fragments.iter().map(|(name, value)| (*name, value.as_ref()));
         let found = own.chain(RULES.iter().copied()).find(|(known, _)| *known == name);
@@ -84,7 +86,7 @@ impl Dialect {
 
 const TABLES: [&str; 4] = ["records", "intents", "phases", "requests"];
 
-/// Of a record, an intent and a kept request.
+/// The aliases of a record, an intent and a kept request.
 const ALIASES: [&str; 3] = ["r", "i", "q"];
 
 /// A statement as its database reads it.
@@ -120,7 +122,7 @@ impl Statement {
     }
 }
 
-/// Declares statements: a field and its text each.
+/// Declares a struct of statements: for each, a field and its text.
 macro_rules! statements {
     ($(#[$doc:meta])* $vis:vis struct $name:ident by $dialect:ident {
         $($(#[$note:meta])* $field:ident: $statement:expr,)*
@@ -148,7 +150,7 @@ pub(in crate::store) enum Value<'a> {
     Bytes(Option<&'a [u8]>),
     Uuid(Uuid),
     Int(i64),
-    /// A time span, which every database can add to its clock.
+    /// A time span. Every database can add it to its clock.
     Span(Duration),
 }
 
@@ -194,7 +196,7 @@ impl<'a> Call<'a> {
             .with("retention", claim.retention)
     }
 
-    /// The values that the statement has, in the order of their numbers.
+    /// Returns the values of the statement, in the order of their numbers.
     pub(in crate::store) fn values(&self) -> impl Iterator<Item = Value<'a>> {
         self.statement.names.iter().filter_map(|name| {
             let value = self.values.iter().find(|(known, _)| known == name);
@@ -204,7 +206,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// The most that fits into the smallest column that a dialect has for it.
+/// The largest number that fits into the column, in the dialect where it is smallest.
 const MOST_ABANDONED: u16 = i16::MAX.unsigned_abs();
 
 impl From<bool> for Value<'_> {

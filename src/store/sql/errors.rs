@@ -14,18 +14,21 @@ pub(in crate::store) fn misconfigured(message: impl Into<String>) -> StoreError 
     StoreError::new(StoreErrorKind::Misconfigured, message)
 }
 
-/// The code that the database gave an error.
+/// Returns the code that the database gave an error.
 pub(crate) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(|error| error.code())
 }
 
-/// The meaning of a failed statement for its transaction, by the codes of PostgreSQL. Those of
-/// SQLite mean that the statement failed.
+/// Returns the meaning of a failed statement for its transaction, by the codes of PostgreSQL. Any
+/// code of SQLite means that the statement failed.
 pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
     use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
     match (error, code(error).as_deref()) {
+        // No transaction is open, or its savepoint is gone.
         (_, Some("25P01" | "3B001")) => TransactionErrorKind::Ended,
+        // Serialization failure, deadlock, lock not available.
         (_, Some("40001" | "40P01" | "55P03")) => TransactionErrorKind::Conflict,
+        // The server cancelled the statement, or a time-out of the transaction ended it.
         (_, Some("57014" | "25P03" | "25P04")) => TransactionErrorKind::Lost,
         (_, Some(code)) if code.starts_with("57P") || code.starts_with("08") => TransactionErrorKind::Lost,
         (Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut, _) => TransactionErrorKind::Lost,
@@ -33,7 +36,7 @@ pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKin
     }
 }
 
-/// An error from taking a connection out of a pool: nothing was sent.
+/// Makes the error for a connection that could not be taken out of a pool. Nothing was sent.
 pub(in crate::store) fn connect_error(
     source: sqlx::Error,
     refusal: fn(&str) -> Option<&'static str>,
@@ -48,7 +51,7 @@ pub(in crate::store) fn connect_error(
     error.with_source(source)
 }
 
-/// An error from a statement that was sent.
+/// Makes the error for a statement that was sent.
 pub(in crate::store) fn statement_error(
     operation: &str,
     source: sqlx::Error,

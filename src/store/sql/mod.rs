@@ -1,5 +1,5 @@
-//! The store in SQL. Records and recovery are written once, over an [`Engine`]: a database and its
-//! dialect.
+//! The store in SQL. Records and recovery are written once, for every [`Engine`]: a database and
+//! its dialect.
 
 pub(super) mod call;
 pub(super) mod errors;
@@ -29,42 +29,43 @@ use crate::{
     stored::record::{Attempt, Claim, ClaimOutcome, Renewal},
 };
 
-/// A database: its connections, and what its dialect must say in its own words.
+/// A database: its connections, and the statements that differ from database to database.
 ///
 /// Every engine is a [`Store`](super::Store) and a [`RecoveryStore`](super::RecoveryStore).
 #[async_trait]
 pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
     type Row: Fields;
 
-    /// The shared statements, once the tables are there.
+    /// Returns the shared statements, once the tables exist.
     async fn statements(&self) -> Result<&Statements, StoreError>;
 
-    /// Warnings about the database for an operator.
+    /// Returns warnings about the database for an operator.
     async fn warnings(&self) -> Result<&[String], StoreError>;
 
     /// Runs one statement that only reads.
     async fn read(&self, operation: &str, call: Call<'_>) -> Result<Vec<Self::Row>, StoreError>;
 
-    /// Runs one statement and returns how many rows it has changed, or has found and left as they
-    /// were.
+    /// Runs one statement. Returns the number of rows that it has changed, or has found and left as
+    /// they were.
     async fn change(&self, rank: Rank, operation: &str, call: Call<'_>) -> Result<u64, StoreError>;
 
-    /// Runs statements in one transaction, each of which sees what was committed before it began.
+    /// Runs statements in one transaction. Each of them sees all that was committed before it
+    /// began.
     async fn transact(
         &self,
         operation: &str,
         calls: Vec<Call<'_>>,
     ) -> Result<Vec<Reply<Self::Row>>, StoreError>;
 
-    /// Claims once. `None` if another claim came between, or has the record locked.
+    /// Claims once. Returns `None` if another claim came between, or has the record locked.
     async fn try_claim(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError>;
 
-    /// Renews leases whose records are not locked. Returns `attempt`, and in `renewed` if it was,
-    /// for each whose record is its own.
+    /// Renews leases whose records are not locked. Returns one row for each attempt that owns its
+    /// record: the `attempt`, and `renewed`, which is true if the lease was renewed.
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<Self::Row>, StoreError>;
 
-    /// Takes what is due and not locked, so that no other call takes it for `pause`. Returns it as
-    /// it is then.
+    /// Takes rows that are due and not locked, so that no other call takes them for `pause`.
+    /// Returns the rows after that change.
     async fn take(
         &self,
         operation: &str,
@@ -84,20 +85,20 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
     fn error(operation: &str, source: sqlx::Error) -> StoreError;
 }
 
-/// The statements that are known by the same names in every dialect.
+/// The statements that have the same names in every dialect.
 #[derive(Debug)]
 pub(super) struct Statements {
     pub(super) records: Records,
     pub(super) recovery: Recovery,
     pub(super) purges: Purges,
-    /// That of `recovery`, for statements that depend on their values.
+    /// The dialect of `recovery`, for statements whose text depends on their values.
     pub(super) dialect: Dialect,
 }
 
 /// The outcome of one statement of a transaction.
 #[derive(Debug)]
 pub(super) struct Reply<R> {
-    /// The number of rows that it has changed. Means nothing if it only reads.
+    /// The number of rows that it has changed. It has no meaning if the statement only reads.
     pub(super) changed: u64,
     pub(super) rows: Vec<R>,
 }
@@ -105,7 +106,7 @@ pub(super) struct Reply<R> {
 /// The place of a write among others that wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rank {
-    /// An attempt that owns its record. It goes first where writers queue.
+    /// The write of an attempt that owns its record. It goes first where writers queue.
     Owner,
     /// Every other write.
     Newcomer,
@@ -118,13 +119,13 @@ pub(super) enum Due {
     AbandonedRequests,
 }
 
-/// A duration in microseconds, at least one and at most a hundred years, which every database can
-/// add to its clock.
+/// Returns a duration in microseconds, at least one and at most a hundred years. Every database can
+/// add it to its clock.
 pub(super) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(MAX_MICROS).clamp(1, MAX_MICROS)
 }
 
-/// The savepoint that marks the transaction of an attempt.
+/// Returns the name of the savepoint that marks the transaction of an attempt.
 pub(super) fn savepoint(attempt: &Attempt) -> String {
     format!("tower_idempotency_{}", attempt.id.as_uuid().simple())
 }

@@ -34,6 +34,7 @@ impl<E: Engine> Store for E {
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         for _ in 0..CLAIM_ROUNDS {
+            // Without an outcome, another claim came between. The next round sees its record.
             if let Some(outcome) = self.try_claim(claim).await? {
                 return Ok(outcome);
             }
@@ -57,13 +58,14 @@ impl<E: Engine> Store for E {
         if self.change(Rank::Owner, "complete", call).await? > 0 {
             return Ok(CompleteOutcome::Completed);
         }
+        // The record tells why: a repeated completion, for example, finds it completed.
         Ok(not_completed(attempt, self.get(&attempt.consumer, &attempt.key).await?))
     }
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let records = &self.statements().await?.records;
-        // In this order: what is retained between the two statements is left by the second one, and
-        // never deleted.
+        // Deletes first: a record that becomes retained between the two statements is then left by
+        // the second one, and never deleted.
         match fenced(self, "release", &records.release, attempt).await? {
             Fenced::Applied => Ok(Fenced::Applied),
             Fenced::Lost => fenced(self, "release", &records.release_retained, attempt).await,
@@ -108,7 +110,7 @@ impl<E: Engine> Store for E {
                 vec![Call::new(&records.resolve_complete).with("response", &**response)]
             }
         };
-        // Deleting comes first, for the same reason as in `release`.
+        // Deletes first, for the same reason as `release`.
         for call in calls {
             if self.change(Rank::Newcomer, "resolve", call.of_key(consumer, key)).await? > 0 {
                 return Ok(ResolveOutcome::Resolved);
@@ -146,7 +148,7 @@ async fn fenced<E: Engine>(
     Ok(if changed > 0 { Fenced::Applied } else { Fenced::Lost })
 }
 
-/// The outcome of a claim that wrote `record`.
+/// Returns the outcome of a claim that wrote `record`.
 pub(in crate::store) fn claimed(record: Record) -> ClaimOutcome {
     match record.state {
         RecordState::InProgress { .. } => ClaimOutcome::won(record.id, record.attempt_number),
@@ -154,8 +156,8 @@ pub(in crate::store) fn claimed(record: Record) -> ClaimOutcome {
     }
 }
 
-/// Renewals as JSON, which every database can make rows of: consumer, key, attempt in hexadecimal,
-/// lease in microseconds.
+/// Returns renewals as JSON, which every database can turn into rows: consumer, key, attempt in
+/// hexadecimal, lease in microseconds.
 pub(in crate::store) fn renewals_as_json(renewals: &[Renewal]) -> String {
     let row = |renewal: &Renewal| {
         let attempt = &renewal.attempt;
@@ -165,11 +167,13 @@ pub(in crate::store) fn renewals_as_json(renewals: &[Renewal]) -> String {
     renewals.iter().map(row).collect::<serde_json::Value>().to_string()
 }
 
-/// Rows name an attempt and tell if its lease was renewed. The records of attempts without a row
-/// are another's.
+/// Returns the outcomes of renewals. Each row names an attempt and tells if its lease was renewed.
+/// An attempt without a row does not own its record.
 fn renewed(renewals: &[Renewal], rows: &[impl Fields]) -> Result<Vec<RenewOutcome>, sqlx::Error> {
     let mut renewed = HashMap::with_capacity(rows.len());
     for row in rows {
+        // An attempt may have two rows: one because the record is its own, one because it was
+        // renewed.
         *renewed.entry(required(row.uuid("attempt")?)?).or_insert(false) |= row.flag("renewed")?;
     }
     let outcome = |renewal: &Renewal| match renewed.get(&renewal.attempt.id.as_uuid()) {
@@ -180,7 +184,7 @@ fn renewed(renewals: &[Renewal], rows: &[impl Fields]) -> Result<Vec<RenewOutcom
     Ok(renewals.iter().map(outcome).collect())
 }
 
-/// The outcome of a completion that changed nothing, by what is there instead.
+/// Returns the outcome of a completion that changed nothing, by the record that was found.
 fn not_completed(attempt: &Attempt, found: Option<Record>) -> CompleteOutcome {
     match found {
         None => CompleteOutcome::Absent,
@@ -194,7 +198,7 @@ fn not_completed(attempt: &Attempt, found: Option<Record>) -> CompleteOutcome {
     }
 }
 
-/// The outcome of a resolution that changed nothing, by what is there instead.
+/// Returns the outcome of a resolution that changed nothing, by the record that was found.
 fn not_resolved(found: Option<Record>) -> ResolveOutcome {
     let Some(record) = found else { return ResolveOutcome::Absent };
     match record.state {
@@ -204,7 +208,7 @@ fn not_resolved(found: Option<Record>) -> ResolveOutcome {
     }
 }
 
-/// The state that a list shows, or `all`.
+/// Returns the state that a list shows, or `all`.
 fn shown_state(filter: RecordFilter) -> &'static str {
     match filter {
         RecordFilter::All => "all",
@@ -218,5 +222,5 @@ fn shown_state(filter: RecordFilter) -> &'static str {
 /// [`Contended`](crate::store::ClaimOutcome::Contended).
 const CLAIM_ROUNDS: u32 = 3;
 
-/// The most leases that one statement extends.
+/// The number of leases that one statement extends at most.
 const RENEW_BATCH: usize = 500;

@@ -33,7 +33,8 @@ impl<E: Engine> RecoveryStore for E {
         let Attempt { consumer, key, .. } = &opening.attempt;
         let subject = opening.subject.as_deref().map(storable);
         let of_opening = |statement| opening_call(statement, opening, subject.as_deref());
-        // Behind the lock, so that of several openings one finds no intent and the others find it.
+        // The lock comes first: of several simultaneous openings, one finds no intent and the
+        // others find it.
         let calls = vec![
             Call::new(&statements.lock).of_key(consumer, key),
             of_opening(&statements.call_again),
@@ -42,6 +43,7 @@ impl<E: Engine> RecoveryStore for E {
             of_opening(&statements.opened),
         ];
         let mut replies = self.transact(OPERATION, calls).await?;
+        // The second and third statements call the intent. The last one shows it if neither did.
         if replies.iter().skip(1).take(2).any(|reply| reply.changed > 0) {
             return Ok(OpenOutcome::Opened);
         }
@@ -67,13 +69,15 @@ impl<E: Engine> RecoveryStore for E {
         let statements = self.statements().await?;
         let text = update_text(fence, update, attention.is_some());
         let (statement, words) = (statements.dialect.statement(&text), Words::of(update, attention));
-        // The lock first: otherwise the count at the end could miss what another transaction is
-        // changing.
+        // The lock comes first: otherwise the count at the end could miss an intent that another
+        // transaction is changing.
         let calls = vec![
             Call::new(&statements.recovery.lock).of_key(&found.consumer, &found.key),
             update_call(&statement, intent, fence, update, &words),
             Call::new(&statements.recovery.recount).of_record(&found.consumer, &found.key, found.record_id),
         ];
+        // The intent was read before the lock. That is safe: its key never changes, and the fence
+        // is checked under the lock.
         let replies = self.transact(OPERATION, calls).await?;
         Ok(applied(replies.get(1).map_or(0, |reply| reply.changed)))
     }
@@ -191,6 +195,7 @@ impl<E: Engine> RecoveryStore for E {
     async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
         let purges = &self.statements().await?.purges;
         let mut purged = 0;
+        // One transaction each, so that the locks of one purge do not last through the next.
         for statement in [&purges.intents, &purges.phases, &purges.requests] {
             let call = Call::new(statement).with("limit", limit).with("retention", retention);
             purged += transact_one(self, "purge", call).await?;
@@ -220,8 +225,8 @@ fn requests<E: Engine>(operation: &str, rows: &[E::Row]) -> Result<Vec<KeptReque
         .map_err(|source| E::error(operation, source))
 }
 
-/// Runs one statement in a transaction: unlike those of records, some must not be planned for good
-/// while tables are small, and none may meet another isolation level behind a pooler.
+/// Runs one statement in a transaction. Unlike statements about records, some must not keep a plan
+/// that was made while tables were small. None may run at another isolation level behind a pooler.
 async fn transact_one<E: Engine>(engine: &E, operation: &str, call: Call<'_>) -> Result<u64, StoreError> {
     Ok(engine.transact(operation, vec![call]).await?.pop().map_or(0, |reply| reply.changed))
 }
@@ -246,7 +251,8 @@ fn opening_call<'a>(statement: &'a Statement, opening: &'a Opening, subject: Opt
         .with("dangling_after", opening.dangling_after)
 }
 
-/// The statement for an update under a fence. What needs attention is not looked up any more.
+/// Returns the statement for an update under a fence. An intent that needs attention is not looked
+/// up any more.
 fn update_text(fence: IntentFence, update: &IntentUpdate, needs_attention: bool) -> String {
     let outcome = match update {
         IntentUpdate::Finalize(_) => {
@@ -310,7 +316,7 @@ impl Words {
     }
 }
 
-/// With every value that the statement may have.
+/// Makes the call with every value that the statement may have.
 fn update_call<'a>(
     statement: &'a Statement,
     intent: UpstreamKey,

@@ -1,4 +1,4 @@
-//! Rows, as the store's callers see them.
+//! Rows of a database as values for the store's callers.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -83,6 +83,7 @@ pub(super) fn intent(row: &impl Fields) -> Result<Intent, sqlx::Error> {
         consumer: consumer(row)?,
         key: key(row)?,
         name: required(row.text("name")?)?,
+        // An intent has a discriminator, or an ordinal from 1.
         discriminator: (ordinal == 0).then_some(discriminator),
         ordinal,
         arguments: required(row.bytes("arguments")?)?.into(),
@@ -167,6 +168,7 @@ fn decoding(cause: impl Into<BoxError>) -> sqlx::Error {
 }
 
 fn span(micros: i64) -> Duration {
+    // The rest of a lease that has run out is negative.
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }
 

@@ -1,15 +1,16 @@
-//! The rules of the contract as SQL. The predicates of `memory/entry.rs` and `memory/intents.rs`
-//! have the same names, and so have the sentences in the docs of [`Store`](crate::store::Store) and
+//! The rules of the contract as SQL. Each rule has the same name here, as a predicate in
+//! `memory/entry.rs` and `memory/intents.rs`, and in the docs of [`Store`](crate::store::Store) and
 //! [`RecoveryStore`](crate::store::RecoveryStore).
 
 /// Fragments about a record `{r}`, an intent `{i}` and a kept request `{q}`. They may use each
-/// other, and those of the dialect.
+/// other and the fragments of the dialect.
 pub(super) const RULES: &[(&str, &str)] = &[
-    // What a statement returns of each.
+    // The columns that a statement returns of each.
     (
         "record",
-        "{r}.consumer, {r}.key, {r}.id, {r}.fingerprint, CASE WHEN {held} THEN 'held' ELSE {r}.state END AS state,
-         {r}.attempt, CAST({r}.attempt_number AS {bigint}) AS attempt_number,
+        "{r}.consumer, {r}.key, {r}.id, {r}.fingerprint,
+         CASE WHEN {held} THEN 'held' ELSE {r}.state END AS state, {r}.attempt,
+         CAST({r}.attempt_number AS {bigint}) AS attempt_number,
          CAST(CASE WHEN {exhausted} THEN {r}.abandoned + 1 ELSE {r}.abandoned END AS {bigint}) AS abandoned,
          CAST({r}.unresolved AS {bigint}) AS unresolved, {micros(}{r}.lease_until - {now}{)} AS lease_left,
          {micros(}{r}.created_at{)} AS created_at, {micros(}{r}.expires_at{)} AS expires_at, {r}.response",
@@ -17,8 +18,9 @@ pub(super) const RULES: &[(&str, &str)] = &[
     (
         "intent",
         "{i}.id, {i}.record_id, {i}.consumer, {i}.key, {i}.name, {i}.discriminator,
-         CAST({i}.ordinal AS {bigint}) AS ordinal, {i}.arguments, {i}.subject, {i}.state, {i}.sent, {i}.resource_id,
-         {i}.payload, {i}.reason, {i}.absent, {i}.attempt, {i}.call, CAST({i}.calls AS {bigint}) AS calls,
+         CAST({i}.ordinal AS {bigint}) AS ordinal, {i}.arguments, {i}.subject, {i}.state, {i}.sent,
+         {i}.resource_id, {i}.payload, {i}.reason, {i}.absent, {i}.attempt, {i}.call,
+         CAST({i}.calls AS {bigint}) AS calls,
          {micros(}{i}.created_at{)} AS created_at, {micros(}{i}.opened_at{)} AS opened_at,
          {micros(}{i}.settled_at{)} AS settled_at, {age}, {dangling} AS dangling,
          CAST({i}.looks AS {bigint}) AS looks, CAST({i}.takes AS {bigint}) AS takes,
@@ -26,16 +28,19 @@ pub(super) const RULES: &[(&str, &str)] = &[
     ),
     (
         "request",
-        "{q}.record_id, {q}.consumer, {q}.key, {q}.request, CAST({q}.tries AS {bigint}) AS tries, {q}.attention",
+        "{q}.record_id, {q}.consumer, {q}.key, {q}.request, CAST({q}.tries AS {bigint}) AS tries,
+         {q}.attention",
     ),
-    // What a takeover assigns, by the `{decision}` that was made. What looks at an old value stands
-    // before what assigns it: MySQL goes from left to right.
+    // The assignments of a takeover, by the `{decision}` that was made. An expression that reads an
+    // old value stands first, because MySQL evaluates from left to right.
     (
         "taken",
-        "expires_at     = CASE {decided} WHEN 'create' THEN {now} + :retention WHEN 'takeover' THEN {expiry_if_leased}
+        "expires_at     = CASE {decided} WHEN 'create' THEN {now} + :retention
+                          WHEN 'takeover' THEN {expiry_if_leased}
                           ELSE {r}.expires_at END,
          abandoned      = CASE WHEN {decided} = 'create' THEN 0
-                          WHEN {decided} IN ('takeover', 'hold') AND {r}.attempt IS NOT NULL THEN {r}.abandoned + 1
+                          WHEN {decided} IN ('takeover', 'hold') AND {r}.attempt IS NOT NULL
+                          THEN {r}.abandoned + 1
                           ELSE {r}.abandoned END,
          attempt_number = CASE {decided} WHEN 'create' THEN 1 WHEN 'takeover' THEN {r}.attempt_number + 1
                           ELSE {r}.attempt_number END,
@@ -52,7 +57,8 @@ pub(super) const RULES: &[(&str, &str)] = &[
          completed_at   = NULL,
          response       = NULL",
     ),
-    // What a claim does to the record of its key. A dialect may decide before it takes.
+    // The effect of a claim on the record of its key. A dialect may decide in an earlier statement
+    // than the one that takes.
     ("decided", "{decision}"),
     (
         "decision",
@@ -69,17 +75,21 @@ pub(super) const RULES: &[(&str, &str)] = &[
         "({r}.expires_at <= {now} AND NOT {held}
             AND NOT ({r}.state = 'in_progress' AND ({r}.lease_until > {now} OR {r}.unresolved > 0)))",
     ),
-    // When it expires.
+    // The expiry of a record.
     (
         "expiry_if_freed",
         "CASE WHEN {r}.expires_at <= {now} AND {r}.state <> 'completed'
                   AND ({r}.unresolved > 0 OR {held} OR {r}.lease_until > {now})
               THEN {whole_retention} ELSE {r}.expires_at END",
     ),
-    ("expiry_if_completed", "CASE WHEN {r}.expires_at <= {now} THEN {whole_retention} ELSE {r}.expires_at END"),
+    (
+        "expiry_if_completed",
+        "CASE WHEN {r}.expires_at <= {now} THEN {whole_retention} ELSE {r}.expires_at END",
+    ),
     (
         "expiry_if_leased",
-        "CASE WHEN {retained} AND {r}.expires_at <= {lease_until} THEN {whole_retention} ELSE {r}.expires_at END",
+        "CASE WHEN {retained} AND {r}.expires_at <= {lease_until}
+              THEN {whole_retention} ELSE {r}.expires_at END",
     ),
     ("lease_until", "({now} + {lease})"),
     ("lease", ":lease"),
@@ -112,7 +122,7 @@ pub(super) const RULES: &[(&str, &str)] = &[
     ("repeatable_until", "(CASE WHEN :repeatable THEN {now} + :repeatable_for ELSE {never} END)"),
     ("dangling", "({i}.state = 'open' AND {i}.dangling_at <= {now})"),
     ("age", "{micros(}{now} - {i}.created_at{)} AS age"),
-    // The one record, and that of an intent or a request.
+    // Conditions that find a record by its key, by its id, or by an intent or a request.
     ("this_record", "{this_key} AND {r}.id = :record"),
     ("this_key", "{r}.consumer = :consumer AND {r}.key = :key"),
     ("record_of_intent", "{r}.consumer = {i}.consumer AND {r}.key = {i}.key AND {r}.id = {i}.record_id"),

@@ -14,25 +14,26 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TableCreation {
-    /// The store creates and migrates its tables before its first statement. The default.
+    /// The store creates and migrates its tables before its first statement. This is the default.
     #[default]
     Automatic,
     /// You create them: by `migrate()` with another account, or with the files in `migrations/`.
-    /// Choose it if the application's account may not create tables. Missing or old tables are an
-    /// error that says what to run.
+    /// Choose this if the application's account may not create tables. If tables are missing or
+    /// old, the error says what to run.
     Manual,
 }
 
 /// A name that cannot be the table prefix or the schema of a store.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{name:?} is no usable identifier: 1 to {MAX_IDENTIFIER_BYTES} bytes of a-z, 0-9 and _, not beginning with a digit"
+    "{name:?} is no usable identifier: 1 to {MAX_IDENTIFIER_BYTES} bytes of a-z, 0-9 and _, \
+     not beginning with a digit"
 )]
 pub struct InvalidIdentifier {
     name: String,
 }
 
-/// A lowercase identifier that needs no quoting but for reserved words.
+/// A lowercase identifier that needs no quotes unless it is a reserved word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::store) struct Identifier(String);
 
@@ -58,8 +59,8 @@ impl fmt::Display for Identifier {
     }
 }
 
-/// A value that is made at its first use. A call that finds it being made waits only for a while,
-/// so that calls do not pile up behind a database that is away.
+/// A value that is made at its first use. A call that finds it being made waits only for a while.
+/// So calls do not pile up when a database does not answer.
 #[derive(Debug)]
 pub(in crate::store) struct Lazy<T> {
     value: OnceLock<T>,
@@ -84,6 +85,7 @@ impl<T> Lazy<T> {
             let message = "the tables are still being set up";
             return Err(StoreError::new(StoreErrorKind::Unavailable, message));
         };
+        // Another call may have made the value while this one waited for its turn.
         match self.value.get() {
             Some(value) => Ok(value),
             None => {
@@ -107,13 +109,14 @@ impl Migration {
         Self { version, file, sql }
     }
 
-    /// The statements of the file for tables with this prefix.
+    /// Returns the statements of the file, for tables with this prefix.
     pub(in crate::store) fn sql(&self, prefix: &Identifier) -> String {
         self.sql.replace("idempotency_", &format!("{prefix}_"))
     }
 }
 
-/// The migrations that tables of version `found` (0: there are none) lack.
+/// Returns the migrations that tables of version `found` lack. Version 0 means that there are no
+/// tables.
 pub(in crate::store) fn pending(
     found: i64,
     known: &'static [Migration],
@@ -121,14 +124,15 @@ pub(in crate::store) fn pending(
     let newest = known.last().map_or(0, |migration| migration.version);
     if found > newest {
         return Err(misconfigured(format!(
-            "the tables are of version {found}, this release of tower-idempotency knows versions up to {newest}: upgrade it"
+            "the tables are of version {found}, this release of tower-idempotency knows versions up to \
+             {newest}: upgrade it"
         )));
     }
     let first = known.iter().position(|migration| migration.version > found).unwrap_or(known.len());
     Ok(&known[first..])
 }
 
-/// The error for tables that are missing or old and that this store must not touch.
+/// Makes the error for tables that are missing or old and that this store must not change.
 pub(in crate::store) fn tables_missing(
     pending: &[Migration],
     schema: Option<&str>,
@@ -137,11 +141,12 @@ pub(in crate::store) fn tables_missing(
     let files = pending.iter().map(|migration| migration.file).collect::<Vec<_>>().join(", ");
     let place = schema.map(|schema| format!(" in schema {schema}")).unwrap_or_default();
     misconfigured(format!(
-        "tables `{prefix}_*`{place} are missing or old: run {files}, or call migrate() with an account that may create tables"
+        "tables `{prefix}_*`{place} are missing or old: run {files}, \
+         or call migrate() with an account that may create tables"
     ))
 }
 
-/// The knowledge that a store has once its tables are there.
+/// The data that a store has once its tables exist.
 #[derive(Debug)]
 pub(in crate::store) struct Ready<S> {
     pub(in crate::store) statements: S,

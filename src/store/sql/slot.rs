@@ -1,4 +1,4 @@
-//! The place where the transaction of an attempt lies.
+//! The slot in which the transaction of an attempt lies.
 
 use std::{
     fmt,
@@ -24,23 +24,23 @@ use crate::{
     store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind, TransactionUsage},
 };
 
-/// The part of a database in transactions of handlers. No call is cancelled.
+/// The part of a database in transactions of handlers. Calls of it are not cancelled.
 #[async_trait]
 pub(crate) trait Driver<DB: Database>: fmt::Debug + Send + Sync + 'static {
-    /// A fresh transaction in which the record is the attempt's and stays so.
+    /// Begins a fresh transaction in which the record is the attempt's and stays so.
     async fn begin(&self) -> Result<Transaction<'static, DB>, TransactionError>;
 
-    /// Writes what the transaction comes to as its last statement and commits.
+    /// Writes the outcome of the transaction as its last statement, and commits.
     async fn commit(&self, transaction: Transaction<'static, DB>, last: Last)
     -> Result<(), TransactionError>;
 
-    /// Rolls back, whatever state the transaction is in.
+    /// Rolls the transaction back, whatever state it is in.
     async fn roll_back(&self, transaction: Transaction<'static, DB>) -> Result<(), TransactionError>;
 
     /// Ends a transaction that the handler does not give back, if the database can.
     async fn revoke(&self);
 
-    /// A driver for another transaction of the same attempt.
+    /// Makes a driver for another transaction of the same attempt.
     fn again(&self) -> Box<dyn Driver<DB>>;
 }
 
@@ -53,7 +53,7 @@ pub(crate) enum Last {
     Phase { name: String, result: Bytes },
 }
 
-/// Shows how long a response or a result is, and nothing of it.
+/// Shows the length of a response or a result, and none of its bytes.
 impl fmt::Debug for Last {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -65,7 +65,7 @@ impl fmt::Debug for Last {
     }
 }
 
-/// The place of an attempt's transaction: between the request's extensions, the handler and the
+/// The slot of an attempt's transaction: between the request's extensions, the handler and the
 /// layer.
 #[derive(Debug)]
 pub(crate) struct Slot<DB: Database> {
@@ -76,7 +76,8 @@ pub(crate) struct Slot<DB: Database> {
     changed: Notify,
 }
 
-/// If the task that begins a transaction panics or its runtime goes down, those who wait are told.
+/// The guard of a task that begins a transaction. If the task panics or its runtime shuts down, the
+/// guard wakes those who wait, with an error.
 struct Unfinished<DB: Database>(Arc<Slot<DB>>);
 
 impl<DB: Database> Unfinished<DB> {
@@ -145,12 +146,12 @@ impl<DB: Database> Slot<DB> {
         Arc::new(Self { driver, begin_timeout, time_limit, place, changed })
     }
 
-    /// The place of another transaction of the same attempt.
+    /// Makes the slot of another transaction of the same attempt.
     pub(crate) fn again(&self) -> Arc<Self> {
         Self::new(self.driver.again(), self.begin_timeout, self.time_limit)
     }
 
-    /// Stops what takes longer than the transaction may be open.
+    /// Runs work, and stops it when it takes longer than the transaction may be open.
     pub(crate) async fn within_time_limit<T>(
         &self,
         work: impl Future<Output = T>,
@@ -162,7 +163,7 @@ impl<DB: Database> Slot<DB> {
         })
     }
 
-    /// Commits, with this as the last statement.
+    /// Commits the transaction, with `last` as its last statement.
     pub(crate) async fn finish(&self, last: Last) -> Result<(), TransactionError> {
         let transaction = self.take().await?;
         self.driver.commit(transaction, last).await
@@ -177,9 +178,11 @@ impl<DB: Database> Slot<DB> {
         self.changed.notify_waiters();
     }
 
-    /// Waits until `look` finds something, and returns it.
+    /// Waits until `look` finds something, and returns that.
     async fn wait_for<T>(&self, mut look: impl FnMut() -> Option<T>) -> T {
         loop {
+            // Registered before the look, so that a change between the look and the wait is not
+            // missed.
             let changed = self.changed.notified();
             if let Some(found) = look() {
                 return found;
@@ -188,8 +191,8 @@ impl<DB: Database> Slot<DB> {
         }
     }
 
-    /// Begins the transaction the first time, in a task that goes on when the caller stops waiting
-    /// for it.
+    /// Lends the transaction, and begins it the first time. The task that begins it continues if
+    /// the caller stops waiting.
     pub(crate) async fn lend(self: Arc<Self>) -> Result<Lent<DB>, Arc<TransactionError>> {
         let lent = timeout(self.begin_timeout, self.wait_for(|| self.try_lend())).await;
         lent.unwrap_or_else(|elapsed| {
@@ -199,12 +202,15 @@ impl<DB: Database> Slot<DB> {
         })
     }
 
-    /// `None` while it is being begun.
+    /// Returns `None` while the transaction is being begun.
     fn try_lend(self: &Arc<Self>) -> Option<Result<Lent<DB>, Arc<TransactionError>>> {
         let mut place = self.place();
+        // Taken out under the lock: of several callers, one begins the transaction.
         match mem::replace(&mut *place, Place::Beginning) {
             Place::Unused => {
                 drop(place);
+                // In a task, because a BEGIN that is cancelled leaves its connection in a
+                // transaction.
                 tokio::spawn(Unfinished(Arc::clone(self)).begin());
                 None
             }
@@ -234,7 +240,7 @@ impl<DB: Database> Slot<DB> {
         if let Place::Lent { until } = *place {
             *place = Place::Here { transaction, until };
         } else if let Ok(runtime) = Handle::try_current() {
-            // The layer has given it up, and others may wait for its end.
+            // The layer has given it up, and other transactions may wait for its end.
             let slot = Arc::clone(self);
             runtime.spawn(async move { slot.driver.roll_back(transaction).await });
         }
@@ -242,8 +248,8 @@ impl<DB: Database> Slot<DB> {
         self.changed.notify_waiters();
     }
 
-    /// Takes the transaction away. Waits while it is being begun. One that the handler keeps is
-    /// ended by the database, if it can.
+    /// Takes the transaction away. Waits while it is being begun. If the handler keeps it, the
+    /// database ends it, if it can.
     async fn take(&self) -> Result<Transaction<'static, DB>, TransactionError> {
         let taken = self.wait_for(|| self.try_take()).await;
         if taken.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::InUse) {
@@ -309,15 +315,15 @@ impl<DB: Database> StoreTransaction for Slot<DB> {
     async fn roll_back(&self) -> Result<(), TransactionError> {
         match self.take().await {
             Ok(transaction) => self.driver.roll_back(transaction).await,
-            // There is nothing to roll back, or the database was told to.
+            // There is nothing to roll back, or the database was told to end it.
             Err(_) => Ok(()),
         }
     }
 }
 
-/// The transaction while the handler has it. Dropped, it is given back.
+/// The transaction while the handler has it. Dropping it gives the transaction back.
 pub(crate) struct Lent<DB: Database> {
-    /// There until this is dropped.
+    /// Present until this is dropped.
     transaction: Option<Transaction<'static, DB>>,
     slot: Arc<Slot<DB>>,
 }

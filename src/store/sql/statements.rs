@@ -1,8 +1,9 @@
 //! The statements that all dialects share.
 //!
-//! They keep to what every SQL database understands: no `RETURNING`, no `ON CONFLICT`, no `UPDATE
-//! .. FROM`. A change tells by its number of rows whether it applied. In a `SET`, what looks at an
-//! old value stands before what assigns it: MySQL goes from left to right.
+//! They use only what every SQL database understands: no `RETURNING`, no `ON CONFLICT`, no `UPDATE
+//! .. FROM`. The number of rows of a change tells if it was applied. MySQL evaluates a `SET` from
+//! left to right. So an expression that reads an old value stands before the assignment of that
+//! column.
 
 use super::{
     Due,
@@ -10,56 +11,59 @@ use super::{
 };
 
 statements! {
-    /// Those of records.
+    /// The statements about records.
     pub(in crate::store) struct Records by dialect {
         complete: dialect.statement(
-            "UPDATE {records} AS {r} SET expires_at = {expiry_if_completed}, state = 'completed', response = :response,
-                 completed_at = {now}
+            "UPDATE {records} AS {r} SET expires_at = {expiry_if_completed}, state = 'completed',
+                 response = :response, completed_at = {now}
              WHERE {this_key} AND {mine}"
         ),
         release: dialect.statement("{delete_record} WHERE {this_key} AND {mine} AND NOT {retained}"),
         /// For a record that is retained.
         release_retained: dialect.statement(
-            "UPDATE {records} AS {r} SET expires_at = {expiry_if_freed}, state = 'in_progress', attempt = NULL,
-                 lease_until = {now}
+            "UPDATE {records} AS {r} SET expires_at = {expiry_if_freed}, state = 'in_progress',
+                 attempt = NULL, lease_until = {now}
              WHERE {this_key} AND {mine}"
         ),
         hold: dialect.statement(
             "UPDATE {records} AS {r} SET state = 'held', lease_until = {now} WHERE {this_key} AND {mine}"
         ),
         get: dialect.statement("SELECT {record} FROM {records} AS {r} WHERE {this_key}"),
-        /// By the state that is shown, which is not always the one in the row.
+        /// Filters by the state that is shown, which is not always the one in the row.
         list: dialect.statement(
             "SELECT * FROM (SELECT {record} FROM {records} AS {r}) AS {r}
              WHERE :filter = 'all' OR {r}.state = :filter
              ORDER BY {r}.created_at, {r}.consumer, {r}.key LIMIT :limit"
         ),
         evict: dialect.statement("{delete_record} WHERE {this_key}"),
-        resolve_release: dialect.statement("{delete_record} WHERE {this_key} AND {releasable} AND NOT {retained}"),
+        resolve_release: dialect.statement(
+            "{delete_record} WHERE {this_key} AND {releasable} AND NOT {retained}"
+        ),
         /// For a record that is retained.
         resolve_release_retained: dialect.statement(
-            "UPDATE {records} AS {r} SET expires_at = {expiry_if_freed}, state = 'in_progress', attempt = NULL,
-                 abandoned = 0, lease_until = {now}
+            "UPDATE {records} AS {r} SET expires_at = {expiry_if_freed}, state = 'in_progress',
+                 attempt = NULL, abandoned = 0, lease_until = {now}
              WHERE {this_key} AND {releasable}"
         ),
         resolve_complete: dialect.statement(
-            "UPDATE {records} AS {r} SET expires_at = {whole_retention}, state = 'completed', response = :response,
-                 attempt = NULL, completed_at = {now}
+            "UPDATE {records} AS {r} SET expires_at = {whole_retention}, state = 'completed',
+                 response = :response, attempt = NULL, completed_at = {now}
              WHERE {this_key} AND {resolvable}"
         ),
     }
 }
 
 statements! {
-    /// Those of intents, finished phases and kept requests.
+    /// The statements about intents, finished phases and kept requests.
     pub(in crate::store) struct Recovery by dialect {
-        /// Waits for a transaction that changes the record or its intents. Statements after it see
-        /// what was committed until then.
+        /// Waits for a transaction that changes the record or its intents. The statements after it
+        /// see what was committed until then.
         lock: dialect.statement("SELECT 1 FROM {records} AS {r} WHERE {this_key} {for_update}"),
-        /// Calls an intent that is there already.
+        /// Calls an intent that exists already.
         call_again: dialect.statement(
             "UPDATE {intents} AS {i} SET
-                 repeatable_until = CASE WHEN {may_have_arrived} AND {i}.repeatable_until <= {repeatable_until}
+                 repeatable_until = CASE WHEN {may_have_arrived}
+                                        AND {i}.repeatable_until <= {repeatable_until}
                                     THEN {i}.repeatable_until ELSE {repeatable_until} END,
                  sent_before      = {may_have_arrived},
                  state            = 'open',
@@ -82,26 +86,27 @@ statements! {
         ),
         /// Calls an intent for the first time.
         call_first: dialect.statement(
-            "INSERT INTO {intents} (id, record_id, consumer, \"key\", name, discriminator, ordinal, arguments, subject,
-                 state, sent, sent_before, absent, attempt, \"call\", calls, repeatable_until, created_at, opened_at,
-                 dangling_at, look_at, looks, absences)
-             SELECT :intent, :record, :consumer, :key, :name, :discriminator, :ordinal, :arguments, :subject,
-                 'open', TRUE, FALSE, FALSE, :attempt, :call, 1, {repeatable_until}, {now}, {now},
-                 {now} + :dangling_after, {now} + :dangling_after, 0, 0
+            "INSERT INTO {intents} (id, record_id, consumer, \"key\", name, discriminator, ordinal, arguments,
+                 subject, state, sent, sent_before, absent, attempt, \"call\", calls, repeatable_until,
+                 created_at, opened_at, dangling_at, look_at, looks, absences)
+             SELECT :intent, :record, :consumer, :key, :name, :discriminator, :ordinal, :arguments,
+                 :subject, 'open', TRUE, FALSE, FALSE, :attempt, :call, 1, {repeatable_until},
+                 {now}, {now}, {now} + :dangling_after, {now} + :dangling_after, 0, 0
              FROM {records} AS {r}
              WHERE {owned} AND NOT EXISTS (SELECT 1 FROM {intents} AS {i} WHERE {i}.id = :intent)"
         ),
-        /// Shows the intent that is there, if the record is the attempt's.
+        /// Shows the intent that exists, if the record is the attempt's.
         opened: dialect.statement(
             "SELECT {intent} FROM {intents} AS {i} JOIN {records} AS {r} ON {r}.id = {i}.record_id
              WHERE {i}.id = :intent AND {owned}"
         ),
-        /// Tells the record about its intents.
+        /// Updates what the record knows about its intents.
         recount: dialect.statement(
             "UPDATE {records} AS {r} SET
-                 expires_at       = CASE WHEN {leased} AND {r}.expires_at <= {r}.lease_until THEN {whole_retention}
-                                    ELSE {expiry_if_freed} END,
-                 kept             = {retained} OR EXISTS (SELECT 1 FROM {intents} AS {i} WHERE {i}.record_id = {r}.id),
+                 expires_at       = CASE WHEN {leased} AND {r}.expires_at <= {r}.lease_until
+                                    THEN {whole_retention} ELSE {expiry_if_freed} END,
+                 kept             = {retained} OR EXISTS (SELECT 1 FROM {intents} AS {i}
+                                     WHERE {i}.record_id = {r}.id),
                  unresolved       = (SELECT count(*) FROM {intents} AS {i}
                                      WHERE {i}.record_id = {r}.id AND {i}.state = 'open'),
                  repeatable_until = (SELECT min({i}.repeatable_until) FROM {intents} AS {i}
@@ -113,13 +118,15 @@ statements! {
         list_dangling: dialect.statement(&waiting("{dangling}")),
         list_attention: dialect.statement(&waiting("{i}.attention IS NOT NULL")),
         list_dead: dialect.statement(
-            "SELECT {intent} FROM {intents} AS {i} WHERE {i}.state = 'dead' ORDER BY {i}.created_at DESC LIMIT :limit"
+            "SELECT {intent} FROM {intents} AS {i} WHERE {i}.state = 'dead'
+             ORDER BY {i}.created_at DESC LIMIT :limit"
         ),
         count: dialect.statement(&format!(
             "{WAITING} SELECT count(CASE WHEN {{i}}.state = 'open' THEN 1 END) AS open,
                  count(CASE WHEN {{dangling}} THEN 1 END) AS dangling,
                  count({{i}}.attention) AS need_attention,
-                 (SELECT {{age}} FROM i WHERE {{i}}.state = 'open' ORDER BY {{i}}.created_at LIMIT 1) AS oldest
+                 (SELECT {{age}} FROM i WHERE {{i}}.state = 'open'
+                  ORDER BY {{i}}.created_at LIMIT 1) AS oldest
              FROM i"
         )),
         find_phase: dialect.statement(
@@ -133,7 +140,7 @@ statements! {
         retain_record: dialect.statement(
             "UPDATE {records} AS {r} SET kept = TRUE WHERE {this_record} AND {r}.state <> 'completed'"
         ),
-        /// After a try. One that is given back counts for nothing.
+        /// Records the outcome of a try. A try that was not sent does not count.
         update_request: dialect.statement(
             "UPDATE {requests} AS {q} SET
                  tries     = CASE WHEN :tried OR {q}.tries = 0 THEN {q}.tries ELSE {q}.tries - 1 END,
@@ -141,7 +148,7 @@ statements! {
                  attention = :attention
              WHERE {q}.record_id = :record AND {q}.tries = :tries AND {q}.next_at IS NOT NULL"
         ),
-        /// By an operator.
+        /// Records the decision of an operator, in any state.
         reset_request: dialect.statement(
             "UPDATE {requests} AS {q} SET
                  tries     = 0,
@@ -151,13 +158,15 @@ statements! {
         ),
         delete_request: dialect.statement("DELETE FROM {requests} WHERE record_id = :record"),
         list_requests: dialect.statement(
-            "SELECT {request} FROM {requests} AS {q} WHERE {q}.next_at IS NULL ORDER BY {q}.record_id LIMIT :limit"
+            "SELECT {request} FROM {requests} AS {q} WHERE {q}.next_at IS NULL
+             ORDER BY {q}.record_id LIMIT :limit"
         ),
     }
 }
 
-/// Those that a person or a reconciler must look at, as `i`. Apart from what sorts them, so that no
-/// planner walks through all intents in the order of their age to find them.
+/// The intents that a person or a reconciler must look at, as `i`. They are selected before they
+/// are sorted: otherwise a planner could walk through all intents in the order of their age to find
+/// them.
 const WAITING: &str = "WITH i AS {materialized} (SELECT * FROM {intents} WHERE look_at > {never})";
 
 fn waiting(filter: &str) -> String {
@@ -165,8 +174,8 @@ fn waiting(filter: &str) -> String {
 }
 
 statements! {
-    /// Those that take what is due, for databases that return what they change. Locked rows are
-    /// skipped.
+    /// The statements that take due rows, for databases that return the rows that they change. They
+    /// skip locked rows.
     pub(in crate::store) struct Takes by dialect {
         dangling: dialect.returning(
             "WITH due AS (
@@ -174,7 +183,8 @@ statements! {
                  WHERE {i}.look_at <= {now} AND NOT {in_flight}
                  ORDER BY {i}.look_at LIMIT :limit {skip_locked_i}
              )
-             UPDATE {intents} AS {i} SET look_at = {now} + :pause, looks = {i}.looks + 1, takes = {i}.takes + 1
+             UPDATE {intents} AS {i} SET look_at = {now} + :pause, looks = {i}.looks + 1,
+                 takes = {i}.takes + 1
              FROM due WHERE {i}.id = due.place",
             "{intent}"
         ),
@@ -203,7 +213,7 @@ impl Takes {
     }
 }
 
-/// The purges, each of which passes what is locked.
+/// The purges. Each of them skips locked rows.
 #[derive(Debug)]
 pub(in crate::store) struct Purges {
     pub(in crate::store) records: Statement,
@@ -213,7 +223,7 @@ pub(in crate::store) struct Purges {
 }
 
 impl Purges {
-    /// Those for databases in which a row has a `{place}`.
+    /// Makes the purges of databases in which a row has a `{place}`.
     ///
     /// Measured on PostgreSQL with 500,000 records, batches of 1,000: by place 0.9 to 1.4 s for
     /// 100,000, by primary key 2.0 to 3.0 s.
@@ -227,8 +237,8 @@ impl Purges {
     }
 }
 
-/// `IS TRUE` keeps PostgreSQL from looking the rows up a second time by their expiry, all that are
-/// due.
+/// `IS TRUE` prevents PostgreSQL from finding the rows a second time by their expiry, which would
+/// read all rows that are due.
 const PURGE_RECORDS: &str = "
 WITH doomed AS (
     SELECT {r}.{place} AS place FROM {records} AS {r}
@@ -236,8 +246,8 @@ WITH doomed AS (
 )
 DELETE FROM {records} AS {r} {where_doomed} AND {purgeable} IS TRUE";
 
-/// Those of a record that is still there may be asked for again. One that was opened since it was
-/// chosen stays.
+/// An intent stays as long as its record, because a retry may ask for it again. An intent that was
+/// opened after it was selected stays as well.
 const PURGE_INTENTS: &str = "
 WITH doomed AS (
     SELECT {i}.{place} AS place FROM {intents} AS {i}

@@ -25,12 +25,12 @@ use crate::{
     },
 };
 
-/// One connection that writes, behind which writers queue fairly, and a few that read.
+/// One connection that writes, for which writers queue fairly, and a few that read.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     writer: OnceLock<SqlitePool>,
-    /// The queue of newcomers. Who owns a record does not stand in it: renewals and ends of
-    /// attempts wait for the connection alone, so that they come before whatever is in the queue.
+    /// The queue of newcomers. An attempt that owns its record does not wait in it: renewals and
+    /// ends of attempts wait for the connection only, so they go before the writes in the queue.
     queue: Arc<Mutex<()>>,
     readers: OnceLock<SqlitePool>,
 }
@@ -47,7 +47,7 @@ impl Connections {
         query.fetch_all(&mut *connection).await.map_err(|source| error(operation, source))
     }
 
-    /// Reads every row that the statement returns, so that it runs to its end.
+    /// Runs one statement to its end, and returns all its rows.
     pub(super) async fn write(
         &self,
         base: &SqlitePool,
@@ -60,7 +60,7 @@ impl Connections {
         reply(query, &mut connection).await.map_err(|source| error(operation, source))
     }
 
-    /// The head of the queue, until it is dropped.
+    /// Waits for the head of the queue. The caller has it until the guard is dropped.
     pub(super) async fn turn(&self) -> Result<OwnedMutexGuard<()>, StoreError> {
         timeout(BUSY_TIMEOUT, Arc::clone(&self.queue).lock_owned()).await.map_err(|elapsed| {
             let message = "the database is busy: another transaction is open";
@@ -105,8 +105,8 @@ pub(super) async fn reply(
     Ok(reply)
 }
 
-/// Opening a connection sets the journal mode, which does not wait for a lock that another
-/// connection holds.
+/// Opens a connection, and tries again while the database is busy. Opening sets the journal mode,
+/// which does not wait for a lock that another connection holds.
 async fn patiently<T, F>(open: impl Fn() -> F) -> Result<T, sqlx::Error>
 where
     F: Future<Output = Result<T, sqlx::Error>>,
@@ -141,11 +141,12 @@ fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {
         .connect_lazy_with(options)
 }
 
-/// A handler that has ended its transaction by a statement of its own leaves a connection for which
-/// sqlx still counts one, and which never begins another.
+/// Returns `false` if the connection is still in a transaction. A handler may have ended its
+/// transaction with its own statement. On the connection that it leaves, sqlx still counts one and
+/// never begins another.
 async fn is_in_order(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     if connection.is_in_transaction() {
-        // A rollback of what was dropped may be on its way.
+        // The rollback of a dropped transaction may still be on its way.
         connection.ping().await?;
     }
     Ok(!connection.is_in_transaction())
@@ -162,7 +163,7 @@ fn connect_error(source: sqlx::Error) -> StoreError {
     })
 }
 
-/// Extended result codes keep the primary one in their lowest byte.
+/// Returns the primary result code, which is the lowest byte of an extended one.
 pub(super) fn primary(code: &str) -> u32 {
     code.parse::<u32>().map_or(0, |code| code & 0xff)
 }
@@ -172,7 +173,8 @@ fn meaning(code: &str) -> Meaning {
     match primary(code) {
         1 | 17 => (
             Misconfigured,
-            "the tables are missing or not what they should be: call migrate(), or run migrations/sqlite/*.sql",
+            "the tables are missing or not what they should be: \
+             call migrate(), or run migrations/sqlite/*.sql",
         ),
         3 | 8 | 23 => (
             Misconfigured,
@@ -190,5 +192,5 @@ const BUSY: u32 = 5;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 const MAX_READERS: u32 = 4;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longer than one busy writer before us may take.
+/// Longer than one busy writer that comes first may take.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(6);

@@ -1,4 +1,4 @@
-//! What SQLite says in its own words.
+//! The statements and fragments of SQLite.
 
 use crate::store::sql::{
     self,
@@ -17,7 +17,8 @@ pub(super) struct Statements {
 
 impl Statements {
     pub(super) fn new(prefix: &Identifier) -> Self {
-        // A handler may have made a temporary table of that name on the connection that writes.
+        // The name of the database, because a handler may have made a temporary table of that name
+        // on the connection that writes.
         let dialect = Dialect::new('?', |table| format!("main.\"{prefix}_{table}\""), FRAGMENTS);
         Self {
             takes: Takes::new(&dialect),
@@ -32,7 +33,7 @@ impl Statements {
     }
 }
 
-/// There are no row locks: a writer has the whole database.
+/// Fragments. Those for row locks are empty: a writer has the whole database.
 const FRAGMENTS: &[(&str, &str)] = &[
     ("now", "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"),
     ("delete_record", "DELETE FROM {records} AS {r}"),
@@ -56,14 +57,14 @@ const FRAGMENTS: &[(&str, &str)] = &[
 ];
 
 statements! {
-    /// Those in the words of SQLite alone.
+    /// The statements that only SQLite has.
     pub(super) struct Own by dialect {
         look: dialect.statement(
             "SELECT {record}, {decision} <> 'show' AS open FROM {records} AS {r} WHERE {this_key}"
         ),
         take: dialect.returning(
-            "INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned,
-                 max_abandoned, lease_until, created_at, expires_at)
+            "INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at)
              VALUES (:consumer, :key, :record, :fingerprint, 'in_progress', :attempt, 1, 0, :max_abandoned,
                  {lease_until}, {now}, {now} + :retention)
              ON CONFLICT (consumer, key) DO UPDATE SET {taken} WHERE {decision} <> 'show'",
@@ -89,7 +90,8 @@ statements! {
         mine: dialect.statement("SELECT 1 FROM {records} AS {r} WHERE {this_key} AND {mine}"),
         /// Retains the record of a phase, and renews the lease.
         retain: dialect.with("retained", "TRUE").statement(
-            "UPDATE {records} AS {r} SET kept = TRUE, expires_at = {expiry_if_leased}, lease_until = {lease_until}
+            "UPDATE {records} AS {r} SET kept = TRUE, expires_at = {expiry_if_leased},
+                 lease_until = {lease_until}
              WHERE {this_key} AND {mine} AND {r}.state = 'in_progress'"
         ),
         finish_phase: dialect.statement(

@@ -35,19 +35,20 @@ use crate::{
 
 /// Keeps records in a SQLite database file.
 ///
-/// The store opens connections of its own, with the connect options of the given pool: one that
-/// writes, for which all writes of this process wait in one fair queue, and up to four that read.
-/// They use write-ahead logging (`journal_mode = WAL`) and flush at every commit
+/// The store opens connections of its own, with the connect options of the given pool. One
+/// connection writes, and all writes of this process wait for it in one fair queue. Up to four
+/// connections read. They use write-ahead logging (`journal_mode = WAL`) and flush at every commit
 /// (`synchronous = FULL`). A duplicate of a known key only reads, and never waits for a writer.
 ///
 /// SQLite has one writer at a time. A process that is stopped while it holds the write lock stops
-/// all writers. After the busy time-out (5 s) calls fail as
+/// all writers. After the busy time-out (5 s), calls fail as
 /// [`Unavailable`](crate::store::StoreErrorKind::Unavailable).
 ///
-/// In-memory databases are refused, because each connection would see one of its own: use the
-/// `MemoryStore`.
+/// In-memory databases are refused, because each connection would see its own database. Use the
+/// `MemoryStore` instead.
 ///
-/// The file must be on a local disk: write-ahead logging does not work over network file systems.
+/// The file must be on a local disk, because write-ahead logging does not work over network file
+/// systems.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -72,7 +73,7 @@ struct State {
 }
 
 impl SqliteStore {
-    /// A store in the database of `pool`. Nothing is opened before the first call.
+    /// Makes a store in the database of `pool`. Opens no connection before the first call.
     #[must_use]
     pub fn new(pool: SqlitePool) -> Self {
         Self {
@@ -101,8 +102,8 @@ impl SqliteStore {
         self.with_new_state()
     }
 
-    /// Creates or migrates the tables, whatever [`TableCreation`] says. Safe to repeat, and from
-    /// several processes simultaneously.
+    /// Creates or migrates the tables, whatever [`TableCreation`] says. It is safe to repeat, and
+    /// to call from several processes simultaneously.
     ///
     /// # Errors
     ///
@@ -113,7 +114,8 @@ impl SqliteStore {
         self.set_up(TableCreation::Automatic).await.map(drop)
     }
 
-    /// Settings apply to tables that are still to be found.
+    /// Forgets connections and tables, so that a new setting applies to those that are opened
+    /// later.
     fn with_new_state(mut self) -> Self {
         self.state = Arc::default();
         self
@@ -159,6 +161,7 @@ impl Engine for SqliteStore {
         calls: Vec<Call<'_>>,
     ) -> Result<Vec<Reply<SqliteRow>>, StoreError> {
         let connections = &self.state.connections;
+        // Kept until the commit: a transaction queues as a newcomer.
         let _turn = connections.turn().await?;
         let mut transaction = connections.begin(&self.pool, "BEGIN IMMEDIATE".to_owned()).await?;
         let mut replies = Vec::with_capacity(calls.len());
@@ -173,8 +176,8 @@ impl Engine for SqliteStore {
     async fn try_claim(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError> {
         let own = &self.sql().await?.own;
         let failed = |source| connection::error("claim", source);
-        // A duplicate only reads. What it finds may be taken by another before the statement that
-        // writes, which decides for itself.
+        // A duplicate only reads. Another claim may take the record before the statement that
+        // writes, which therefore decides again.
         let found = self.read("claim", Call::new(&own.look).of_claim(claim)).await?;
         if let Some(row) = found.first()
             && !row.try_get::<bool, _>("open").map_err(failed)?
@@ -192,6 +195,8 @@ impl Engine for SqliteStore {
         let (own, json) = (&self.sql().await?.own, renewals_as_json(renewals));
         let renew = Call::new(&own.renew).with("renewals", json.as_str());
         let mut rows = self.write(Rank::Owner, "renew", &renew).await?.rows;
+        // The rest is held or another attempt's. A read tells which, without waiting for the
+        // writer.
         if rows.len() < renewals.len() {
             let still_mine = Call::new(&own.still_mine).with("renewals", json.as_str());
             rows.extend(self.read("renew", still_mine).await?);
@@ -249,7 +254,7 @@ fn prepared<'q>(call: &Call<'q>) -> Prepared<'q> {
     })
 }
 
-/// A duration in milliseconds, rounded up so that a lease is never shorter than asked for.
+/// Returns a duration in milliseconds, rounded up so that a lease is never shorter than requested.
 fn millis(duration: Duration) -> i64 {
     sql::micros(duration).saturating_add(999) / 1000
 }

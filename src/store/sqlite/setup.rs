@@ -19,8 +19,8 @@ impl SqliteStore {
     }
 
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
-        // Detached, so that a call that is dropped half-way closes it and leaves no transaction
-        // open.
+        // Detached, so that a call that is dropped half-way closes the connection and leaves no
+        // transaction open.
         let mut connection = self.state.connections.writer(&self.pool).await?.detach();
         refuse_memory(&mut connection).await?;
         execute(&mut connection, "BEGIN IMMEDIATE").await?;
@@ -39,7 +39,8 @@ async fn refuse_memory(connection: &mut SqliteConnection) -> Result<(), StoreErr
         file.and_then(|row| row.try_get("file")).map_err(|source| error("prepare", source))?;
     if file.is_none_or(|file| file.is_empty()) {
         return Err(misconfigured(
-            "an in-memory SQLite database cannot be shared by connections: use MemoryStore, or a database file",
+            "an in-memory SQLite database cannot be shared by connections: \
+             use MemoryStore, or a database file",
         ));
     }
     Ok(())
@@ -58,11 +59,12 @@ async fn migrate(
         execute(connection, migration.sql(prefix)).await?;
         tracing::info!(target: TRACING_TARGET, file = migration.file, "migrated the tables");
     }
-    // A database that is open read-only lets every transaction begin and refuses its first write.
+    // A write that changes nothing: on a read-only database, every transaction begins, and only its
+    // first write is refused.
     execute(connection, format!("DELETE FROM \"{prefix}_migrations\" WHERE version < 0")).await
 }
 
-/// The version of the tables, 0 if there are none.
+/// Returns the version of the tables, 0 if there are none.
 async fn version(connection: &mut SqliteConnection, prefix: &Identifier) -> Result<i64, StoreError> {
     let table = sqlx::query("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?")
         .bind(format!("{prefix}_migrations"))
@@ -83,7 +85,8 @@ async fn warnings(connection: &mut SqliteConnection) -> Result<Vec<String>, Stor
         return Ok(Vec::new());
     }
     Ok(vec![format!(
-        "the database cannot use write-ahead logging (journal_mode is {mode}): readers and writers block each other"
+        "the database cannot use write-ahead logging (journal_mode is {mode}): \
+         readers and writers block each other"
     )])
 }
 

@@ -1,7 +1,7 @@
 //! Transactions of handlers.
 //!
-//! A transaction runs on the connection that writes, so while it is open there is no other write,
-//! and no claim can take the record over. A savepoint set at its begin proves at the end that it is
+//! A transaction runs on the connection that writes. While it is open, there is no other write, and
+//! no claim can take the record over. A savepoint, set at its begin, proves at the end that it is
 //! still the transaction that was begun.
 
 use std::{
@@ -52,6 +52,7 @@ impl AttemptTransaction {
     async fn lock(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
         let statements = self.store.sql().await?;
         let connections = &self.store.state.connections;
+        // A newcomer queues before it asks for the connection, so that owners of records go first.
         self.set_turn(Some(connections.turn().await?));
         let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", savepoint(&self.attempt));
         let mut transaction = connections.begin(&self.store.pool, begin).await?;
@@ -70,7 +71,8 @@ impl AttemptTransaction {
         }
     }
 
-    /// Fails if the savepoint is gone: then the transaction is another one, or none.
+    /// Runs a statement about the savepoint. Fails if the savepoint is gone: then the transaction
+    /// is another one, or none.
     async fn at_savepoint(
         &self,
         connection: &mut SqliteConnection,
@@ -86,6 +88,7 @@ impl AttemptTransaction {
     }
 
     async fn write(&self, connection: &mut SqliteConnection, last: &Last) -> Result<(), TransactionError> {
+        // First of all, this proves that the transaction is the one that was begun.
         self.at_savepoint(connection, "RELEASE").await?;
         let statements = self.store.sql().await?;
         let fenced = match last {
@@ -112,8 +115,8 @@ impl AttemptTransaction {
         Ok(())
     }
 
-    /// Rolls back without asking whose transaction it is. A connection that is not in order is
-    /// closed.
+    /// Rolls back without a proof that the transaction is the one that was begun. Closes a
+    /// connection that is not in order.
     async fn abandon(&self, transaction: Transaction<'static, Sqlite>) {
         if let Err(error) = transaction.rollback().await {
             let error = &error as &dyn std::error::Error;
@@ -145,18 +148,20 @@ impl Driver<Sqlite> for AttemptTransaction {
         let committed = transaction.commit().await;
         self.set_turn(None);
         committed.map_err(|source| match code(&source) {
+            // Nothing says whether the commit has reached the disk.
             None | Some(INPUT_OUTPUT) => failed(TransactionErrorKind::Unconfirmed, "COMMIT failed", source),
             Some(_) => failed(TransactionErrorKind::Failed, "COMMIT failed", source),
         })
     }
 
     async fn roll_back(&self, mut transaction: Transaction<'static, Sqlite>) -> Result<(), TransactionError> {
+        // The proof comes first, because the rollback removes the savepoint.
         let proved = self.at_savepoint(&mut transaction, "ROLLBACK TO").await;
         self.abandon(transaction).await;
         proved
     }
 
-    /// SQLite cannot end a transaction but on its own connection.
+    /// Does nothing: SQLite can end a transaction on its own connection only.
     async fn revoke(&self) {}
 
     fn again(&self) -> Box<dyn Driver<Sqlite>> {
@@ -172,7 +177,7 @@ fn code(error: &sqlx::Error) -> Option<u32> {
     errors::code(error).map(|code| primary(&code))
 }
 
-/// `SQLITE_ERROR`: what is said of a savepoint that does not exist.
+/// `SQLITE_ERROR`, the code for a savepoint that does not exist.
 const ERROR: u32 = 1;
 /// `SQLITE_IOERR`.
 const INPUT_OUTPUT: u32 = 10;
