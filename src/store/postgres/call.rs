@@ -132,7 +132,7 @@ mod tests {
     #[test]
     fn a_value_cannot_leave_its_place() {
         let statement =
-            Dialect::new('$', str::to_owned, &[]).statement("SELECT :number, :text::text, :missing");
+            Dialect::new(Some('$'), str::to_owned, &[]).statement("SELECT :number, :text::text, :missing");
         let call =
             Call::new(&statement).with("text", "'$2\\").with("number", 7).with("missing", None::<&[u8]>);
         let expected = "SELECT (7), convert_from(decode('2724325c', 'hex'), 'UTF8')::text, NULL";

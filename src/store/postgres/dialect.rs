@@ -4,50 +4,30 @@
 //! the locked ones.
 
 use crate::store::sql::{
-    self,
+    Statements,
     call::{Dialect, statements},
     setup::Identifier,
-    statements::{Purges, Records, Recovery, Takes},
 };
 
-/// Every statement of a store, for its tables.
-#[derive(Debug)]
-pub(super) struct Statements {
-    pub(super) shared: sql::Statements,
-    pub(super) takes: Takes,
-    pub(super) own: Own,
-}
-
-impl Statements {
-    /// Makes the statements. `schema` is quoted already if it needs quotes.
-    pub(super) fn new(schema: &str, prefix: &Identifier) -> Self {
-        let table = |table: &str| format!("{schema}.{prefix}_{table}");
-        let records = Dialect::new('$', table, FRAGMENTS);
-        // The time after the wait for a lock, not before. In a subquery, because PostgreSQL uses no
-        // index for a value that may change from row to row.
-        let recovery = records.with("now", "(SELECT clock_timestamp())");
-        Self {
-            takes: Takes::new(&recovery),
-            own: Own::new(&records),
-            shared: sql::Statements {
-                records: Records::new(&records),
-                purges: Purges::by_place(&records, &recovery),
-                recovery: Recovery::new(&recovery),
-                dialect: recovery,
-            },
-        }
-    }
+/// Makes the statements. `schema` is quoted already if it needs quotes.
+pub(super) fn statements(schema: &str, prefix: &Identifier) -> Statements<Own> {
+    let records = Dialect::new(Some('$'), |table| format!("{schema}.{prefix}_{table}"), FRAGMENTS);
+    // The time after the wait for a lock, not before. In a subquery, because PostgreSQL uses no
+    // index for a value that may change from row to row.
+    let recovery = records.with("now", "(SELECT clock_timestamp())");
+    Statements::new(&records, recovery, Own::new(&records))
 }
 
 const FRAGMENTS: &[(&str, &str)] = &[
     ("now", "statement_timestamp()"),
-    ("delete_record", "DELETE FROM {records} AS {r}"),
-    ("or_touch_record_id", "ON CONFLICT (record_id) DO UPDATE SET record_id = excluded.record_id"),
-    ("each", "CROSS JOIN LATERAL (SELECT 1 FROM"),
-    ("each_where", "WHERE"),
-    ("each_end", "LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS {r}"),
+    ("or_same_request", "ON CONFLICT (record_id) DO UPDATE SET record_id = excluded.record_id"),
+    (
+        "join_abandoned_record",
+        "CROSS JOIN LATERAL (SELECT 1 FROM {records} AS {r} WHERE {record_of_request} AND {abandoned}
+             LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS {r}",
+    ),
     ("micros(", "CAST(extract(epoch FROM "),
-    (")", ") * 1000000 AS bigint)"),
+    ("micros)", ") * 1000000 AS bigint)"),
     ("bigint", "bigint"),
     ("never", "'-infinity'"),
     ("far", "'infinity'"),
@@ -56,15 +36,14 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("where_doomed", "USING doomed WHERE ctid = doomed.place"),
     ("materialized", "MATERIALIZED"),
     ("for_update", "FOR NO KEY UPDATE"),
-    ("skip_locked_r", "FOR UPDATE SKIP LOCKED"),
-    ("skip_locked_i", "FOR UPDATE OF {i} SKIP LOCKED"),
-    ("skip_locked_p", "FOR UPDATE OF p SKIP LOCKED"),
+    ("skip_locked", "FOR UPDATE SKIP LOCKED"),
+    // The record that is joined has a weaker lock.
     ("skip_locked_q", "FOR UPDATE OF {q} SKIP LOCKED"),
 ];
 
 statements! {
     /// The statements that only PostgreSQL has.
-    pub(super) struct Own by dialect {
+    pub(in crate::store) struct Own by dialect {
         /// Adds the key, or shows its record; `open` is true if the record could be taken. No row
         /// comes back if another claim added the key simultaneously.
         ///

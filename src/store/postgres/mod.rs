@@ -17,16 +17,16 @@ use sqlx::{
 
 use self::{
     connection::{Connections, Settings},
-    dialect::Statements,
+    dialect::Own,
     transaction::{AttemptTransaction, Session},
 };
 use super::{
     IntoStore, Store,
     sql::{
-        self, Due, Engine, Rank, Reply,
+        Engine, Rank, Reply,
         call::Call,
-        records::{claimed, renewals_as_json},
-        rows::{self, fields_of},
+        records::{renewals_as_json, shown, taken},
+        rows::{Fields, fields_of},
         setup::{Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
         slot::Slot,
     },
@@ -91,7 +91,7 @@ pub enum ConnectionMode {
 #[derive(Debug, Default)]
 struct State {
     connections: Connections,
-    ready: Lazy<Ready<Statements>>,
+    ready: Lazy<Ready<Own>>,
     session: Lazy<Session>,
 }
 
@@ -228,22 +228,15 @@ impl PostgresStore {
         self.state = Arc::default();
         self
     }
-
-    async fn sql(&self) -> Result<&Statements, StoreError> {
-        Ok(&self.ready().await?.statements)
-    }
 }
 
 #[async_trait]
 impl Engine for PostgresStore {
     type Row = PgRow;
+    type Own = Own;
 
-    async fn statements(&self) -> Result<&sql::Statements, StoreError> {
-        Ok(&self.sql().await?.shared)
-    }
-
-    async fn warnings(&self) -> Result<&[String], StoreError> {
-        Ok(&self.ready().await?.warnings)
+    async fn ready(&self) -> Result<&Ready<Own>, StoreError> {
+        self.state.ready.get_or_make(|| self.set_up(self.creation)).await
     }
 
     async fn read(&self, operation: &str, call: Call<'_>) -> Result<Vec<PgRow>, StoreError> {
@@ -259,50 +252,35 @@ impl Engine for PostgresStore {
     }
 
     async fn try_claim(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError> {
-        let own = &self.sql().await?.own;
+        let own = &self.statements().await?.own;
         let failed = |source| connection::error("claim", source);
         let rows = self.read("claim", Call::new(&own.claim).of_claim(claim)).await?;
         let Some(row) = rows.first() else { return Ok(None) };
-        if row.try_get("written").map_err(failed)? {
-            return rows::record(row).map(claimed).map(Some).map_err(failed);
+        if row.flag("written").map_err(failed)? {
+            return taken(&rows).map_err(failed);
         }
-        if !row.try_get("open").map_err(failed)? {
-            return rows::record(row)
-                .map(|record| Some(ClaimOutcome::Exists(Box::new(record))))
-                .map_err(failed);
+        if !row.flag("open").map_err(failed)? {
+            return shown(row).map_err(failed);
         }
         // The record may have changed since: the second statement locks the row and decides again.
         let rows = self.read("claim", Call::new(&own.take).of_claim(claim)).await?;
-        let taken = rows.first().map(rows::record).transpose().map_err(failed)?;
-        Ok(taken.map(claimed))
+        taken(&rows).map_err(failed)
     }
 
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<PgRow>, StoreError> {
         let renewals = renewals_as_json(renewals);
-        self.read("renew", Call::new(&self.sql().await?.own.renew).with("renewals", renewals.as_str())).await
+        self.read("renew", Call::new(&self.statements().await?.own.renew).with("renewals", renewals.as_str()))
+            .await
     }
 
-    async fn take(
-        &self,
-        operation: &str,
-        due: Due,
-        limit: u32,
-        pause: Duration,
-    ) -> Result<Vec<PgRow>, StoreError> {
-        let statement = self.sql().await?.takes.of(due);
-        let call = Call::new(statement).with("limit", limit).with("pause", pause);
-        let taken = self.transact(operation, vec![call]).await?.pop();
-        Ok(taken.map_or_else(Vec::new, |reply| reply.rows))
-    }
-
-    fn lay_out(
+    fn offer(
         &self,
         attempt: &Attempt,
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Arc<dyn StoreTransaction> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.clone());
-        Slot::lay_out(driver, limits.begin_timeout, None, extensions)
+        Slot::offer(driver, limits.begin_timeout, None, extensions)
     }
 
     fn error(operation: &str, source: sqlx::Error) -> StoreError {

@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Decode, PgConnection, Postgres, Row, Type, postgres::P
 use super::{
     ConnectionMode, PostgresStore,
     connection::{Settings, error},
-    dialect::Statements,
+    dialect::{self, Own},
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -16,21 +16,17 @@ use crate::{
         TableCreation,
         call::{Call, Statement},
         errors::misconfigured,
-        setup::{self, Identifier, Migration, Ready},
+        setup::{self, Identifier, Migration, Ready, migration},
     },
 };
 
 impl PostgresStore {
-    pub(super) async fn ready(&self) -> Result<&Ready<Statements>, StoreError> {
-        self.state.ready.get_or_make(|| self.set_up(self.creation)).await
-    }
-
     /// Sets up the tables. Closes a connection on which something has failed.
-    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
+    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Own>, StoreError> {
         let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
         let schema = self.schema.as_ref().map_or_else(String::new, Identifier::to_string);
         let Settings { mode, statement_timeout, .. } = self.settings;
-        let statement = Statement::new(SERVER, '$');
+        let statement = Statement::new(SERVER, Some('$'));
         let server = one_row(&mut connection, mode, Call::new(&statement).with("schema", schema.as_str()));
         let server = in_time(statement_timeout, server).await?;
         // Before the migration: a server that is refused must not be changed.
@@ -45,7 +41,7 @@ impl PostgresStore {
             in_time(MIGRATION_TIMEOUT, migrate(&mut connection, mode, &schema, &self.prefix)).await?;
         }
         connection.give_back();
-        Ok(Ready::new(Statements::new(&schema, &self.prefix), warnings(&server)?))
+        Ok(Ready::new(dialect::statements(&schema, &self.prefix), warnings(&server)?))
     }
 }
 
@@ -74,12 +70,12 @@ async fn version(
     prefix: &Identifier,
 ) -> Result<i64, StoreError> {
     let table = format!("{schema}.{prefix}_migrations");
-    let there = Statement::new(TABLE_THERE, '$');
+    let there = Statement::new(TABLE_THERE, Some('$'));
     let there = one_row(connection, mode, Call::new(&there).with("table", table.as_str())).await?;
     if !column::<bool>(&there, "there")? {
         return Ok(0);
     }
-    let version = Statement::new(&VERSION.replace("{migrations}", &table), '$');
+    let version = Statement::new(&VERSION.replace("{migrations}", &table), Some('$'));
     column(&one_row(connection, mode, Call::new(&version)).await?, "version")
 }
 
@@ -196,15 +192,5 @@ SELECT pg_advisory_xact_lock(hashtextextended('{lock}', 0))";
 const OLDEST_VERSION: i32 = 120_000;
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
 
-const MIGRATIONS: &[Migration] = &[
-    Migration::new(
-        1,
-        "migrations/postgres/0001_records.sql",
-        include_str!("../../../migrations/postgres/0001_records.sql"),
-    ),
-    Migration::new(
-        2,
-        "migrations/postgres/0002_intents.sql",
-        include_str!("../../../migrations/postgres/0002_intents.sql"),
-    ),
-];
+const MIGRATIONS: &[Migration] =
+    &[migration!(1, "postgres/0001_records.sql"), migration!(2, "postgres/0002_intents.sql")];

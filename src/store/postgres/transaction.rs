@@ -103,7 +103,7 @@ impl AttemptTransaction {
     /// Begins the transaction and locks the record. Runs in a task that is not cancelled: a
     /// connection whose BEGIN was not awaited returns to its pool inside of the transaction.
     async fn try_begin(self, after_failure: bool) -> Result<Transaction<'static, Postgres>, NotBegun> {
-        let statements = self.store.sql().await.map_err(not_begun)?;
+        let statements = self.store.statements().await.map_err(not_begun)?;
         let session = self.store.state.session.get_or_make(async || Session::learn(&self.store.pool).await);
         let session = session.await.map_err(not_begun)?;
         let text = self.begin_text(session, after_failure);
@@ -142,7 +142,7 @@ impl AttemptTransaction {
     /// Writes the last statement. Returns false if the handler has ended the transaction, or reset
     /// every setting.
     async fn write(&self, connection: &mut PgConnection, last: &Last) -> Result<bool, TransactionError> {
-        let own = &self.store.sql().await?.own;
+        let own = &self.store.statements().await?.own;
         let call = match last {
             Last::Completion(response) => Call::new(&own.complete_locked).with("response", &**response),
             Last::Phase { name, result } => Call::new(&own.finish_phase)
@@ -181,7 +181,7 @@ impl AttemptTransaction {
         // The error of a statement that the handler did not await says nothing about the statements
         // after it.
         while let Err(sqlx::Error::Database(_)) = transaction.ping().await {}
-        let renew = Call::new(&self.store.sql().await?.own.renew_locked)
+        let renew = Call::new(&self.store.statements().await?.own.renew_locked)
             .of_attempt(&self.attempt)
             .with("lease", self.limits.lease)
             .text();
@@ -196,7 +196,7 @@ impl AttemptTransaction {
     /// did not answer.
     async fn terminate(&self, state: &str) -> Option<bool> {
         let terminated = async {
-            let terminate = &self.store.sql().await?.own.terminate;
+            let terminate = &self.store.statements().await?.own.terminate;
             self.store
                 .read("terminate", Call::new(terminate).of_attempt(&self.attempt).with("state", state))
                 .await

@@ -16,15 +16,15 @@ use crate::{
 /// A template has fragments in braces, such as `{now}`, and named values, such as `:consumer`.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct Dialect {
-    placeholder: char,
+    placeholder: Option<char>,
     fragments: Vec<(&'static str, Cow<'static, str>)>,
 }
 
 impl Dialect {
-    /// Makes a dialect. `placeholder` stands before the number of a value. `table` returns the full
-    /// name of a table.
+    /// Makes a dialect. `placeholder` stands before the number of a value. Without one, each value
+    /// is a question mark. `table` returns the full name of a table.
     pub(in crate::store) fn new(
-        placeholder: char,
+        placeholder: Option<char>,
         table: impl Fn(&str) -> String,
         fragments: &[(&'static str, &'static str)],
     ) -> Self {
@@ -79,27 +79,23 @@ impl Dialect {
     fn fragment(&self, name: &str) -> Option<&str> {
         let own = self.fragments.iter().map(|(name, value)| (*name, value.as_ref()));
         let found = own.chain(RULES.iter().copied()).find(|(known, _)| *known == name);
-        debug_assert!(found.is_some() || ALIASES.contains(&name), "no fragment {name}");
+        assert!(found.is_some() || ALIASES.contains(&name), "{{{name}}} is a fragment or an alias");
         found.map(|(_, value)| value)
     }
 }
-
-const TABLES: [&str; 4] = ["records", "intents", "phases", "requests"];
-
-/// The aliases of a record, an intent and a kept request.
-const ALIASES: [&str; 3] = ["r", "i", "q"];
 
 /// A statement as its database reads it.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct Statement {
     pub(in crate::store) text: Arc<str>,
-    /// The names of its values, in the order of their numbers.
+    /// The names of its values, in the order in which they are sent.
     names: Vec<String>,
 }
 
 impl Statement {
-    /// Gives each name a number, from 1. Two colons are a cast.
-    pub(in crate::store) fn new(template: &str, placeholder: char) -> Self {
+    /// Replaces the names by placeholders. A value that occurs twice is sent once if it has a
+    /// number. Two colons are a cast.
+    pub(in crate::store) fn new(template: &str, placeholder: Option<char>) -> Self {
         let mut parts = template.split(':');
         let mut text = parts.next().unwrap_or_default().to_owned();
         let mut names = Vec::<String>::new();
@@ -111,12 +107,16 @@ impl Statement {
             }
             let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
             let (name, rest) = part.split_at(end);
-            let index = names.iter().position(|known| known == name).unwrap_or_else(|| {
+            let known = names.iter().position(|known| known == name && placeholder.is_some());
+            let number = known.unwrap_or(names.len()) + 1;
+            if known.is_none() {
                 names.push(name.to_owned());
-                names.len() - 1
-            });
-            // Writing to a string does not fail.
-            let _ = write!(text, "{placeholder}{}{rest}", index + 1);
+            }
+            match placeholder {
+                // Writing to a string does not fail.
+                Some(mark) => drop(write!(text, "{mark}{number}{rest}")),
+                None => drop(write!(text, "?{rest}")),
+            }
         }
         Self { text: text.into(), names }
     }
@@ -196,18 +196,18 @@ impl<'a> Call<'a> {
             .with("retention", claim.retention)
     }
 
-    /// Returns the values of the statement, in the order of their numbers.
+    /// Returns the values of the statement, in the order in which they are sent.
+    ///
+    /// # Panics
+    ///
+    /// Panics if a value is missing: the values after it would take the wrong places.
     pub(in crate::store) fn values(&self) -> impl Iterator<Item = Value<'a>> {
-        self.statement.names.iter().filter_map(|name| {
-            let value = self.values.iter().find(|(known, _)| known == name);
-            debug_assert!(value.is_some(), "no value for :{name} of {}", self.statement.text);
-            value.map(|(_, value)| *value)
+        self.statement.names.iter().map(|name| {
+            let value = self.values.iter().find_map(|(known, value)| (known == name).then_some(*value));
+            value.unwrap_or_else(|| panic!("a call gives every value of its statement: :{name} is missing"))
         })
     }
 }
-
-/// The largest number that fits into the column, in the dialect where it is smallest.
-const MOST_ABANDONED: u16 = i16::MAX.unsigned_abs();
 
 impl From<bool> for Value<'_> {
     fn from(flag: bool) -> Self {
@@ -257,17 +257,48 @@ impl From<Duration> for Value<'_> {
     }
 }
 
+const TABLES: [&str; 4] = ["records", "intents", "phases", "requests"];
+
+/// The aliases of a record, an intent and a kept request.
+const ALIASES: [&str; 3] = ["r", "i", "q"];
+
+/// The largest number that fits into the column, in the dialect where it is smallest.
+const MOST_ABANDONED: u16 = i16::MAX.unsigned_abs();
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn values_are_sent_in_the_order_of_the_statement() {
-        let dialect = Dialect::new('$', str::to_owned, &[]);
-        let statement = dialect
-            .statement("UPDATE {records} AS {r} SET a = :new::text WHERE {r}.b = :old OR :new IS NULL");
-        assert_eq!(&*statement.text, "UPDATE records AS r SET a = $1::text WHERE r.b = $2 OR $1 IS NULL");
-        let call = Call::new(&statement).with("old", 1).with("unused", true).with("new", "x");
-        assert!(matches!(call.values().collect::<Vec<_>>()[..], [Value::Text(Some("x")), Value::Int(1)]));
+        let template = "UPDATE {records} AS {r} SET a = :new::text WHERE {r}.b = :old OR :new IS NULL";
+        let numbered = Dialect::new(Some('$'), str::to_owned, &[]).statement(template);
+        assert_eq!(&*numbered.text, "UPDATE records AS r SET a = $1::text WHERE r.b = $2 OR $1 IS NULL");
+        assert!(matches!(values(&numbered)[..], [Value::Text(Some("x")), Value::Int(1)]));
+
+        let unnumbered = Dialect::new(None, str::to_owned, &[]).statement(template);
+        assert_eq!(&*unnumbered.text, "UPDATE records AS r SET a = ?::text WHERE r.b = ? OR ? IS NULL");
+        assert!(matches!(
+            values(&unnumbered)[..],
+            [Value::Text(Some("x")), Value::Int(1), Value::Text(Some("x"))]
+        ));
+    }
+
+    #[test]
+    #[should_panic(expected = ":new is missing")]
+    fn a_missing_value_does_not_shift_the_others() {
+        let statement = Dialect::new(None, str::to_owned, &[]).statement("VALUES (:new, :old)");
+        Call::new(&statement).with("old", 1).values().for_each(drop);
+    }
+
+    #[test]
+    #[should_panic(expected = "{recrods} is a fragment")]
+    fn an_unknown_fragment_is_not_sent() {
+        Dialect::new(None, str::to_owned, &[]).statement("SELECT 1 FROM {recrods}");
+    }
+
+    fn values(statement: &Statement) -> Vec<Value<'_>> {
+        let values = [("old", 1.into()), ("unused", true.into()), ("new", "x".into())];
+        Call { statement, values: values.into() }.values().collect()
     }
 }

@@ -5,6 +5,7 @@ pub(super) mod call;
 pub(super) mod errors;
 pub(super) mod records;
 mod recovery;
+mod returning;
 pub(super) mod rows;
 mod rules;
 pub(super) mod setup;
@@ -20,13 +21,15 @@ pub(crate) use self::errors::transaction_error_kind;
 pub use self::setup::{InvalidIdentifier, TableCreation};
 use self::{
     call::{Call, Dialect},
+    returning::Takes,
     rows::Fields,
+    setup::Ready,
     statements::{Purges, Records, Recovery},
 };
 use crate::{
     error::StoreError,
     store::transaction::{StoreTransaction, TransactionLimits},
-    stored::record::{Attempt, Claim, ClaimOutcome, Renewal},
+    stored::record::{Attempt, Claim, ClaimOutcome, Fenced, Renewal},
 };
 
 /// A database: its connections, and the statements that differ from database to database.
@@ -35,12 +38,15 @@ use crate::{
 #[async_trait]
 pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
     type Row: Fields;
+    /// The statements that only this database has.
+    type Own: Send + Sync;
 
-    /// Returns the shared statements, once the tables exist.
-    async fn statements(&self) -> Result<&Statements, StoreError>;
+    /// Returns the statements and the warnings, once the tables exist.
+    async fn ready(&self) -> Result<&Ready<Self::Own>, StoreError>;
 
-    /// Returns warnings about the database for an operator.
-    async fn warnings(&self) -> Result<&[String], StoreError>;
+    async fn statements(&self) -> Result<&Statements<Self::Own>, StoreError> {
+        Ok(&self.ready().await?.statements)
+    }
 
     /// Runs one statement that only reads.
     async fn read(&self, operation: &str, call: Call<'_>) -> Result<Vec<Self::Row>, StoreError>;
@@ -72,10 +78,15 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
         due: Due,
         limit: u32,
         pause: Duration,
-    ) -> Result<Vec<Self::Row>, StoreError>;
+    ) -> Result<Vec<Self::Row>, StoreError> {
+        let statement = self.statements().await?.takes.of(due);
+        let call = Call::new(statement).with("limit", limit).with("pause", pause);
+        let taken = self.transact(operation, vec![call]).await?.pop();
+        Ok(taken.map_or_else(Vec::new, |reply| reply.rows))
+    }
 
     /// Offers a transaction to the handler of an attempt.
-    fn lay_out(
+    fn offer(
         &self,
         attempt: &Attempt,
         limits: &TransactionLimits,
@@ -85,12 +96,14 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
     fn error(operation: &str, source: sqlx::Error) -> StoreError;
 }
 
-/// The statements that have the same names in every dialect.
+/// Every statement of a store, for its tables.
 #[derive(Debug)]
-pub(super) struct Statements {
+pub(super) struct Statements<Own> {
     pub(super) records: Records,
     pub(super) recovery: Recovery,
+    pub(super) takes: Takes,
     pub(super) purges: Purges,
+    pub(super) own: Own,
     /// The dialect of `recovery`, for statements whose text depends on their values.
     pub(super) dialect: Dialect,
 }
@@ -123,6 +136,19 @@ pub(super) enum Due {
 /// add it to its clock.
 pub(super) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(MAX_MICROS).clamp(1, MAX_MICROS)
+}
+
+/// Reads all rows of a reply.
+fn all<E: Engine, T>(
+    operation: &str,
+    rows: &[E::Row],
+    read: impl Fn(&E::Row) -> Result<T, sqlx::Error>,
+) -> Result<Vec<T>, StoreError> {
+    rows.iter().map(read).collect::<Result<_, _>>().map_err(|source| E::error(operation, source))
+}
+
+fn applied(changed: u64) -> Fenced {
+    if changed > 0 { Fenced::Applied } else { Fenced::Lost }
 }
 
 /// Returns the name of the savepoint that marks the transaction of an attempt.

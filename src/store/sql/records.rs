@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::Extensions;
 
 use super::{
-    Engine, Rank,
+    Engine, Rank, all, applied,
     call::{Call, Statement},
     micros,
     rows::{self, Fields, required},
@@ -29,7 +29,7 @@ use crate::{
 #[async_trait]
 impl<E: Engine> Store for E {
     async fn prepare(&self) -> Result<Vec<String>, StoreError> {
-        Ok(self.warnings().await?.to_vec())
+        Ok(self.ready().await?.warnings.clone())
     }
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
@@ -79,15 +79,14 @@ impl<E: Engine> Store for E {
     async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
         let call = Call::new(&self.statements().await?.records.get).of_key(consumer, key);
         let rows = self.read("get", call).await?;
-        rows.first().map(rows::record).transpose().map_err(|source| Self::error("get", source))
+        Ok(all::<Self, _>("get", &rows, rows::record)?.pop())
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
         let call = Call::new(&self.statements().await?.records.list)
             .with("filter", shown_state(filter))
             .with("limit", limit);
-        let rows = self.read("list", call).await?;
-        rows.iter().map(rows::record).collect::<Result<_, _>>().map_err(|source| Self::error("list", source))
+        all::<Self, _>("list", &self.read("list", call).await?, rows::record)
     }
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
@@ -125,7 +124,7 @@ impl<E: Engine> Store for E {
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
-        Some(self.lay_out(attempt, limits, extensions))
+        Some(self.offer(attempt, limits, extensions))
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
@@ -144,16 +143,23 @@ async fn fenced<E: Engine>(
     statement: &Statement,
     attempt: &Attempt,
 ) -> Result<Fenced, StoreError> {
-    let changed = engine.change(Rank::Owner, operation, Call::new(statement).of_attempt(attempt)).await?;
-    Ok(if changed > 0 { Fenced::Applied } else { Fenced::Lost })
+    let call = Call::new(statement).of_attempt(attempt);
+    Ok(applied(engine.change(Rank::Owner, operation, call).await?))
 }
 
-/// Returns the outcome of a claim that wrote `record`.
-pub(in crate::store) fn claimed(record: Record) -> ClaimOutcome {
-    match record.state {
+/// Returns the outcome of a claim that wrote nothing and found this row.
+pub(in crate::store) fn shown(row: &impl Fields) -> Result<Option<ClaimOutcome>, sqlx::Error> {
+    Ok(Some(ClaimOutcome::Exists(Box::new(rows::record(row)?))))
+}
+
+/// Returns the outcome of a claim that wrote the first of `rows`. There is none if another claim
+/// was faster.
+pub(in crate::store) fn taken(rows: &[impl Fields]) -> Result<Option<ClaimOutcome>, sqlx::Error> {
+    let record = rows.first().map(rows::record).transpose()?;
+    Ok(record.map(|record| match record.state {
         RecordState::InProgress { .. } => ClaimOutcome::won(record.id, record.attempt_number),
         RecordState::Held | RecordState::Completed { .. } => ClaimOutcome::Exists(Box::new(record)),
-    }
+    }))
 }
 
 /// Returns renewals as JSON, which every database can turn into rows: consumer, key, attempt in

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use uuid::Uuid;
 
 use super::{
-    Due, Engine,
+    Due, Engine, all, applied,
     call::{Call, Statement},
     rows::{self, Fields},
 };
@@ -48,7 +49,9 @@ impl<E: Engine> RecoveryStore for E {
             return Ok(OpenOutcome::Opened);
         }
         let rows = replies.pop().map(|reply| reply.rows).unwrap_or_default();
-        let Some(found) = intents::<E>(OPERATION, &rows)?.pop() else { return Ok(OpenOutcome::Lost) };
+        let Some(found) = all::<Self, _>(OPERATION, &rows, rows::intent)?.pop() else {
+            return Ok(OpenOutcome::Lost);
+        };
         Ok(match found.state {
             IntentState::Open { .. } if found.call == opening.call => OpenOutcome::Opened,
             IntentState::Open { .. } | IntentState::Finalized(_) | IntentState::Dead { .. } => {
@@ -68,12 +71,13 @@ impl<E: Engine> RecoveryStore for E {
         let Some(found) = show(self, OPERATION, intent).await? else { return Ok(Fenced::Lost) };
         let statements = self.statements().await?;
         let text = update_text(fence, update, attention.is_some());
-        let (statement, words) = (statements.dialect.statement(&text), Words::of(update, attention));
+        let statement = statements.dialect.statement(&text);
+        let values = Values::of(fence, update, attention);
         // The lock comes first: otherwise the count at the end could miss an intent that another
         // transaction is changing.
         let calls = vec![
             Call::new(&statements.recovery.lock).of_key(&found.consumer, &found.key),
-            update_call(&statement, intent, fence, update, &words),
+            values.call(&statement, intent),
             Call::new(&statements.recovery.recount).of_record(&found.consumer, &found.key, found.record_id),
         ];
         // The intent was read before the lock. That is safe: its key never changes, and the fence
@@ -84,7 +88,8 @@ impl<E: Engine> RecoveryStore for E {
 
     async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
         const OPERATION: &str = "take dangling intents";
-        intents::<E>(OPERATION, &self.take(OPERATION, Due::DanglingIntents, limit, pause).await?)
+        let rows = self.take(OPERATION, Due::DanglingIntents, limit, pause).await?;
+        all::<Self, _>(OPERATION, &rows, rows::intent)
     }
 
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
@@ -100,7 +105,8 @@ impl<E: Engine> RecoveryStore for E {
             IntentFilter::NeedsAttention => &statements.list_attention,
             IntentFilter::Dead => &statements.list_dead,
         };
-        intents::<E>(OPERATION, &self.read(OPERATION, Call::new(statement).with("limit", limit)).await?)
+        let rows = self.read(OPERATION, Call::new(statement).with("limit", limit)).await?;
+        all::<Self, _>(OPERATION, &rows, rows::intent)
     }
 
     async fn count_intents(&self) -> Result<IntentCounts, StoreError> {
@@ -156,7 +162,8 @@ impl<E: Engine> RecoveryStore for E {
 
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError> {
         const OPERATION: &str = "take abandoned requests";
-        requests::<E>(OPERATION, &self.take(OPERATION, Due::AbandonedRequests, limit, pause).await?)
+        let rows = self.take(OPERATION, Due::AbandonedRequests, limit, pause).await?;
+        all::<Self, _>(OPERATION, &rows, rows::kept_request)
     }
 
     async fn update_request(
@@ -189,7 +196,7 @@ impl<E: Engine> RecoveryStore for E {
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
         const OPERATION: &str = "list requests";
         let call = Call::new(&self.statements().await?.recovery.list_requests).with("limit", limit);
-        requests::<E>(OPERATION, &self.read(OPERATION, call).await?)
+        all::<Self, _>(OPERATION, &self.read(OPERATION, call).await?, rows::kept_request)
     }
 
     async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
@@ -211,28 +218,13 @@ async fn show<E: Engine>(
 ) -> Result<Option<Intent>, StoreError> {
     let statement = &engine.statements().await?.recovery.get;
     let rows = engine.read(operation, Call::new(statement).with("intent", intent.as_uuid())).await?;
-    Ok(intents::<E>(operation, &rows)?.pop())
-}
-
-fn intents<E: Engine>(operation: &str, rows: &[E::Row]) -> Result<Vec<Intent>, StoreError> {
-    rows.iter().map(rows::intent).collect::<Result<_, _>>().map_err(|source| E::error(operation, source))
-}
-
-fn requests<E: Engine>(operation: &str, rows: &[E::Row]) -> Result<Vec<KeptRequest>, StoreError> {
-    rows.iter()
-        .map(rows::kept_request)
-        .collect::<Result<_, _>>()
-        .map_err(|source| E::error(operation, source))
+    Ok(all::<E, _>(operation, &rows, rows::intent)?.pop())
 }
 
 /// Runs one statement in a transaction. Unlike statements about records, some must not keep a plan
 /// that was made while tables were small. None may run at another isolation level behind a pooler.
 async fn transact_one<E: Engine>(engine: &E, operation: &str, call: Call<'_>) -> Result<u64, StoreError> {
     Ok(engine.transact(operation, vec![call]).await?.pop().map_or(0, |reply| reply.changed))
-}
-
-fn applied(changed: u64) -> Fenced {
-    if changed > 0 { Fenced::Applied } else { Fenced::Lost }
 }
 
 fn opening_call<'a>(statement: &'a Statement, opening: &'a Opening, subject: Option<&'a str>) -> Call<'a> {
@@ -297,53 +289,57 @@ fn update_text(fence: IntentFence, update: &IntentUpdate, needs_attention: bool)
     )
 }
 
-/// The texts of an update. They may come from an upstream, and not every database stores a NUL.
-struct Words {
+/// The values of an update. A text may come from an upstream, and not every database stores a NUL.
+#[derive(Default)]
+struct Values<'a> {
     resource: Option<String>,
+    payload: Option<&'a [u8]>,
     reason: Option<String>,
     attention: Option<String>,
+    after: Duration,
+    absences: u32,
+    call: Uuid,
+    takes: u32,
 }
 
-impl Words {
-    fn of(update: &IntentUpdate, attention: Option<&str>) -> Self {
-        let (resource, reason) = match update {
-            IntentUpdate::Finalize(resource) => (Some(storable(&resource.id)), None),
-            IntentUpdate::Refuse(reason) => (None, Some(storable(reason))),
-            IntentUpdate::Absent(_) => (None, Some(ABSENT.to_owned())),
-            IntentUpdate::NotSent | IntentUpdate::LookAgain { .. } | IntentUpdate::Close => (None, None),
-        };
-        Self { resource, reason, attention: attention.map(storable) }
-    }
-}
-
-/// Makes the call with every value that the statement may have.
-fn update_call<'a>(
-    statement: &'a Statement,
-    intent: UpstreamKey,
-    fence: IntentFence,
-    update: &'a IntentUpdate,
-    words: &'a Words,
-) -> Call<'a> {
-    let call = Call::new(statement)
-        .with("intent", intent.as_uuid())
-        .with("resource", words.resource.as_deref())
-        .with("reason", words.reason.as_deref())
-        .with("attention", words.attention.as_deref());
-    let call = match fence {
-        IntentFence::Call(last) | IntentFence::AbsentCall(last) => call.with("call", last.as_uuid()),
-        IntentFence::Lookup { call: last, takes, .. } => {
-            call.with("call", last.as_uuid()).with("takes", takes)
+impl<'a> Values<'a> {
+    fn of(fence: IntentFence, update: &'a IntentUpdate, attention: Option<&str>) -> Self {
+        let mut values = Self { attention: attention.map(storable), ..Self::default() };
+        match update {
+            IntentUpdate::Finalize(resource) => {
+                values.resource = Some(storable(&resource.id));
+                values.payload = resource.payload.as_deref();
+            }
+            IntentUpdate::Refuse(reason) => values.reason = Some(storable(reason)),
+            IntentUpdate::Absent(again) => {
+                values.reason = Some(ABSENT.to_owned());
+                values.after = again.unwrap_or_default();
+            }
+            IntentUpdate::LookAgain { after, absences } => {
+                (values.after, values.absences) = (*after, *absences);
+            }
+            IntentUpdate::NotSent | IntentUpdate::Close => {}
         }
-        IntentFence::Operator | IntentFence::Attention => call,
-    };
-    match update {
-        IntentUpdate::Finalize(resource) => call.with("payload", resource.payload.as_deref()),
-        IntentUpdate::Absent(Some(after)) => call.with("after", *after).with("absences", 0),
-        IntentUpdate::LookAgain { after, absences } => call.with("after", *after).with("absences", *absences),
-        IntentUpdate::Refuse(_)
-        | IntentUpdate::NotSent
-        | IntentUpdate::Absent(None)
-        | IntentUpdate::Close => call,
+        match fence {
+            IntentFence::Call(call) | IntentFence::AbsentCall(call) => values.call = call.as_uuid(),
+            IntentFence::Lookup { call, takes, .. } => (values.call, values.takes) = (call.as_uuid(), takes),
+            IntentFence::Operator | IntentFence::Attention => {}
+        }
+        values
+    }
+
+    /// Makes the call with every value that the statement may have.
+    fn call(&'a self, statement: &'a Statement, intent: UpstreamKey) -> Call<'a> {
+        Call::new(statement)
+            .with("intent", intent.as_uuid())
+            .with("resource", self.resource.as_deref())
+            .with("payload", self.payload)
+            .with("reason", self.reason.as_deref())
+            .with("attention", self.attention.as_deref())
+            .with("after", self.after)
+            .with("absences", self.absences)
+            .with("call", self.call)
+            .with("takes", self.takes)
     }
 }
 

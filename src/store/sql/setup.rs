@@ -4,7 +4,7 @@ use std::{fmt, sync::OnceLock, time::Duration};
 
 use tokio::time::timeout;
 
-use super::errors::misconfigured;
+use super::{Statements, errors::misconfigured};
 use crate::{
     error::{StoreError, StoreErrorKind},
     redact::TRACING_TARGET,
@@ -101,14 +101,22 @@ impl<T> Lazy<T> {
 pub(in crate::store) struct Migration {
     pub(in crate::store) version: i64,
     pub(in crate::store) file: &'static str,
-    sql: &'static str,
+    pub(in crate::store) sql: &'static str,
 }
 
-impl Migration {
-    pub(in crate::store) const fn new(version: i64, file: &'static str, sql: &'static str) -> Self {
-        Self { version, file, sql }
-    }
+/// Includes a migration file.
+macro_rules! migration {
+    ($version:literal, $file:literal) => {
+        $crate::store::sql::setup::Migration {
+            version: $version,
+            file: concat!("migrations/", $file),
+            sql: include_str!(concat!("../../../migrations/", $file)),
+        }
+    };
+}
+pub(in crate::store) use migration;
 
+impl Migration {
     /// Returns the statements of the file, for tables with this prefix.
     pub(in crate::store) fn sql(&self, prefix: &Identifier) -> String {
         self.sql.replace("idempotency_", &format!("{prefix}_"))
@@ -148,14 +156,14 @@ pub(in crate::store) fn tables_missing(
 
 /// The data that a store has once its tables exist.
 #[derive(Debug)]
-pub(in crate::store) struct Ready<S> {
-    pub(in crate::store) statements: S,
+pub(in crate::store) struct Ready<Own> {
+    pub(in crate::store) statements: Statements<Own>,
     pub(in crate::store) warnings: Vec<String>,
 }
 
-impl<S> Ready<S> {
+impl<Own> Ready<Own> {
     /// Logs the warnings.
-    pub(in crate::store) fn new(statements: S, warnings: Vec<String>) -> Self {
+    pub(in crate::store) fn new(statements: Statements<Own>, warnings: Vec<String>) -> Self {
         for warning in &warnings {
             tracing::warn!(target: TRACING_TARGET, "{warning}");
         }

@@ -130,7 +130,7 @@ enum Place<DB: Database> {
 
 impl<DB: Database> Slot<DB> {
     /// Puts a transaction that is not begun yet into the extensions of a request.
-    pub(crate) fn lay_out(
+    pub(crate) fn offer(
         driver: impl Driver<DB>,
         begin_timeout: Duration,
         time_limit: Option<Duration>,

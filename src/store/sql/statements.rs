@@ -1,14 +1,13 @@
-//! The statements that all dialects share.
+//! The statements that all dialects share. Those for databases with `RETURNING` are in
+//! [`returning`](super::returning).
 //!
 //! They use only what every SQL database understands: no `RETURNING`, no `ON CONFLICT`, no `UPDATE
 //! .. FROM`. The number of rows of a change tells if it was applied. MySQL evaluates a `SET` from
 //! left to right. So an expression that reads an old value stands before the assignment of that
-//! column.
+//! column. Names that are reserved words stand in double quotes, which MySQL reads as names only
+//! with the SQL mode `ANSI_QUOTES`.
 
-use super::{
-    Due,
-    call::{Dialect, Statement, statements},
-};
+use super::call::{Statement, statements};
 
 statements! {
     /// The statements about records.
@@ -18,7 +17,7 @@ statements! {
                  response = :response, completed_at = {now}
              WHERE {this_key} AND {mine}"
         ),
-        release: dialect.statement("{delete_record} WHERE {this_key} AND {mine} AND NOT {retained}"),
+        release: dialect.statement("DELETE FROM {records} AS {r} WHERE {this_key} AND {mine} AND NOT {retained}"),
         /// For a record that is retained.
         release_retained: dialect.statement(
             "UPDATE {records} AS {r} SET expires_at = {expiry_if_freed}, state = 'in_progress',
@@ -35,9 +34,9 @@ statements! {
              WHERE :filter = 'all' OR {r}.state = :filter
              ORDER BY {r}.created_at, {r}.consumer, {r}.key LIMIT :limit"
         ),
-        evict: dialect.statement("{delete_record} WHERE {this_key}"),
+        evict: dialect.statement("DELETE FROM {records} AS {r} WHERE {this_key}"),
         resolve_release: dialect.statement(
-            "{delete_record} WHERE {this_key} AND {releasable} AND NOT {retained}"
+            "DELETE FROM {records} AS {r} WHERE {this_key} AND {releasable} AND NOT {retained}"
         ),
         /// For a record that is retained.
         resolve_release_retained: dialect.statement(
@@ -135,7 +134,7 @@ statements! {
         keep_request: dialect.statement(
             "INSERT INTO {requests} (record_id, consumer, \"key\", request, tries, next_at)
              SELECT :record, :consumer, :key, :request, 0, {now} + :after FROM {records} AS {r} WHERE {owned}
-             {or_touch_record_id}"
+             {or_same_request}"
         ),
         retain_record: dialect.statement(
             "UPDATE {records} AS {r} SET kept = TRUE WHERE {this_record} AND {r}.state <> 'completed'"
@@ -173,46 +172,6 @@ fn waiting(filter: &str) -> String {
     format!("{WAITING} SELECT {{intent}} FROM i WHERE {filter} ORDER BY {{i}}.created_at LIMIT :limit")
 }
 
-statements! {
-    /// The statements that take due rows, for databases that return the rows that they change. They
-    /// skip locked rows.
-    pub(in crate::store) struct Takes by dialect {
-        dangling: dialect.returning(
-            "WITH due AS (
-                 SELECT {i}.id AS place FROM {intents} AS {i}
-                 WHERE {i}.look_at <= {now} AND NOT {in_flight}
-                 ORDER BY {i}.look_at LIMIT :limit {skip_locked_i}
-             )
-             UPDATE {intents} AS {i} SET look_at = {now} + :pause, looks = {i}.looks + 1,
-                 takes = {i}.takes + 1
-             FROM due WHERE {i}.id = due.place",
-            "{intent}"
-        ),
-        /// Finds the record of each request by its key, and skips it while a handler's transaction
-        /// has it locked.
-        abandoned: dialect.returning(
-            "WITH due AS (
-                 SELECT {q}.record_id AS place FROM {requests} AS {q}
-                 {each} {records} AS {r} {each_where} {record_of_request} AND {abandoned} {each_end}
-                 WHERE {q}.next_at <= {now}
-                 ORDER BY {q}.next_at LIMIT :limit {skip_locked_q}
-             )
-             UPDATE {requests} AS {q} SET next_at = {now} + :pause, tries = {q}.tries + 1
-             FROM due WHERE {q}.record_id = due.place",
-            "{request}"
-        ),
-    }
-}
-
-impl Takes {
-    pub(in crate::store) fn of(&self, due: Due) -> &Statement {
-        match due {
-            Due::DanglingIntents => &self.dangling,
-            Due::AbandonedRequests => &self.abandoned,
-        }
-    }
-}
-
 /// The purges. Each of them skips locked rows.
 #[derive(Debug)]
 pub(in crate::store) struct Purges {
@@ -222,55 +181,40 @@ pub(in crate::store) struct Purges {
     pub(in crate::store) requests: Statement,
 }
 
-impl Purges {
-    /// Makes the purges of databases in which a row has a `{place}`.
-    ///
-    /// Measured on PostgreSQL with 500,000 records, batches of 1,000: by place 0.9 to 1.4 s for
-    /// 100,000, by primary key 2.0 to 3.0 s.
-    pub(in crate::store) fn by_place(records: &Dialect, recovery: &Dialect) -> Self {
-        Self {
-            records: records.statement(PURGE_RECORDS),
-            intents: recovery.statement(PURGE_INTENTS),
-            phases: recovery.statement(PURGE_PHASES),
-            requests: recovery.statement(PURGE_REQUESTS),
-        }
-    }
-}
-
 /// `IS TRUE` prevents PostgreSQL from finding the rows a second time by their expiry, which would
 /// read all rows that are due.
-const PURGE_RECORDS: &str = "
+pub(super) const PURGE_RECORDS: &str = "
 WITH doomed AS (
     SELECT {r}.{place} AS place FROM {records} AS {r}
-    WHERE {r}.expires_at <= {now} AND {purgeable} ORDER BY {r}.expires_at LIMIT :limit {skip_locked_r}
+    WHERE {r}.expires_at <= {now} AND {purgeable} ORDER BY {r}.expires_at LIMIT :limit {skip_locked}
 )
 DELETE FROM {records} AS {r} {where_doomed} AND {purgeable} IS TRUE";
 
 /// An intent stays as long as its record, because a retry may ask for it again. An intent that was
 /// opened after it was selected stays as well.
-const PURGE_INTENTS: &str = "
+pub(super) const PURGE_INTENTS: &str = "
 WITH doomed AS (
     SELECT {i}.{place} AS place FROM {intents} AS {i}
     WHERE {i}.created_at <= {now} - :retention AND {i}.look_at IS NULL AND {i}.state <> 'open'
         AND NOT EXISTS (SELECT 1 FROM {records} AS {r} WHERE {record_of_intent})
-    ORDER BY {i}.created_at LIMIT :limit {skip_locked_i}
+    ORDER BY {i}.created_at LIMIT :limit {skip_locked}
 )
 DELETE FROM {intents} {where_doomed} AND look_at IS NULL AND state <> 'open'";
 
-const PURGE_PHASES: &str = "
+pub(super) const PURGE_PHASES: &str = "
 WITH doomed AS (
     SELECT p.{place} AS place FROM {phases} AS p
     WHERE p.finished_at <= {now} - :retention AND NOT EXISTS (
         SELECT 1 FROM {records} AS {r}
         WHERE {r}.consumer = p.consumer AND {r}.key = p.key AND {r}.id = p.record_id)
-    ORDER BY p.finished_at LIMIT :limit {skip_locked_p}
+    ORDER BY p.finished_at LIMIT :limit {skip_locked}
 )
 DELETE FROM {phases} {where_doomed}";
 
-const PURGE_REQUESTS: &str = "
+pub(super) const PURGE_REQUESTS: &str = "
 WITH doomed AS (
     SELECT {q}.{place} AS place FROM {requests} AS {q} WHERE NOT EXISTS (
         SELECT 1 FROM {records} AS {r} WHERE {record_of_request} AND {r}.state <> 'completed')
-    LIMIT :limit {skip_locked_q}
+    LIMIT :limit {skip_locked}
 )
 DELETE FROM {requests} {where_doomed}";

@@ -1,48 +1,27 @@
 //! The statements and fragments of SQLite.
 
 use crate::store::sql::{
-    self,
+    Statements,
     call::{Dialect, statements},
     setup::Identifier,
-    statements::{Purges, Records, Recovery, Takes},
 };
 
-/// Every statement of a store, for its tables.
-#[derive(Debug)]
-pub(super) struct Statements {
-    pub(super) shared: sql::Statements,
-    pub(super) takes: Takes,
-    pub(super) own: Own,
-}
-
-impl Statements {
-    pub(super) fn new(prefix: &Identifier) -> Self {
-        // The name of the database, because a handler may have made a temporary table of that name
-        // on the connection that writes.
-        let dialect = Dialect::new('?', |table| format!("main.\"{prefix}_{table}\""), FRAGMENTS);
-        Self {
-            takes: Takes::new(&dialect),
-            own: Own::new(&dialect),
-            shared: sql::Statements {
-                records: Records::new(&dialect),
-                recovery: Recovery::new(&dialect),
-                purges: Purges::by_place(&dialect, &dialect),
-                dialect,
-            },
-        }
-    }
+/// Makes the statements.
+pub(super) fn statements(prefix: &Identifier) -> Statements<Own> {
+    // The name of the database, because a handler may have made a temporary table of that name on
+    // the connection that writes.
+    let dialect = Dialect::new(None, |table| format!("main.\"{prefix}_{table}\""), FRAGMENTS);
+    let own = Own::new(&dialect);
+    Statements::new(&dialect.clone(), dialect, own)
 }
 
 /// Fragments. Those for row locks are empty: a writer has the whole database.
 const FRAGMENTS: &[(&str, &str)] = &[
     ("now", "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"),
-    ("delete_record", "DELETE FROM {records} AS {r}"),
-    ("or_touch_record_id", "ON CONFLICT (record_id) DO UPDATE SET record_id = excluded.record_id"),
-    ("each", "JOIN"),
-    ("each_where", "ON"),
-    ("each_end", ""),
+    ("or_same_request", "ON CONFLICT (record_id) DO UPDATE SET record_id = excluded.record_id"),
+    ("join_abandoned_record", "JOIN {records} AS {r} ON {record_of_request} AND {abandoned}"),
     ("micros(", "("),
-    (")", ") * 1000"),
+    ("micros)", ") * 1000"),
     ("bigint", "bigint"),
     ("never", "0"),
     ("far", "9000000000000000"),
@@ -50,15 +29,13 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("where_doomed", "WHERE rowid IN (SELECT place FROM doomed)"),
     ("materialized", "MATERIALIZED"),
     ("for_update", ""),
-    ("skip_locked_r", ""),
-    ("skip_locked_i", ""),
-    ("skip_locked_p", ""),
+    ("skip_locked", ""),
     ("skip_locked_q", ""),
 ];
 
 statements! {
     /// The statements that only SQLite has.
-    pub(super) struct Own by dialect {
+    pub(in crate::store) struct Own by dialect {
         look: dialect.statement(
             "SELECT {record}, {decision} <> 'show' AS open FROM {records} AS {r} WHERE {this_key}"
         ),
@@ -107,6 +84,7 @@ mod tests {
     use sqlx::{AssertSqlSafe, Row, SqlitePool};
 
     use super::*;
+    use crate::store::sql::statements::Recovery;
 
     #[tokio::test]
     async fn what_operators_and_reconcilers_ask_for_is_found_by_its_index() {
@@ -118,8 +96,8 @@ mod tests {
         ] {
             sqlx::raw_sql(migration).execute(&mut *database).await.unwrap();
         }
-        let Statements { shared, takes, .. } = Statements::new(&Identifier::default_prefix());
-        let Recovery { list_open, list_dangling, list_attention, list_dead, count, .. } = shared.recovery;
+        let Statements { recovery, takes, .. } = super::statements(&Identifier::default_prefix());
+        let Recovery { list_open, list_dangling, list_attention, list_dead, count, .. } = recovery;
         for (statement, indices) in [
             (list_open, &["look_at"][..]),
             (list_dangling, &["look_at"]),

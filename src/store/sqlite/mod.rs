@@ -15,14 +15,14 @@ use sqlx::{
     sqlite::{Sqlite, SqliteArguments, SqliteRow},
 };
 
-use self::{connection::Connections, dialect::Statements, transaction::AttemptTransaction};
+use self::{connection::Connections, dialect::Own, transaction::AttemptTransaction};
 use super::{
     IntoStore, Store,
     sql::{
-        self, Due, Engine, Rank, Reply,
+        self, Engine, Rank, Reply,
         call::{Call, Value},
-        records::{claimed, renewals_as_json},
-        rows::{self, fields_of},
+        records::{renewals_as_json, shown, taken},
+        rows::{Fields, fields_of},
         setup::{Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
         slot::Slot,
     },
@@ -69,7 +69,7 @@ pub struct SqliteStore {
 #[derive(Debug, Default)]
 struct State {
     connections: Connections,
-    ready: Lazy<Ready<Statements>>,
+    ready: Lazy<Ready<Own>>,
 }
 
 impl SqliteStore {
@@ -121,10 +121,6 @@ impl SqliteStore {
         self
     }
 
-    async fn sql(&self) -> Result<&Statements, StoreError> {
-        Ok(&self.ready().await?.statements)
-    }
-
     async fn write(
         &self,
         rank: Rank,
@@ -138,13 +134,10 @@ impl SqliteStore {
 #[async_trait]
 impl Engine for SqliteStore {
     type Row = SqliteRow;
+    type Own = Own;
 
-    async fn statements(&self) -> Result<&sql::Statements, StoreError> {
-        Ok(&self.sql().await?.shared)
-    }
-
-    async fn warnings(&self) -> Result<&[String], StoreError> {
-        Ok(&self.ready().await?.warnings)
+    async fn ready(&self) -> Result<&Ready<Own>, StoreError> {
+        self.state.ready.get_or_make(|| self.set_up(self.creation)).await
     }
 
     async fn read(&self, operation: &str, call: Call<'_>) -> Result<Vec<SqliteRow>, StoreError> {
@@ -174,25 +167,22 @@ impl Engine for SqliteStore {
     }
 
     async fn try_claim(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError> {
-        let own = &self.sql().await?.own;
+        let own = &self.statements().await?.own;
         let failed = |source| connection::error("claim", source);
         // A duplicate only reads. Another claim may take the record before the statement that
         // writes, which therefore decides again.
         let found = self.read("claim", Call::new(&own.look).of_claim(claim)).await?;
         if let Some(row) = found.first()
-            && !row.try_get::<bool, _>("open").map_err(failed)?
+            && !row.flag("open").map_err(failed)?
         {
-            return rows::record(row)
-                .map(|record| Some(ClaimOutcome::Exists(Box::new(record))))
-                .map_err(failed);
+            return shown(row).map_err(failed);
         }
-        let taken = self.write(Rank::Newcomer, "claim", &Call::new(&own.take).of_claim(claim)).await?;
-        let taken = taken.rows.first().map(rows::record).transpose().map_err(failed)?;
-        Ok(taken.map(claimed))
+        let reply = self.write(Rank::Newcomer, "claim", &Call::new(&own.take).of_claim(claim)).await?;
+        taken(&reply.rows).map_err(failed)
     }
 
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<SqliteRow>, StoreError> {
-        let (own, json) = (&self.sql().await?.own, renewals_as_json(renewals));
+        let (own, json) = (&self.statements().await?.own, renewals_as_json(renewals));
         let renew = Call::new(&own.renew).with("renewals", json.as_str());
         let mut rows = self.write(Rank::Owner, "renew", &renew).await?.rows;
         // The rest is held or another attempt's. A read tells which, without waiting for the
@@ -204,27 +194,14 @@ impl Engine for SqliteStore {
         Ok(rows)
     }
 
-    async fn take(
-        &self,
-        operation: &str,
-        due: Due,
-        limit: u32,
-        pause: Duration,
-    ) -> Result<Vec<SqliteRow>, StoreError> {
-        let statement = self.sql().await?.takes.of(due);
-        let call = Call::new(statement).with("limit", limit).with("pause", pause);
-        let taken = self.transact(operation, vec![call]).await?.pop();
-        Ok(taken.map_or_else(Vec::new, |reply| reply.rows))
-    }
-
-    fn lay_out(
+    fn offer(
         &self,
         attempt: &Attempt,
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Arc<dyn StoreTransaction> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.lease);
-        Slot::lay_out(driver, limits.begin_timeout, Some(limits.time_limit), extensions)
+        Slot::offer(driver, limits.begin_timeout, Some(limits.time_limit), extensions)
     }
 
     fn error(operation: &str, source: sqlx::Error) -> StoreError {

@@ -2,23 +2,23 @@
 
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection};
 
-use super::{SqliteStore, connection::error, dialect::Statements};
+use super::{
+    SqliteStore,
+    connection::error,
+    dialect::{self, Own},
+};
 use crate::{
     error::StoreError,
     redact::TRACING_TARGET,
     store::sql::{
         TableCreation,
         errors::misconfigured,
-        setup::{self, Identifier, Migration, Ready},
+        setup::{self, Identifier, Migration, Ready, migration},
     },
 };
 
 impl SqliteStore {
-    pub(super) async fn ready(&self) -> Result<&Ready<Statements>, StoreError> {
-        self.state.ready.get_or_make(|| self.set_up(self.creation)).await
-    }
-
-    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Statements>, StoreError> {
+    pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Own>, StoreError> {
         // Detached, so that a call that is dropped half-way closes the connection and leaves no
         // transaction open.
         let mut connection = self.state.connections.writer(&self.pool).await?.detach();
@@ -28,7 +28,7 @@ impl SqliteStore {
         execute(&mut connection, "COMMIT").await?;
         let warnings = warnings(&mut connection).await?;
         connection.close().await.map_err(|source| error("prepare", source))?;
-        Ok(Ready::new(Statements::new(&self.prefix), warnings))
+        Ok(Ready::new(dialect::statements(&self.prefix), warnings))
     }
 }
 
@@ -95,15 +95,5 @@ async fn execute(connection: &mut SqliteConnection, sql: impl Into<String>) -> R
     done.map(drop).map_err(|source| error("prepare", source))
 }
 
-const MIGRATIONS: &[Migration] = &[
-    Migration::new(
-        1,
-        "migrations/sqlite/0001_records.sql",
-        include_str!("../../../migrations/sqlite/0001_records.sql"),
-    ),
-    Migration::new(
-        2,
-        "migrations/sqlite/0002_intents.sql",
-        include_str!("../../../migrations/sqlite/0002_intents.sql"),
-    ),
-];
+const MIGRATIONS: &[Migration] =
+    &[migration!(1, "sqlite/0001_records.sql"), migration!(2, "sqlite/0002_intents.sql")];

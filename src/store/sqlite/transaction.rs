@@ -21,6 +21,7 @@ use crate::{
     redact::TRACING_TARGET,
     store::{
         sql::{
+            Engine,
             call::Call,
             errors, savepoint,
             slot::{Driver, Last},
@@ -50,7 +51,7 @@ impl AttemptTransaction {
     }
 
     async fn lock(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
-        let statements = self.store.sql().await?;
+        let statements = self.store.statements().await?;
         let connections = &self.store.state.connections;
         // A newcomer queues before it asks for the connection, so that owners of records go first.
         self.set_turn(Some(connections.turn().await?));
@@ -90,10 +91,10 @@ impl AttemptTransaction {
     async fn write(&self, connection: &mut SqliteConnection, last: &Last) -> Result<(), TransactionError> {
         // First of all, this proves that the transaction is the one that was begun.
         self.at_savepoint(connection, "RELEASE").await?;
-        let statements = self.store.sql().await?;
+        let statements = self.store.statements().await?;
         let fenced = match last {
             Last::Completion(response) => {
-                Call::new(&statements.shared.records.complete).with("response", &**response)
+                Call::new(&statements.records.complete).with("response", &**response)
             }
             Last::Phase { .. } => Call::new(&statements.own.retain).with("lease", self.lease),
         };
