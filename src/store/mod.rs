@@ -3,14 +3,14 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 #[cfg(feature = "memory")]
-pub(crate) mod memory;
+mod memory;
 #[cfg(feature = "postgres")]
-pub(crate) mod postgres;
+mod postgres;
 pub(crate) mod recovery;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod sql;
 #[cfg(feature = "sqlite")]
-pub(crate) mod sqlite;
+mod sqlite;
 pub(crate) mod transaction;
 
 use std::{fmt::Debug, sync::Arc};

@@ -10,6 +10,7 @@ use std::{
 
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Either, PgPool, Postgres,
+    error::DatabaseError,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgConnection, PgRow},
 };
@@ -221,7 +222,7 @@ pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
 }
 
 fn connect_error(source: sqlx::Error) -> StoreError {
-    errors::connect_error(source, |code| match code {
+    errors::connect_error(source, |error| match &*error.code()? {
         "08P01" => Some(
             "the server refused the start-up parameters: for PgBouncer use ConnectionMode::TransactionPooler",
         ),
@@ -232,9 +233,9 @@ fn connect_error(source: sqlx::Error) -> StoreError {
     })
 }
 
-fn meaning(code: &str) -> Meaning {
+fn meaning(error: &dyn DatabaseError) -> Meaning {
     use StoreErrorKind::{Ambiguous, Internal, Misconfigured, Unavailable};
-    match code {
+    match &*error.code().unwrap_or_default() {
         "3F000" => (Misconfigured, "the schema does not exist: create it, or correct with_schema()"),
         "42P01" | "42703" => {
             (Misconfigured, "tables are missing or old: call migrate(), or run migrations/postgres/*.sql")

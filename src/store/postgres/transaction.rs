@@ -12,7 +12,10 @@
 use std::{pin::pin, time::Duration};
 
 use async_trait::async_trait;
-use sqlx::{AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction, postgres::PgConnection};
+use sqlx::{
+    AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction,
+    postgres::{PgConnection, PgDatabaseError},
+};
 use tokio::time::timeout;
 
 use super::{PostgresStore, connection};
@@ -321,6 +324,20 @@ fn left_open() -> TransactionError {
 
 fn failed(message: &str, source: sqlx::Error) -> TransactionError {
     TransactionError::new(errors::transaction_error_kind(&source), message).with_source(source)
+}
+
+/// Returns the meaning of a failed statement for its transaction.
+pub(in crate::store) fn transaction_error_kind(error: &PgDatabaseError) -> TransactionErrorKind {
+    match error.code() {
+        // No transaction is open, or its savepoint is gone.
+        "25P01" | "3B001" => TransactionErrorKind::Ended,
+        // Serialization failure, deadlock, lock not available.
+        "40001" | "40P01" | "55P03" => TransactionErrorKind::Conflict,
+        // The server cancelled the statement, or a time-out of the transaction ended it.
+        "57014" | "25P03" | "25P04" => TransactionErrorKind::Lost,
+        code if code.starts_with("57P") || code.starts_with("08") => TransactionErrorKind::Lost,
+        _ => TransactionErrorKind::Failed,
+    }
 }
 
 /// Makes the error of a failed COMMIT. A server that ends the connection at COMMIT does not say

@@ -2,12 +2,14 @@
 
 use std::borrow::Cow;
 
+use sqlx::error::DatabaseError;
+
 use crate::{
     error::{StoreError, StoreErrorKind},
     store::transaction::TransactionErrorKind,
 };
 
-/// The meaning of a database's error code, and the advice for an operator.
+/// The meaning of a database's error, and the advice for an operator.
 pub(in crate::store) type Meaning = (StoreErrorKind, &'static str);
 
 pub(in crate::store) fn misconfigured(message: impl Into<String>) -> StoreError {
@@ -15,33 +17,28 @@ pub(in crate::store) fn misconfigured(message: impl Into<String>) -> StoreError 
 }
 
 /// Returns the code that the database gave an error.
-pub(crate) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+pub(in crate::store) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(|error| error.code())
 }
 
-/// Returns the meaning of a failed statement for its transaction, by the codes of PostgreSQL. Any
-/// code of SQLite means that the statement failed.
+/// Returns the meaning of a failed statement for its transaction. The database is known by the type
+/// of its error. Any error of SQLite means that the statement failed.
 pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
     use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
-    match (error, code(error).as_deref()) {
-        // No transaction is open, or its savepoint is gone.
-        (_, Some("25P01" | "3B001")) => TransactionErrorKind::Ended,
-        // Serialization failure, deadlock, lock not available.
-        (_, Some("40001" | "40P01" | "55P03")) => TransactionErrorKind::Conflict,
-        // The server cancelled the statement, or a time-out of the transaction ended it.
-        (_, Some("57014" | "25P03" | "25P04")) => TransactionErrorKind::Lost,
-        (_, Some(code)) if code.starts_with("57P") || code.starts_with("08") => TransactionErrorKind::Lost,
-        (Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut, _) => TransactionErrorKind::Lost,
-        _ => TransactionErrorKind::Failed,
+    #[cfg(feature = "postgres")]
+    if let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref()) {
+        return crate::store::postgres::transaction_error_kind(error);
     }
+    let lost = matches!(error, Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut);
+    if lost { TransactionErrorKind::Lost } else { TransactionErrorKind::Failed }
 }
 
 /// Makes the error for a connection that could not be taken out of a pool. Nothing was sent.
 pub(in crate::store) fn connect_error(
     source: sqlx::Error,
-    refusal: fn(&str) -> Option<&'static str>,
+    refusal: fn(&dyn DatabaseError) -> Option<&'static str>,
 ) -> StoreError {
-    let error = match (&source, code(&source).as_deref().and_then(refusal)) {
+    let error = match (&source, source.as_database_error().and_then(refusal)) {
         (_, Some(refused)) => misconfigured(refused),
         (sqlx::Error::Configuration(_), None) => {
             misconfigured("the settings of the connection are not usable")
@@ -55,12 +52,12 @@ pub(in crate::store) fn connect_error(
 pub(in crate::store) fn statement_error(
     operation: &str,
     source: sqlx::Error,
-    meaning: fn(&str) -> Meaning,
+    meaning: fn(&dyn DatabaseError) -> Meaning,
 ) -> StoreError {
     use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
     #[expect(clippy::wildcard_enum_match_arm, reason = "everything else comes from encoding and decoding")]
     let (kind, hint) = match &source {
-        Database(error) => error.code().map_or((StoreErrorKind::Internal, UNEXPECTED), |code| meaning(&code)),
+        Database(error) => meaning(&**error),
         Io(_) | Protocol(_) | WorkerCrashed => {
             (StoreErrorKind::Ambiguous, "the connection broke before the reply")
         }

@@ -32,7 +32,8 @@ pub(super) const RULES: &[(&str, &str)] = &[
          {q}.attention",
     ),
     // The assignments of a takeover, by the `{decision}` that was made. An expression that reads an
-    // old value stands first, because MySQL evaluates from left to right.
+    // old value stands first, because MySQL evaluates from left to right. Such a dialect first binds
+    // `{decided}` to a word: after the first assignment, `{decision}` would see the new expiry.
     (
         "taken",
         "expires_at     = CASE {decided} WHEN 'create' THEN {now} + :retention

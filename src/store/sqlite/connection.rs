@@ -8,6 +8,7 @@ use std::{
 
 use sqlx::{
     AssertSqlSafe, Connection, Either, Executor, SqlitePool, Transaction,
+    error::DatabaseError,
     pool::PoolConnection,
     sqlite::{Sqlite, SqliteConnection, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
@@ -157,8 +158,8 @@ pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
 }
 
 fn connect_error(source: sqlx::Error) -> StoreError {
-    errors::connect_error(source, |code| {
-        let (kind, hint) = meaning(code);
+    errors::connect_error(source, |error| {
+        let (kind, hint) = meaning(error);
         (kind == StoreErrorKind::Misconfigured).then_some(hint)
     })
 }
@@ -168,9 +169,9 @@ pub(super) fn primary(code: &str) -> u32 {
     code.parse::<u32>().map_or(0, |code| code & 0xff)
 }
 
-fn meaning(code: &str) -> Meaning {
+fn meaning(error: &dyn DatabaseError) -> Meaning {
     use StoreErrorKind::{Ambiguous, Internal, Misconfigured, Unavailable};
-    match primary(code) {
+    match primary(&error.code().unwrap_or_default()) {
         1 | 17 => (
             Misconfigured,
             "the tables are missing or not what they should be: \
