@@ -404,4 +404,4 @@ const OF_THE_BODY: [HeaderName; 3] =
 const UNTIL_LOOKED_UP: Duration = Duration::from_secs(60);
 
 const DOCUMENTATION: &str =
-    "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";
+    "https://docs.rs/tower-idempotency/latest/tower_idempotency/rejection/enum.RejectionCode.html";
