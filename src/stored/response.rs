@@ -255,7 +255,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::stored::codec::seal;
+    use crate::stored::framing::seal;
 
     #[test]
     fn the_bytes_of_a_representation_are_not_shown() {
