@@ -174,8 +174,8 @@ impl IdempotencyHandle {
         self.call(|store| async move { store.list(filter, limit).await }).await
     }
 
-    /// Deletes a record in any state, together with its [kept request](crate::recovery::KeptRequests).
-    /// Returns `true` if there was one.
+    /// Deletes a record in any state, together with its
+    /// [kept request](crate::recovery::KeptRequests). Returns `true` if there was one.
     ///
     /// Use it with care: the next request with the key runs the handler, even if an attempt is
     /// running at the same time.
