@@ -273,8 +273,8 @@ impl Cause {
             ),
             Self::TransactionOverdue => Rejection::new(
                 RejectionCode::TransactionLost,
-                "The request was not performed: its transaction was open for too long and was rolled back. \
-                 Send it again with the same key.",
+                "The transaction of the request was open for too long. Send the request again with the same \
+                 key to learn whether it was performed.",
             ),
         }
     }
