@@ -11,7 +11,7 @@ use crate::{
     error::StoreError,
     node::{
         ends::{End, Written},
-        tasks::answer_of,
+        tasks::wait_for,
     },
     rejection::Rejection,
     store::transaction::{StoreTransaction, TransactionErrorKind, TransactionUsage},
@@ -76,14 +76,14 @@ async fn used_transaction(facts: &Facts) -> Option<Arc<dyn StoreTransaction>> {
 }
 
 async fn wait_for_end(facts: &Facts, closing: Closing, limit: Duration) -> Closed {
-    answer_of(closing, limit).await.unwrap_or_else(|error| {
+    wait_for(closing, limit).await.unwrap_or_else(|error| {
         facts.log_failure(&error, "the response is sent although it is not stored yet");
         Closed::AsJudged
     })
 }
 
 async fn wait_for_commit(facts: &Facts, closing: Closing) -> Closed {
-    answer_of(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
+    wait_for(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
         facts.log_failure(&error, "it is not known yet whether the transaction was committed");
         Closed::Refused(TransactionErrorKind::Unconfirmed.rejection())
     })

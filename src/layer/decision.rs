@@ -186,7 +186,7 @@ impl Guarded {
         let mut claim = self.claim(parts, body);
         for _ in 0..2 {
             let claimed_at = Instant::now();
-            let record = match self.node.ask(&claim, self.settings.attempt.store_timeout).await {
+            let record = match self.node.claim(&claim, self.settings.attempt.store_timeout).await {
                 Err(error) => return self.without_store(&claim.attempt, &error),
                 Ok(ClaimOutcome::Won { record_id, attempt_number }) => {
                     let won = Won { claim, record_id, attempt_number, claimed_at };
@@ -239,7 +239,7 @@ impl Guarded {
             KeySource::Resent(resent) => (resent.key.clone(), None),
         };
         let attempt = Attempt::new(self.consumer.clone(), key);
-        let claim = self.settings.attempt.claim(attempt, fingerprint);
+        let claim = self.settings.attempt.new_claim(attempt, fingerprint);
         Claim { retention: window.unwrap_or(claim.retention), ..claim }
     }
 
