@@ -8,7 +8,7 @@ use crate::{
     jobs::IntentLog,
     key::IdempotencyKey,
     layer::IdempotencyLayer,
-    node::Node,
+    node::{Node, tasks::end_of},
     recovery::{Completer, CompleterPass, Reconciler, ReconcilerPass},
     redact::TRACING_TARGET,
     store::{Store, recovery::RecoveryStore},
@@ -174,8 +174,8 @@ impl IdempotencyHandle {
         self.call(|store| async move { store.list(filter, limit).await }).await
     }
 
-    /// Deletes a record in any state, together with its [kept request](crate::recovery::KeptRequests).
-    /// Returns `true` if there was one.
+    /// Deletes a record in any state, together with its
+    /// [kept request](crate::recovery::KeptRequests). Returns `true` if there was one.
     ///
     /// Use it with care: the next request with the key runs the handler, even if an attempt is
     /// running at the same time.
@@ -363,7 +363,7 @@ impl IdempotencyHandle {
     /// [`StoreError`] if intents could not be taken. Earlier look-ups of the pass are recorded.
     pub async fn reconcile(&self, reconciler: &Reconciler) -> Result<ReconcilerPass, StoreError> {
         let (node, reconciler) = (Arc::clone(&self.node), reconciler.clone());
-        self.node.tasks.in_background(async move { reconciler.pass(&node).await }).await
+        end_of(self.node.tasks.spawn_background(async move { reconciler.pass(&node).await })).await
     }
 }
 
@@ -404,7 +404,7 @@ impl IdempotencyHandle {
     /// [`StoreError`] if requests could not be taken. Those that were taken before are sent.
     pub async fn complete_abandoned(&self, completer: &Completer) -> Result<CompleterPass, StoreError> {
         let (node, completer) = (Arc::clone(&self.node), completer.clone());
-        self.node.tasks.in_background(async move { completer.pass(&node).await }).await
+        end_of(self.node.tasks.spawn_background(async move { completer.pass(&node).await })).await
     }
 
     /// Lists the kept requests that wait for an operator, at most `limit`. Each gives the

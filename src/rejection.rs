@@ -195,9 +195,10 @@ rejection_codes! {
     /// The transaction collided with another one and was rolled back.
     TransactionConflict => "transaction-conflict", SERVICE_UNAVAILABLE, true,
         "The request collided with another one";
-    /// The transaction was lost before it was committed and was rolled back: its connection broke,
-    /// the server ended it, or it was open for too long.
-    TransactionLost => "transaction-lost", SERVICE_UNAVAILABLE, true, "The request was not performed";
+    /// The transaction was lost before it was committed and was rolled back: its connection broke
+    /// or the server ended it. Or it was open for too long, and its handler is cancelled: if that
+    /// does not stop immediately, only a retry tells whether it was committed.
+    TransactionLost => "transaction-lost", SERVICE_UNAVAILABLE, true, "The transaction was lost";
     /// The database did not commit the transaction, and it was rolled back: one of its statements
     /// had failed, or a constraint is violated.
     TransactionFailed => "transaction-failed", INTERNAL_SERVER_ERROR, true, "The request failed";
@@ -404,4 +405,4 @@ const OF_THE_BODY: [HeaderName; 3] =
 const UNTIL_LOOKED_UP: Duration = Duration::from_secs(60);
 
 const DOCUMENTATION: &str =
-    "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";
+    "https://docs.rs/tower-idempotency/latest/tower_idempotency/rejection/enum.RejectionCode.html";

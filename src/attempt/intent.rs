@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 use crate::{
     attempt::{Facts, idempotency::Idempotency},
     fingerprint::canonical_digest,
-    node::tasks::answer_of,
+    node::tasks::wait_for,
     redact::TRACING_TARGET,
     stored::record::Fenced,
 };
@@ -181,8 +181,8 @@ impl IntentBuilder {
     /// | [`Unknown`](CallFailure::Unknown), the time-out, a panic | open | see below |
     ///
     /// After an unknown outcome the next attempt calls again with the same key, if the upstream
-    /// [deduplicates](Self::deduplicates_for). Otherwise the idempotency key is held until the intent is
-    /// settled.
+    /// [deduplicates](Self::deduplicates_for). Otherwise the idempotency key is held until the
+    /// intent is settled.
     ///
     /// The closure gets the upstream key. Send it as the upstream's idempotency key. If the
     /// upstream has none, send it as a reference by which a look-up finds the resource.
@@ -196,7 +196,9 @@ impl IntentBuilder {
     /// # #[cfg(feature = "axum")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{CallFailure, Idempotency, IntentError, Resource, UpstreamKey};
-    /// # async fn transfer(key: UpstreamKey, cents: u64) -> Result<String, CallFailure> { Ok(String::new()) }
+    /// # async fn transfer(key: UpstreamKey, cents: u64) -> Result<String, CallFailure> {
+    /// #     Ok(String::new())
+    /// # }
     /// async fn pay_out(idempotency: Idempotency) -> Result<String, IntentError> {
     ///     let day = Duration::from_secs(24 * 60 * 60);
     ///     let transfer = idempotency
@@ -287,7 +289,8 @@ impl IntentBuilder {
             OpenOutcome::Recorded(intent) if intent.arguments != arguments => {
                 self.idempotency.facts.progress.hold(IntentError::OtherArguments.rejection());
                 tracing::error!(
-                    target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name, upstream_key = %key,
+                    target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name,
+                    upstream_key = %key,
                     "an attempt asks for an intent with other arguments than an earlier one; the key is held"
                 );
                 Err(IntentError::OtherArguments)
@@ -380,12 +383,12 @@ impl OpenIntent {
         let error = failure as &(dyn std::error::Error + 'static);
         match failure {
             CallFailure::Refused(_) => tracing::info!(
-                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent, upstream_key = %key,
-                error, "an upstream service has refused a call"
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent,
+                upstream_key = %key, error, "an upstream service has refused a call"
             ),
             CallFailure::NotSent(_) | CallFailure::Unknown(_) => tracing::warn!(
-                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent, upstream_key = %key,
-                error, "a call to an upstream service has no result"
+                target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, intent,
+                upstream_key = %key, error, "a call to an upstream service has no result"
             ),
         }
     }
@@ -431,7 +434,7 @@ impl OpenIntent {
         if self.idempotency.has_its_record_locked() {
             return Ok(());
         }
-        let settled = answer_of(task, wait).await;
+        let settled = wait_for(task, wait).await;
         match settled.map_err(IntentError::NotRecorded)? {
             Fenced::Applied => Ok(()),
             Fenced::Lost => Err(IntentError::Lost),

@@ -77,9 +77,9 @@ pub(crate) struct Ownership {
 /// The outcome of ending an attempt.
 #[derive(Debug)]
 pub(crate) enum Ended {
-    /// The record says what the attempt says.
+    /// Written, or nothing stored contradicts the attempt.
     Done,
-    /// Another attempt of the same request has completed the record.
+    /// Another attempt of the same request has the record, and may have completed it.
     Superseded(Box<Record>),
     /// The record is gone, or another request's. Nothing contradicts what the attempt says.
     Gone,
@@ -88,7 +88,7 @@ pub(crate) enum Ended {
 }
 
 impl Ownership {
-    /// Begins the attempt whose claim was won: keeps its lease and offers it a transaction.
+    /// Begins the attempt whose claim was won: renews its lease and offers it a transaction.
     pub(crate) fn begin(node: &Arc<Node>, settings: &Arc<AttemptSettings>, won: Won) -> Self {
         let Won { claim: Claim { attempt, fingerprint, lease, .. }, record_id, attempt_number, claimed_at } =
             won;
@@ -96,7 +96,7 @@ impl Ownership {
         let entered = node.running.enter(attempt.clone(), record);
         let (cancelled, interval) = (CancellationToken::new(), settings.timing.renewal_interval());
         let lease = Lease::new(&node.renewer, attempt.clone(), lease, interval, cancelled.clone());
-        lease.keep(interval.saturating_sub(claimed_at.elapsed()));
+        lease.renew_after(interval.saturating_sub(claimed_at.elapsed()));
         let mut offered = Extensions::new();
         let transaction = node.store.transaction(&attempt, &settings.transaction_limits(), &mut offered);
         let facts = Facts {
@@ -123,8 +123,8 @@ impl Ownership {
     }
 
     /// Ends the attempt, or holds its record if an intent or a phase asks for that. To be run in a
-    /// task that is not cancelled: the lease and the place among the running attempts are kept
-    /// until the end is stored.
+    /// task that is not cancelled: the lease and the place among the running attempts last until
+    /// the end is stored.
     pub(crate) async fn end(self, end: End) -> Result<Ended, StoreError> {
         // A phase that is still ending may find out that the record must be held.
         self.progress.phases_ended().await;

@@ -29,7 +29,9 @@ impl Idempotency {
     /// # #[cfg(all(feature = "axum", feature = "postgres"))] {
     /// # use sqlx::PgConnection;
     /// # use tower_idempotency::{CallFailure, Idempotency, Resource, TxError, UpstreamKey};
-    /// # async fn transfer(key: UpstreamKey) -> Result<Resource, CallFailure> { Ok(Resource::new("tr_1")) }
+    /// # async fn transfer(key: UpstreamKey) -> Result<Resource, CallFailure> {
+    /// #     Ok(Resource::new("tr_1"))
+    /// # }
     /// async fn pay_out(idempotency: Idempotency) -> Result<String, TxError> {
     ///     let payout: i64 = idempotency
     ///         .phase("create", async |tx: &mut PgConnection| {
@@ -37,7 +39,8 @@ impl Idempotency {
     ///             sqlx::query_scalar(insert).fetch_one(tx).await.map_err(TxError::from)
     ///         })
     ///         .await?;
-    ///     let transfer = idempotency.intent("bank.transfer").call(async |key| transfer(key).await).await?;
+    ///     let intent = idempotency.intent("bank.transfer");
+    ///     let transfer = intent.call(async |key| transfer(key).await).await?;
     ///     idempotency
     ///         .phase("finish", async |tx: &mut PgConnection| {
     ///             let update = sqlx::query("UPDATE payouts SET transfer = $1 WHERE id = $2");

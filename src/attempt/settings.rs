@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::{
     fingerprint::Fingerprint,
     key::IdempotencyKey,
-    node::ends::End,
+    node::{ends::End, leases::usable},
     policy::AbandonedAttempts,
     redact::KeyLogging,
     store::transaction::{IsolationLevel, TransactionLimits},
@@ -77,7 +77,7 @@ impl Default for AttemptSettings {
 
 impl AttemptSettings {
     /// The claim by which an attempt begins.
-    pub(crate) fn claim(&self, attempt: Attempt, fingerprint: Fingerprint) -> Claim {
+    pub(crate) fn new_claim(&self, attempt: Attempt, fingerprint: Fingerprint) -> Claim {
         Claim {
             lease: self.timing.lease,
             retention: self.timing.retention,
@@ -110,12 +110,12 @@ impl AttemptSettings {
 
     /// The time that an attempt waits for the store before it does something.
     pub(crate) fn store_wait(&self) -> Duration {
-        self.store_timeout.min(self.timing.lease * 3 / 4)
+        self.store_timeout.min(usable(self.timing.lease))
     }
 
     /// The time that an attempt waits for the store after it has done something.
     pub(crate) fn settle_wait(&self) -> Duration {
-        MAX_WAIT.min(self.timing.lease * 3 / 4)
+        MAX_WAIT.min(usable(self.timing.lease))
     }
 
     /// The moment after which the end of an attempt is not tried again.

@@ -6,16 +6,20 @@ use tokio::{
     runtime::Handle,
     sync::oneshot,
     task::JoinHandle,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 
 use crate::stored::intent::{
     Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey,
 };
 use crate::{
-    error::{StoreError, StoreErrorKind},
+    error::StoreError,
     metrics,
-    node::{FIRST_LATE_PAUSE, Node, RETRY, UNDO_LIMIT, tasks::no_answer},
+    node::{
+        FIRST_LATE_PAUSE, Node, RETRY, UNDO_LIMIT,
+        errand::{receive, repeat_for},
+        tasks::no_answer,
+    },
     redact::TRACING_TARGET,
     retry::retry_until,
     store::recovery::RecoveryStore,
@@ -31,16 +35,10 @@ impl Node {
         limit: Duration,
     ) -> Result<OpenOutcome, StoreError> {
         let recovery = self.recovery()?;
-        let (sender, mut receiver) = oneshot::channel::<Delivery>();
+        let (sender, receiver) = oneshot::channel::<Delivery>();
         self.tasks.spawn(Arc::clone(self).open_for(recovery, opening, sender));
-        let answer = match timeout(limit, &mut receiver).await {
-            Ok(answer) => answer.ok(),
-            Err(_) => {
-                receiver.close();
-                receiver.try_recv().ok()
-            }
-        };
-        answer.and_then(Delivery::accept).unwrap_or_else(|| Err(no_answer(limit)))
+        let delivery = receive(receiver, limit).await;
+        delivery.and_then(Delivery::accept).unwrap_or_else(|| Err(no_answer(limit)))
     }
 
     async fn open_for(
@@ -49,30 +47,20 @@ impl Node {
         opening: Opening,
         caller: oneshot::Sender<Delivery>,
     ) {
-        let (mut tries, mut unanswered) = (1, false);
-        let outcome = loop {
-            let outcome = recovery.open_intent(&opening).await;
-            let ambiguous = outcome.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Ambiguous);
-            unanswered |= ambiguous;
-            if !ambiguous || caller.is_closed() {
-                break outcome;
-            }
-            sleep(RETRY.after(tries)).await;
-            tries += 1;
-        };
+        let (outcome, may_arrive_late) = repeat_for(&caller, || recovery.open_intent(&opening)).await;
         // If the handler has gone, the delivery is dropped here, which withdraws the intent.
-        let _ = caller.send(Delivery { node: self, opening, unanswered, outcome: Some(outcome) });
+        let _ = caller.send(Delivery { node: self, opening, may_arrive_late, outcome: Some(outcome) });
     }
 
     /// Records that no call was made. Tries for a while: an opening that had no answer may be
     /// carried out late.
-    async fn withdraw(self: Arc<Self>, opening: Opening, unanswered: bool) {
+    async fn withdraw(self: Arc<Self>, opening: Opening, may_arrive_late: bool) {
         let (fence, until) = (IntentFence::Call(opening.call), Instant::now() + LATE);
         let mut pause = FIRST_LATE_PAUSE;
         loop {
             let give_up = Instant::now() + UNDO_LIMIT;
             match self.settle_until(opening.upstream_key, fence, IntentUpdate::NotSent, give_up).await {
-                Ok(Fenced::Lost) if unanswered && Instant::now() < until => {
+                Ok(Fenced::Lost) if may_arrive_late && Instant::now() < until => {
                     let _ = timeout(pause, self.tasks.draining.cancelled()).await;
                     if self.tasks.is_draining() {
                         return;
@@ -193,8 +181,8 @@ fn is_recorded_as(resource: &Resource, recorded: &Resource) -> bool {
 struct Delivery {
     node: Arc<Node>,
     opening: Opening,
-    /// An opening had no answer, and may be carried out after those that had one.
-    unanswered: bool,
+    /// A try had no answer, and may be carried out after those that had one.
+    may_arrive_late: bool,
     /// `None` once the handler has it.
     outcome: Option<Result<OpenOutcome, StoreError>>,
 }
@@ -202,17 +190,17 @@ struct Delivery {
 impl Delivery {
     fn accept(mut self) -> Option<Result<OpenOutcome, StoreError>> {
         let outcome = self.outcome.take();
-        self.unanswered &= !matches!(outcome, Some(Ok(OpenOutcome::Opened)));
+        self.may_arrive_late &= !matches!(outcome, Some(Ok(OpenOutcome::Opened)));
         outcome
     }
 }
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        let may_be_open = self.unanswered || matches!(self.outcome, Some(Ok(OpenOutcome::Opened)));
+        let may_be_open = self.may_arrive_late || matches!(self.outcome, Some(Ok(OpenOutcome::Opened)));
         // Without a runtime the reconciler does it later.
         if may_be_open && let Ok(runtime) = Handle::try_current() {
-            let withdrawal = Arc::clone(&self.node).withdraw(self.opening.clone(), self.unanswered);
+            let withdrawal = Arc::clone(&self.node).withdraw(self.opening.clone(), self.may_arrive_late);
             self.node.tasks.spawn_on(withdrawal, &runtime);
         }
     }
@@ -223,7 +211,8 @@ pub(crate) fn report_turned_up(intent: &Intent, resource: &Resource) {
     let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
     metrics::turned_up();
     tracing::error!(
-        target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, resource = resource.id, "{TURNED_UP}"
+        target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer, resource = resource.id,
+        "{TURNED_UP}"
     );
 }
 

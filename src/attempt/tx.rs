@@ -15,7 +15,7 @@ use super::{
 };
 use crate::store::sql::slot::{Lent, Slot};
 
-/// The transaction of an attempt, in a database of sqlx. What the handler writes through it is
+/// The transaction of an attempt, in a database of sqlx. The handler's writes through it are
 /// committed together with the stored response, or not at all.
 ///
 /// With the feature `axum` it is an extractor. Statements of sqlx are executed on `&mut *tx`:
@@ -42,8 +42,8 @@ use crate::store::sql::slot::{Lent, Slot};
 /// | the handler's result | its writes |
 /// |---|---|
 /// | 2xx or 3xx that is stored | committed, with the response |
-/// | 4xx that is stored | rolled back, and the response is stored; see [`keep_writes_of_client_errors`] |
-/// | anything else that is stored, by a policy or a directive | rolled back, and the response is stored |
+/// | 4xx that is stored | rolled back, response stored; see [`keep_writes_of_client_errors`] |
+/// | anything else that is stored, by a policy or a directive | rolled back, response stored |
 /// | not stored: 5xx, an error, a panic, a directive | rolled back; the key is released or held |
 ///
 /// The handler cannot end the transaction: there is no `commit`, and a COMMIT that it sends is
@@ -53,7 +53,7 @@ use crate::store::sql::slot::{Lent, Slot};
 /// SQLite accepts no other writer until it is dropped. In a response body that is a stream it must
 /// be dropped at the body's end.
 ///
-/// **Write through it only.** What goes through the application's pool is not part of it. On
+/// **Write through it only.** Writes through the application's pool are not part of it. On
 /// PostgreSQL the transaction has a connection of that pool: a handler that asks for a second one
 /// may wait for itself. On SQLite it has the writing connection of the store, and other writers
 /// find the database locked.

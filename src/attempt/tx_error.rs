@@ -39,8 +39,10 @@ use crate::{
 /// # use sqlx::Postgres;
 /// # use tower_idempotency::{Tx, TxError};
 /// async fn transfer(mut tx: Tx<Postgres>) -> Result<&'static str, TxError> {
-///     sqlx::query("UPDATE accounts SET balance = balance - 1 WHERE id = 1").execute(&mut *tx).await?;
-///     sqlx::query("UPDATE accounts SET balance = balance + 1 WHERE id = 2").execute(&mut *tx).await?;
+///     let debit = sqlx::query("UPDATE accounts SET balance = balance - 1 WHERE id = 1");
+///     debit.execute(&mut *tx).await?;
+///     let credit = sqlx::query("UPDATE accounts SET balance = balance + 1 WHERE id = 2");
+///     credit.execute(&mut *tx).await?;
 ///     Ok("done")
 /// }
 /// # }

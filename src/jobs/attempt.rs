@@ -10,7 +10,7 @@ use crate::{
     attempt::{Ended, Facts, Ownership, idempotency::Idempotency},
     error::StoreError,
     jobs::{error::IntentLogError, response_of, result_of},
-    node::{ends::End, tasks::answer_of},
+    node::{ends::End, tasks::wait_for},
     redact::TRACING_TARGET,
 };
 
@@ -101,18 +101,15 @@ impl Drop for LogAttempt {
         if Handle::try_current().is_err() {
             return;
         }
-        let end = match ownership.settings.end_without_result() {
-            // Work that never began is released, never held.
-            End::Hold if !self.handed_over => End::Release,
-            end @ (End::Hold | End::Release | End::Complete(_)) => end,
-        };
+        // Work that never began is released, never held.
+        let end = if self.handed_over { ownership.settings.end_without_result() } else { End::Release };
         drop(end_in_background(ownership, end));
     }
 }
 
 async fn end(ownership: Ownership, end: End) -> Result<Ended, StoreError> {
     let limit = ownership.settings.settle_wait();
-    answer_of(end_in_background(ownership, end), limit).await
+    wait_for(end_in_background(ownership, end), limit).await
 }
 
 fn end_in_background(ownership: Ownership, end: End) -> JoinHandle<Result<Ended, StoreError>> {

@@ -272,7 +272,7 @@ impl IntentLog {
         }
         let fingerprint = Fingerprint::of_arguments(arguments).ok_or(IntentLogError::Arguments)?;
         self.reaper.ensure_running(&self.node);
-        let claim = self.settings.claim(Attempt::new(consumer.clone(), key.clone()), fingerprint);
+        let claim = self.settings.new_claim(Attempt::new(consumer.clone(), key.clone()), fingerprint);
         // In a task: if the caller has gone when the key is won, the attempt is dropped and so
         // given back.
         let this = self.clone();
@@ -284,7 +284,7 @@ impl IntentLog {
 
     async fn begin(self, claim: Claim) -> Result<LogOutcome, IntentLogError> {
         let claimed_at = Instant::now();
-        match self.node.ask(&claim, self.settings.store_timeout).await? {
+        match self.node.claim(&claim, self.settings.store_timeout).await? {
             ClaimOutcome::Won { record_id, attempt_number } => {
                 let won = Won { claim, record_id, attempt_number, claimed_at };
                 Ok(LogOutcome::Run(LogAttempt::new(Ownership::begin(&self.node, &self.settings, won))))

@@ -20,7 +20,7 @@ use crate::{
 
 pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &IdempotencyKey) -> Rejection {
     tracing::info!(
-        target: TRACING_TARGET, %consumer, key = %settings.attempt.shown(key), "conflict: in progress"
+        target: TRACING_TARGET, %consumer, key = %settings.attempts.shown(key), "conflict: in progress"
     );
     Rejection::new(
         RejectionCode::InProgress,
@@ -30,7 +30,7 @@ pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &Idempo
 }
 
 pub(crate) fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection {
-    let (consumer, key) = (&record.consumer, settings.attempt.shown(&record.key));
+    let (consumer, key) = (&record.consumer, settings.attempts.shown(&record.key));
     tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
     if record.unresolved > 0 {
         return Rejection::outcome_unknown_for_now();
@@ -49,7 +49,7 @@ pub(crate) async fn stored_answer(
     record: &Record,
     stored: &Bytes,
 ) -> Result<StoredResponse, Rejection> {
-    let (consumer, key) = (&record.consumer, settings.attempt.shown(&record.key));
+    let (consumer, key) = (&record.consumer, settings.attempts.shown(&record.key));
     let response = node.codec.read_response(stored).map_err(|error| {
         let error = &error as &dyn Error;
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a stored response cannot be read");

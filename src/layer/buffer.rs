@@ -36,20 +36,20 @@ pub(crate) struct Buffered {
 #[derive(Clone, Debug)]
 pub(crate) struct RequestLimits {
     /// Bytes of one body.
-    pub(crate) body: u32,
+    pub(crate) body_limit: u32,
     /// Bytes of all bodies in memory.
     pub(crate) total_limit: usize,
     /// The bytes that are left of them, one permit each.
-    pub(crate) total: Arc<Semaphore>,
+    pub(crate) free: Arc<Semaphore>,
     pub(crate) timeout: Duration,
 }
 
 impl Default for RequestLimits {
     fn default() -> Self {
         Self {
-            body: 1024 * 1024,
+            body_limit: 1024 * 1024,
             total_limit: BUFFER_LIMIT,
-            total: Arc::new(Semaphore::new(BUFFER_LIMIT)),
+            free: Arc::new(Semaphore::new(BUFFER_LIMIT)),
             timeout: Duration::from_secs(30),
         }
     }
@@ -59,11 +59,11 @@ impl RequestLimits {
     /// Panics if no body would fit.
     #[track_caller]
     pub(crate) fn check(&self) {
-        let Self { body, total_limit, .. } = self;
+        let Self { body_limit, total_limit, .. } = self;
         assert!(
-            usize::try_from(*body).is_ok_and(|body| body <= *total_limit),
-            "a request body of {body} bytes would never fit the {total_limit} bytes for all bodies together: \
-             raise with_request_buffer_limit first, or lower with_request_body_limit"
+            usize::try_from(*body_limit).is_ok_and(|limit| limit <= *total_limit),
+            "a request body of {body_limit} bytes would never fit the {total_limit} bytes for all bodies \
+             together: raise with_request_buffer_limit first, or lower with_request_body_limit"
         );
     }
 
@@ -121,33 +121,35 @@ impl RequestLimits {
 
     /// Takes room for a body whose least size is known, before any of it is read.
     fn reserve(&self, lower: u64) -> Result<CountedBytes, Rejection> {
-        let capacity =
-            u32::try_from(lower).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
-        let permit = Arc::clone(&self.total).try_acquire_many_owned(capacity).map_err(|_| overloaded())?;
-        Ok(CountedBytes { bytes: Vec::new(), capacity, permit })
+        let reserved = self.allowed(lower)?;
+        let permit = Arc::clone(&self.free).try_acquire_many_owned(reserved).map_err(|_| overloaded())?;
+        Ok(CountedBytes { data: Vec::new(), reserved, permit })
     }
 
     fn append(&self, bytes: &mut CountedBytes, data: &[u8]) -> Result<(), Rejection> {
-        let length = bytes.bytes.len() + data.len();
-        let needed =
-            u32::try_from(length).ok().filter(|size| *size <= self.body).ok_or_else(|| self.too_large())?;
-        if needed > bytes.capacity {
-            let capacity = needed.max(bytes.capacity.saturating_mul(2).min(self.body));
-            let more = Arc::clone(&self.total).try_acquire_many_owned(capacity - bytes.capacity);
+        let length = bytes.data.len() + data.len();
+        let needed = self.allowed(length)?;
+        if needed > bytes.reserved {
+            let reserved = needed.max(bytes.reserved.saturating_mul(2).min(self.body_limit));
+            let more = Arc::clone(&self.free).try_acquire_many_owned(reserved - bytes.reserved);
             bytes.permit.merge(more.map_err(|_| overloaded())?);
-            bytes.capacity = capacity;
+            bytes.reserved = reserved;
         }
-        if length > bytes.bytes.capacity() {
-            let capacity = usize::try_from(bytes.capacity).unwrap_or(length);
-            bytes.bytes.reserve_exact(capacity - bytes.bytes.len());
+        if length > bytes.data.capacity() {
+            let capacity = usize::try_from(bytes.reserved).unwrap_or(length);
+            bytes.data.reserve_exact(capacity - bytes.data.len());
         }
-        bytes.bytes.extend_from_slice(data);
+        bytes.data.extend_from_slice(data);
         Ok(())
     }
 
-    fn too_large(&self) -> Rejection {
-        let detail = format!("The request was not performed: its body is larger than {} bytes.", self.body);
-        Rejection::new(RejectionCode::RequestTooLarge, detail)
+    /// The size of a body, if it is within the limit.
+    fn allowed(&self, size: impl TryInto<u32>) -> Result<u32, Rejection> {
+        size.try_into().ok().filter(|size| *size <= self.body_limit).ok_or_else(|| {
+            let limit = self.body_limit;
+            let detail = format!("The request was not performed: its body is larger than {limit} bytes.");
+            Rejection::new(RejectionCode::RequestTooLarge, detail)
+        })
     }
 }
 
@@ -155,20 +157,20 @@ struct CallerGone;
 
 /// Bytes that give their room back when the last handle to them is dropped.
 struct CountedBytes {
-    bytes: Vec<u8>,
-    capacity: u32,
+    data: Vec<u8>,
+    reserved: u32,
     permit: OwnedSemaphorePermit,
 }
 
 impl CountedBytes {
     fn into_bytes(self) -> Bytes {
-        if self.bytes.is_empty() { Bytes::new() } else { Bytes::from_owner(self) }
+        if self.data.is_empty() { Bytes::new() } else { Bytes::from_owner(self) }
     }
 }
 
 impl AsRef<[u8]> for CountedBytes {
     fn as_ref(&self) -> &[u8] {
-        &self.bytes
+        &self.data
     }
 }
 
@@ -209,8 +211,8 @@ pub(crate) enum Collected<B> {
     Broken(BoxError),
 }
 
-/// Collects the body of a response; nothing of it without a limit.
-pub(crate) async fn collect<B>(body: B, limit: Option<usize>, time_limit: Duration) -> Collected<B>
+/// Collects the body of a response.
+pub(crate) async fn collect<B>(body: B, limit: usize, time_limit: Duration) -> Collected<B>
 where
     B: Body<Data = Bytes>,
     B::Error: Into<BoxError>,
@@ -218,9 +220,9 @@ where
     let deadline = Instant::now() + time_limit;
     let mut body = Box::pin(body);
     let (mut frames, mut length) = (VecDeque::new(), 0);
-    let Some(limit) = limit.filter(|limit| body.size_hint().lower() <= *limit as u64) else {
+    if body.size_hint().lower() > limit as u64 {
         return Collected::Partial(frames, body);
-    };
+    }
     while let Ok(next) = timeout_at(deadline, poll_fn(|cx| body.as_mut().poll_frame(cx))).await {
         match next {
             None => return Collected::Whole(join(frames, length)),

@@ -1,5 +1,13 @@
 //! The end of an attempt: its record is completed, released or held, its transaction committed or
 //! rolled back.
+//!
+//! ```text
+//! HandlerEnd ──Judge::judge──▶ Outcome ──close──▶ Closed ──Judge::answer──▶ response
+//!                          └─▶ Verdict ───────────────────────┘
+//! ```
+//!
+//! `Ownership::write` returns what the store says, as [`Written`]. `Ownership::end` also holds the
+//! record if an intent or a phase asks for that, and returns [`Ended`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,10 +19,10 @@ use crate::{
     error::StoreError,
     node::{
         ends::{End, Written},
-        tasks::answer_of,
+        tasks::wait_for,
     },
     rejection::Rejection,
-    store::transaction::{StoreTransaction, TransactionErrorKind, TransactionUsage},
+    store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind, TransactionUsage},
     stored::record::Record,
 };
 
@@ -35,7 +43,7 @@ impl From<End> for Outcome {
 pub(crate) enum Closed {
     /// The verdict on its handler.
     AsJudged,
-    /// The response that another attempt of the same request has stored.
+    /// The answer of the record, which another attempt of the same request has.
     Superseded(Box<Record>),
     /// A refusal: the attempt could not end as it should.
     Refused(Rejection),
@@ -51,15 +59,11 @@ pub(crate) async fn close(ownership: Ownership, Outcome { end, keeps_writes }: O
         let closing = tasks.spawn(end_as(ownership, end));
         return wait_for_end(&facts, closing, facts.settings.settle_wait()).await;
     };
-    match end {
-        End::Complete(response) if keeps_writes => {
-            let closing = tasks.spawn(commit(ownership, transaction, response));
-            wait_for_commit(&facts, closing).await
-        }
-        end @ (End::Complete(_) | End::Release | End::Hold) => {
-            close_rolled_back(ownership, transaction, end).await
-        }
+    if keeps_writes && let End::Complete(response) = end {
+        let closing = tasks.spawn(commit(ownership, transaction, response));
+        return wait_for_commit(&facts, closing).await;
     }
+    close_rolled_back(ownership, transaction, end).await
 }
 
 /// The transaction, if the handler has asked for it. If not, it is ended, so that a part of the
@@ -69,21 +73,22 @@ async fn used_transaction(facts: &Facts) -> Option<Arc<dyn StoreTransaction>> {
     if transaction.usage() != TransactionUsage::Unused {
         return Some(transaction);
     }
+    // Not in a task: nothing was begun, so that the store is not called.
     if let Err(error) = transaction.roll_back().await {
-        facts.log_failure(&error, "a transaction that was begun too late could not be rolled back");
+        facts.log_failure(&error, "an unused transaction could not be closed");
     }
     None
 }
 
 async fn wait_for_end(facts: &Facts, closing: Closing, limit: Duration) -> Closed {
-    answer_of(closing, limit).await.unwrap_or_else(|error| {
-        facts.log_failure(&error, "the response is sent although it is not stored yet");
+    wait_for(closing, limit).await.unwrap_or_else(|error| {
+        facts.log_failure(&error, SENT_EARLY);
         Closed::AsJudged
     })
 }
 
 async fn wait_for_commit(facts: &Facts, closing: Closing) -> Closed {
-    answer_of(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
+    wait_for(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
         facts.log_failure(&error, "it is not known yet whether the transaction was committed");
         Closed::Refused(TransactionErrorKind::Unconfirmed.rejection())
     })
@@ -94,15 +99,27 @@ async fn wait_for_commit(facts: &Facts, closing: Closing) -> Closed {
 async fn close_rolled_back(ownership: Ownership, transaction: Arc<dyn StoreTransaction>, end: End) -> Closed {
     let facts = Arc::clone(ownership.facts());
     let settle_wait = facts.settings.settle_wait();
-    let patience = if matches!(end, End::Complete(_)) { settle_wait } else { PATIENCE };
-    // On SQLite nothing can be written before a transaction that is kept is dropped.
-    let kept = transaction.usage() == TransactionUsage::InUse;
-    let limit = if kept { PATIENCE } else { settle_wait };
+    let completes = matches!(end, End::Complete(_));
+    let rollback_wait = if completes { settle_wait } else { SHORT_WAIT };
+    // On SQLite nothing can be written before a transaction that is in use is dropped.
+    let in_use = transaction.usage() == TransactionUsage::InUse;
+    let end_wait = if in_use { SHORT_WAIT } else { settle_wait };
     let (sender, rolled_back) = oneshot::channel();
-    let closing = facts.node.tasks.spawn(roll_back(ownership, transaction, end, sender));
-    match timeout(patience, rolled_back).await {
-        Ok(_) => wait_for_end(&facts, closing, limit).await,
-        Err(_) => Closed::AsJudged,
+    let closing = facts.node.tasks.spawn(async move {
+        let rollback = transaction.roll_back().await;
+        // Before the end is written, which may take long in its turn.
+        let _ = sender.send(());
+        end_after(rollback, ownership, end).await
+    });
+    match timeout(rollback_wait, rolled_back).await {
+        Ok(_) => wait_for_end(&facts, closing, end_wait).await,
+        // The rollback goes on in its task, and the end is written after it.
+        Err(elapsed) => {
+            if completes {
+                facts.log_failure(&elapsed, SENT_EARLY);
+            }
+            Closed::AsJudged
+        }
     }
 }
 
@@ -114,26 +131,21 @@ async fn end_as(ownership: Ownership, end: End) -> Result<Closed, StoreError> {
     })
 }
 
-async fn roll_back(
+/// Ends the attempt after its transaction was rolled back, or could not be.
+async fn end_after(
+    rollback: Result<(), TransactionError>,
     ownership: Ownership,
-    transaction: Arc<dyn StoreTransaction>,
     end: End,
-    rolled_back: oneshot::Sender<()>,
 ) -> Result<Closed, StoreError> {
-    let error = transaction.roll_back().await.err();
-    // Before the end is written, which may take long in its turn.
-    let _ = rolled_back.send(());
-    match error {
-        Some(error) if error.kind() == TransactionErrorKind::Ended => {
+    match rollback {
+        Err(error) if error.kind() == TransactionErrorKind::Ended => {
             ownership.log_failure(&error, ENDED_BY_HANDLER);
-            hold(ownership).await
+            return hold(ownership).await;
         }
-        Some(error) => {
-            ownership.log_failure(&error, "the transaction was lost");
-            end_as(ownership, end).await
-        }
-        None => end_as(ownership, end).await,
+        Err(error) => ownership.log_failure(&error, "the transaction was lost"),
+        Ok(()) => {}
     }
+    end_as(ownership, end).await
 }
 
 /// The handler has ended its transaction itself: it may have committed effects that no response
@@ -152,7 +164,7 @@ async fn commit(
     // be committed.
     ownership.progress.phases_ended().await;
     if ownership.progress.held().is_some() {
-        return roll_back(ownership, transaction, End::Hold, oneshot::channel().0).await;
+        return end_after(transaction.roll_back().await, ownership, End::Hold).await;
     }
     // The transaction has the record locked, which stands in for the lease.
     ownership.leave_lease();
@@ -167,7 +179,7 @@ async fn commit(
     Ok(match ownership.write(&End::Release).await? {
         Written::Lost(record) if record.attempt == Some(ownership.attempt.id) => Closed::AsJudged,
         Written::Lost(record) if record.fingerprint == ownership.fingerprint => Closed::Superseded(record),
-        // Whatever was not known before: it was not committed.
+        // The commit's outcome was unknown; the release shows that it was not committed.
         _ if error.kind() == TransactionErrorKind::Unconfirmed => {
             Closed::Refused(TransactionErrorKind::Lost.rejection())
         }
@@ -177,5 +189,8 @@ async fn commit(
 
 const ENDED_BY_HANDLER: &str = "the handler has ended its transaction itself: what it wrote may be committed";
 
-/// The time that a client whose request was not performed waits for the rollback.
-const PATIENCE: Duration = Duration::from_millis(100);
+const SENT_EARLY: &str = "the response is sent although it is not stored yet";
+
+/// The time that a client waits for a rollback, if its request was not performed, and for an end
+/// that waits for the handler.
+const SHORT_WAIT: Duration = Duration::from_millis(100);

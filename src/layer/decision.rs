@@ -3,14 +3,18 @@
 //!
 //! | row | situation | here |
 //! |---|---|---|
-//! | 1 | the method is not guarded | [`head`] |
+//! | 0 | a completer sends the request again, or an outer layer guards it | [`Entrance::of`] |
+//! | 1 | the method is not guarded | [`head`], which asks for rows 2 to 5 |
 //! | 2, 3, 4 | there is no key, or a malformed one | [`key_of`] |
 //! | 5 | the consumer cannot be identified | [`consumer_of`] |
-//! | 6 | the server shuts down, the body is too large, broken off or late | [`Guarded::receive`] |
-//! | 7 | too many requests are running, the store is away | [`Guarded::admit`], [`Guarded::without_store`] |
+//! | 6 | the server shuts down | [`Guarded::receive`] |
+//! | 6 | the body is too large, broken off or late; no memory is left | [`Guarded::receive`] |
+//! | 7 | too many requests are running, or the store cannot keep requests | [`Guarded::admit`] |
+//! | 7 | the store is away, or answers with an error | [`Guarded::without_store`] |
 //! | 8 | the fingerprint differs | [`Guarded::same_request`] |
-//! | 9, 10, 11, 12 | the record is in progress, held or completed | [`answer_from`] |
-//! | 13 | the key is claimed | [`Guarded::run`] |
+//! | 9 | another request is claiming the key | [`Guarded::decide`] |
+//! | 9, 10, 11, 12 | the record is in progress, held or completed | [`response_of_record`] |
+//! | 13 | the key is claimed | [`Guarded::begin`] |
 
 use std::{error::Error, sync::Arc, time::Duration};
 
@@ -55,7 +59,7 @@ pub(crate) enum Entrance {
 }
 
 /// The decision by body and record, for a guarded request that is not refused.
-pub(crate) enum Outcome {
+pub(crate) enum Decision {
     Run(Handler),
     Replay(StoredResponse),
     RunUnprotected,
@@ -81,11 +85,12 @@ pub(crate) enum KeySource {
 
 impl Entrance {
     pub(crate) fn of(node: &Arc<Node>, settings: &Arc<Settings>, parts: &mut Parts) -> Self {
+        // Row 0: a completer sends it again, with record, consumer and key.
         if let Some(resent) = parts.extensions.remove::<Resent>() {
             let consumer = resent.consumer.clone();
             return Self::Guard(Guarded::new(node, settings, consumer, KeySource::Resent(resent)));
         }
-        // A layer around this one guards the request already.
+        // Row 0: a layer around this one guards it already.
         if parts.extensions.get::<Idempotency>().is_some_and(|outer| outer.is_of(node)) {
             return Self::Pass(None);
         }
@@ -168,6 +173,7 @@ impl Guarded {
         if let KeySource::Resent(resent) = &self.key {
             resent.reached();
         }
+        // In the tracked task: a request that passes here is waited for by `drain`.
         if self.node.tasks.is_draining() {
             return Err(Rejection::new(
                 RejectionCode::ShuttingDown,
@@ -180,28 +186,30 @@ impl Guarded {
 
     /// Rows 7 to 13: the store. Asks it twice if the record was made in another fingerprint scheme
     /// that is known here.
-    pub(crate) async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Outcome, Rejection> {
+    pub(crate) async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Decision, Rejection> {
         let permit = self.admit()?;
         self.settings.reaper.ensure_running(&self.node);
-        let mut claim = self.claim(parts, body);
+        let mut claim = self.new_claim(parts, body);
         for _ in 0..2 {
             let claimed_at = Instant::now();
-            let record = match self.node.ask(&claim, self.settings.attempt.store_timeout).await {
+            let record = match self.node.claim(&claim, self.settings.attempts.store_timeout).await {
                 Err(error) => return self.without_store(&claim.attempt, &error),
                 Ok(ClaimOutcome::Won { record_id, attempt_number }) => {
                     let won = Won { claim, record_id, attempt_number, claimed_at };
-                    return self.run(won, permit, parts, body).await.map(Outcome::Run);
+                    return self.begin(won, permit, parts, body).await.map(Decision::Run);
                 }
                 // Row 9: another request is claiming the key at this very moment.
-                Ok(ClaimOutcome::Contended) => break,
+                Ok(ClaimOutcome::Contended) => return Err(self.in_progress(&claim.attempt)),
                 Ok(ClaimOutcome::Exists(record)) => record,
             };
             let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
             if claim.fingerprint == fingerprint || !may_be_taken_over(&record) {
-                return answer_from(&self.node, &self.settings, &record).await.map(Outcome::Replay);
+                return response_of_record(&self.node, &self.settings, &record).await.map(Decision::Replay);
             }
+            // The store hands an abandoned record only to the same fingerprint.
             claim.fingerprint = fingerprint;
         }
+        // The record changed between the two claims.
         Err(self.in_progress(&claim.attempt))
     }
 
@@ -229,7 +237,7 @@ impl Guarded {
         Ok(permit)
     }
 
-    fn claim(&self, parts: &Parts, body: &Bytes) -> Claim {
+    fn new_claim(&self, parts: &Parts, body: &Bytes) -> Claim {
         let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
         let (key, window) = match &self.key {
             KeySource::Sent(key) => (key.clone(), None),
@@ -239,32 +247,29 @@ impl Guarded {
             KeySource::Resent(resent) => (resent.key.clone(), None),
         };
         let attempt = Attempt::new(self.consumer.clone(), key);
-        let claim = self.settings.attempt.claim(attempt, fingerprint);
+        let claim = self.settings.attempts.new_claim(attempt, fingerprint);
         Claim { retention: window.unwrap_or(claim.retention), ..claim }
     }
 
-    /// Row 7: the store is away, or cannot keep its contract.
-    fn without_store(&self, attempt: &Attempt, error: &StoreError) -> Result<Outcome, Rejection> {
+    /// Row 7: the store is away, or answers with an error.
+    fn without_store(&self, attempt: &Attempt, error: &StoreError) -> Result<Decision, Rejection> {
         let resent = matches!(self.key, KeySource::Resent(_));
         if is_down(error) && !resent && self.settings.on_store_outage == StoreOutage::RunUnprotected {
-            let (consumer, key) = (&attempt.consumer, self.settings.attempt.shown(&attempt.key));
+            let (consumer, key) = (&attempt.consumer, self.settings.attempts.shown(&attempt.key));
             let error = error as &dyn Error;
             tracing::error!(
                 target: TRACING_TARGET, %consumer, %key, error,
                 "the handler runs without protection"
             );
-            return Ok(Outcome::RunUnprotected);
+            return Ok(Decision::RunUnprotected);
         }
-        Err(self.no_claim(attempt, error))
+        Err(self.store_failed(attempt, error, "the key could not be claimed"))
     }
 
-    pub(crate) fn no_claim(&self, attempt: &Attempt, error: &StoreError) -> Rejection {
-        let (consumer, key) = (&attempt.consumer, self.settings.attempt.shown(&attempt.key));
+    pub(crate) fn store_failed(&self, attempt: &Attempt, error: &StoreError, what: &str) -> Rejection {
+        let (consumer, key) = (&attempt.consumer, self.settings.attempts.shown(&attempt.key));
         let source = error as &dyn Error;
-        tracing::error!(
-            target: TRACING_TARGET, %consumer, %key, error = source,
-            "the key could not be claimed"
-        );
+        tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "{what}");
         let detail = match is_down(error) {
             true => {
                 "The request was not performed: the store of idempotency keys does not answer. Send it again \
@@ -286,7 +291,7 @@ impl Guarded {
         if record.fingerprint == *fingerprint {
             return Ok(fingerprint.clone());
         }
-        let (consumer, key) = (&self.consumer, self.settings.attempt.shown(&record.key));
+        let (consumer, key) = (&self.consumer, self.settings.attempts.shown(&record.key));
         match self.settings.fingerprinter.fingerprint_like(&record.fingerprint, parts, body) {
             Some(fingerprint) if fingerprint == record.fingerprint => Ok(fingerprint),
             Some(_) => {
@@ -319,29 +324,29 @@ impl Guarded {
         in_progress(&self.settings, &attempt.consumer, &attempt.key)
     }
 
-    /// Row 13: the key is claimed. The request is kept if that is configured, and then its handler
-    /// runs.
-    async fn run(
+    /// Row 13: the key is claimed, and the request kept if configured. Returns the handler, ready
+    /// to run.
+    async fn begin(
         &self,
         won: Won,
         permit: Option<OwnedSemaphorePermit>,
         parts: &Parts,
         body: &Bytes,
     ) -> Result<Handler, Rejection> {
-        if let Err(rejection) = self.keep(&won, parts, body).await {
+        if let Err(rejection) = self.keep_request(&won, parts, body).await {
             // Whatever the reason: if only the lease of the claim is over, the key is still this
             // attempt's to give back.
             self.node.give_back(won.claim.attempt);
             return Err(rejection);
         }
         let resent = matches!(self.key, KeySource::Resent(_));
-        let ownership = Ownership::begin(&self.node, &self.settings.attempt, won);
+        let ownership = Ownership::begin(&self.node, &self.settings.attempts, won);
         Ok(Handler { settings: Arc::clone(&self.settings), ownership, resent, permit })
     }
 }
 
 /// Rows 9 to 12: the answer of a record to a retry of its request.
-pub(crate) async fn answer_from(
+pub(crate) async fn response_of_record(
     node: &Node,
     settings: &Settings,
     record: &Record,

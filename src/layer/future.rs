@@ -45,8 +45,8 @@ pin_project! {
 }
 
 impl<F, B, E> ResponseFuture<F, B, E> {
-    /// Waits for the inner service. With the settings by which refusals of the handler are
-    /// rendered.
+    /// Waits for the inner service. `settings` render the handler's refusals. `None`: an outer
+    /// layer does.
     pub(crate) fn passed(future: F, settings: Option<Arc<Settings>>) -> Self {
         Self { inner: Inner::Passed { future, settings } }
     }

@@ -1,6 +1,7 @@
 //! The handler: runs in a task of its own, for as long as it may.
 
 use std::{
+    collections::VecDeque,
     future::{Future, pending, poll_fn},
     pin::{Pin, pin},
     sync::Arc,
@@ -24,7 +25,7 @@ use crate::{
     error::BoxError,
     layer::{
         body::RequestBody,
-        buffer::collect,
+        buffer::{Collected, collect},
         closing::close,
         future::Answer,
         settings::Settings,
@@ -38,6 +39,7 @@ pub(crate) struct Handler {
     pub(crate) ownership: Ownership,
     /// A completer has sent the request.
     pub(crate) resent: bool,
+    /// The place of the request among those in flight.
     pub(crate) permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -56,12 +58,14 @@ impl Handler {
         ResBody: Body<Data = Bytes> + Send + 'static,
         ResBody::Error: Into<BoxError>,
     {
+        // `permit` is held until the answer is made, or goes with a handler that is left behind.
         let Self { settings, ownership, resent, permit } = self;
         let facts = Arc::clone(ownership.facts());
         let judge = Judge { settings: Arc::clone(&settings), facts, resent };
         request.extensions_mut().insert(ownership.idempotency());
         request.extensions_mut().extend(ownership.offered.clone());
-        let mut handler = tokio::spawn(perform(inner, request, settings).in_current_span());
+        // Not tracked itself: this task, or that of `leave_behind`, waits for it.
+        let mut handler = tokio::spawn(call_and_collect(inner, request, settings).in_current_span());
         let ended = match wait(&mut handler, ownership.facts()).await {
             Ok(ended) => ended,
             Err(cause) => {
@@ -100,6 +104,7 @@ async fn wait<B, E>(
         max_execution.as_mut().poll(cx).map(|()| Err(Cause::TooLong))
     });
     let cause = match first.await {
+        // Not cancelled yet, but by a runtime that goes down: then any cause will do.
         Ok(ended) => return Ok(handler_end(facts, ended, Cause::TooLong)),
         Err(cause) => cause,
     };
@@ -124,7 +129,7 @@ fn handler_end<B, E>(
     }
 }
 
-/// Keeps the record while a cancelled handler still runs, so that no other attempt does. A result
+/// Owns the record while a cancelled handler still runs, so that no other attempt does. A result
 /// that it returns after all counts.
 fn leave_behind<B, E>(
     handler: JoinHandle<Performed<B, E>>,
@@ -137,6 +142,7 @@ fn leave_behind<B, E>(
 {
     let tasks = ownership.node.tasks.clone();
     tasks.spawn(async move {
+        // Any cause: it shows in the verdict alone, which is not used here.
         let ended = handler_end(ownership.facts(), handler.await, Cause::TooLong);
         // The verdict is for a client that has its answer already, and may hold the transaction: it
         // is dropped first.
@@ -147,7 +153,7 @@ fn leave_behind<B, E>(
 }
 
 /// Calls the handler and collects its response.
-async fn perform<S, ReqBody, ResBody>(
+async fn call_and_collect<S, ReqBody, ResBody>(
     mut inner: S,
     request: Request<RequestBody<ReqBody>>,
     settings: Arc<Settings>,
@@ -158,14 +164,21 @@ where
     ResBody::Error: Into<BoxError>,
 {
     let (parts, body) = inner.call(request).await?.into_parts();
-    let limit = if is_event_stream(&parts.headers) { None } else { Some(settings.response_body_limit) };
-    Ok((parts, collect(body, limit, settings.response_body_timeout).await))
+    let collected = match is_event_stream(&parts.headers) {
+        true => Collected::Partial(VecDeque::new(), Box::pin(body)),
+        false => collect(body, settings.response_body_limit, settings.response_body_timeout).await,
+    };
+    Ok((parts, collected))
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {
     let content_type = headers.get(header::CONTENT_TYPE).map_or(&[][..], |value| value.as_bytes());
-    content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
+    // Parameters may follow.
+    let start = content_type.get(..EVENT_STREAM.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(EVENT_STREAM))
 }
+
+const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// The time that a client waits for a cancelled handler to stop.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);

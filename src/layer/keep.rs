@@ -14,12 +14,13 @@ use crate::{
         decision::{Guarded, KeySource},
         settings::Settings,
     },
+    node::leases::usable,
     rejection::{Rejection, RejectionCode},
     stored::{codec::Codec, record::Fenced},
 };
 
-/// Settings for keeping requests, so that a [`Completer`](crate::recovery::Completer) can send those that are
-/// abandoned again.
+/// Settings for keeping requests, so that a [`Completer`](crate::recovery::Completer) can send
+/// those that are abandoned again.
 ///
 /// Before the handler runs, these parts of a request are kept: method, original path and query,
 /// body (without trailers), and the headers `Content-Type`, `Content-Encoding`, that of the key,
@@ -132,14 +133,14 @@ impl Settings {
 impl Guarded {
     /// Keeps the request of a claim that was won. A request that is sent again is kept already, and
     /// runs only for the record for which it was kept.
-    pub(crate) async fn keep(&self, won: &Won, parts: &Parts, body: &Bytes) -> Result<(), Rejection> {
+    pub(crate) async fn keep_request(&self, won: &Won, parts: &Parts, body: &Bytes) -> Result<(), Rejection> {
         if let KeySource::Resent(resent) = &self.key {
             return if resent.record_id == won.record_id { Ok(()) } else { Err(record_gone()) };
         }
         match self.keep_once(won, parts, body).await {
             Ok(Fenced::Applied) => Ok(()),
             Ok(Fenced::Lost) => Err(self.in_progress(&won.claim.attempt)),
-            Err(error) => Err(self.no_claim(&won.claim.attempt, &error)),
+            Err(error) => Err(self.store_failed(&won.claim.attempt, &error, "the request could not be kept")),
         }
     }
 
@@ -152,8 +153,8 @@ impl Guarded {
         let (attempt, record_id) = (claim.attempt.clone(), *record_id);
         let request = encoded(&self.node.codec, &self.settings, parts, body);
         let after = claim.lease.saturating_add(kept.abandoned_after);
-        let usable = (claim.lease * 3 / 4).saturating_sub(claimed_at.elapsed());
-        let limit = self.settings.attempt.store_timeout.min(usable);
+        let usable = usable(claim.lease).saturating_sub(claimed_at.elapsed());
+        let limit = self.settings.attempts.store_timeout.min(usable);
         let keep = async move { recovery.keep_request(&attempt, record_id, &request, after).await };
         self.node.tasks.call(limit, keep).await
     }

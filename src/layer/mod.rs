@@ -35,8 +35,8 @@ pub use crate::{policy::AbandonedAttempts, redact::KeyLogging, stored::response:
 /// retry.
 ///
 /// Clones share the store, the limits and what is running. To give a route other settings, clone
-/// the layer and change the clone. Give each route one of them: inside another clone a layer passes
-/// through what the outer one guards, and its settings do not apply.
+/// the layer and change the clone. Give each route one of them, and do not nest them: an inner
+/// clone passes through what the outer one guards, and its settings do not apply.
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "memory"))] {
@@ -101,8 +101,8 @@ impl IdempotencyLayer {
         self
     }
 
-    fn set_attempt(self, change: impl FnOnce(&mut AttemptSettings)) -> Self {
-        self.set(|settings| change(Arc::make_mut(&mut settings.attempt)))
+    fn set_attempts(self, change: impl FnOnce(&mut AttemptSettings)) -> Self {
+        self.set(|settings| change(Arc::make_mut(&mut settings.attempts)))
     }
 
     #[track_caller]

@@ -61,7 +61,7 @@ pub(crate) async fn rendered(
     let StoredBody::Representation(representation) = response.body else { return Ok(response) };
     let stored = StoredRepresentation::new(consumer.clone(), response.status, representation.data().clone());
     let response = render(settings, stored).await.map_err(|error| {
-        let (key, error) = (settings.attempt.shown(key), &error as &dyn Error);
+        let (key, error) = (settings.attempts.shown(key), &error as &dyn Error);
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a response cannot be rendered");
         let detail = "The request was performed, and its response cannot be rendered right now. Send the \
                       request again with the same key to get it.";
@@ -77,7 +77,7 @@ pub(crate) async fn rendered(
 async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Response<Bytes>, Unrenderable> {
     let renderer = Arc::clone(settings.representation_renderer.as_ref().ok_or(Unrenderable::NoRenderer)?);
     let task = tokio::spawn(async move { renderer.render(stored).await }.in_current_span());
-    let limit = settings.attempt.store_timeout;
+    let limit = settings.attempts.store_timeout;
     match timeout(limit, AbortOnDropHandle::new(task)).await {
         Ok(Ok(rendered)) => rendered.map_err(Unrenderable::Failed),
         Ok(Err(error)) => Err(Unrenderable::EndedEarly(error)),

@@ -12,9 +12,9 @@ use crate::{
     stored::{record::RecordId, request::KeptRequest},
 };
 
-/// In the extensions of a request that a [`Completer`](crate::recovery::Completer) sends. The layer takes
-/// record, consumer and key from here. No request from a network can hold it, because only this
-/// crate can name it.
+/// In the extensions of a request that a [`Completer`](crate::recovery::Completer) sends. The layer
+/// takes record, consumer and key from here. No request from a network can hold it, because only
+/// this crate can name it.
 #[derive(Clone)]
 pub(crate) struct Resent {
     pub(crate) record_id: RecordId,

@@ -21,7 +21,7 @@ use crate::{
         answer::{passed, replay},
         body::{RequestBody, ResponseBody},
         buffer::Buffered,
-        decision::{Entrance, Guarded, Outcome},
+        decision::{Decision, Entrance, Guarded},
         future::{Answer, ResponseFuture},
         settings::Settings,
     },
@@ -113,19 +113,19 @@ where
         Ok(None) => return Ok(Response::default()),
         Err(rejection) => return Ok(guarded.refuse(rejection)),
     };
-    for _ in 0..guarded.settings.attempt.transactions.reruns {
+    for _ in 0..guarded.settings.attempts.transactions.reruns {
         let clone = inner.clone();
         let ready = mem::replace(&mut inner, clone);
-        let answer = perform(&guarded, ready, parts.clone(), body.clone()).await;
+        let answer = decide_and_answer(&guarded, ready, parts.clone(), body.clone()).await;
         if !answer.as_ref().is_ok_and(collided) {
             return answer;
         }
         poll_fn(|cx| inner.poll_ready(cx)).await?;
     }
-    perform(&guarded, inner, parts, body).await
+    decide_and_answer(&guarded, inner, parts, body).await
 }
 
-async fn perform<S, ReqBody, ResBody>(
+async fn decide_and_answer<S, ReqBody, ResBody>(
     guarded: &Guarded,
     mut inner: S,
     parts: Parts,
@@ -139,12 +139,12 @@ where
     ResBody: Body<Data = Bytes> + Send + 'static,
     ResBody::Error: Into<BoxError>,
 {
-    let outcome = guarded.decide(&parts, &body.data).await;
+    let decision = guarded.decide(&parts, &body.data).await;
     let mut request = Request::from_parts(parts, RequestBody::buffered(body.data, body.trailers));
-    match outcome {
-        Ok(Outcome::Run(handler)) => handler.run(inner, request).await,
-        Ok(Outcome::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
-        Ok(Outcome::RunUnprotected) => {
+    match decision {
+        Ok(Decision::Run(handler)) => handler.run(inner, request).await,
+        Ok(Decision::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
+        Ok(Decision::RunUnprotected) => {
             request.extensions_mut().insert(Unprotected);
             inner.call(request).await.map(|response| passed(&guarded.settings, response))
         }

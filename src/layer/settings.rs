@@ -56,7 +56,7 @@ pub(crate) struct Settings {
     pub(crate) on_store_outage: StoreOutage,
     pub(crate) reaper: Reaper,
     pub(crate) kept_requests: Option<KeptRequests>,
-    pub(crate) attempt: Arc<AttemptSettings>,
+    pub(crate) attempts: Arc<AttemptSettings>,
 }
 
 impl Default for Settings {
@@ -82,7 +82,7 @@ impl Default for Settings {
             on_store_outage: StoreOutage::Refuse,
             reaper: Reaper::default(),
             kept_requests: None,
-            attempt: Arc::default(),
+            attempts: Arc::default(),
         }
     }
 }
@@ -91,7 +91,7 @@ impl Settings {
     /// Panics if settings contradict each other.
     #[track_caller]
     pub(crate) fn check(&self) {
-        self.attempt.timing.check();
+        self.attempts.timing.check();
         self.request_limits.check();
         self.check_kept_requests();
     }
@@ -108,7 +108,7 @@ impl fmt::Debug for Settings {
             .field("methods", &self.methods)
             .field("key_header", &self.key_header)
             .field("policy", &self.policy)
-            .field("attempt", &self.attempt)
+            .field("attempts", &self.attempts)
             .finish_non_exhaustive()
     }
 }

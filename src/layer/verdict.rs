@@ -14,7 +14,7 @@ use crate::{
         body::ResponseBody,
         buffer::{Buffered, Collected},
         closing::{Closed, Outcome},
-        decision::answer_from,
+        decision::response_of_record,
         future::Answer,
         representation::rendered,
         settings::Settings,
@@ -86,7 +86,7 @@ impl Judge {
             if matches!(ended, HandlerEnd::Performed(Ok(_))) && self.transaction_is_in_use() {
                 // If the body of the response has the transaction, this gives it back.
                 drop(ended);
-                return self.transaction_kept();
+                return self.transaction_still_in_use();
             }
             self.judge_end(ended)
         };
@@ -123,7 +123,7 @@ impl Judge {
 
     fn judge_response<B, E>(&self, mut parts: Parts, body: Collected<B>) -> Judged<B, E> {
         let representation = parts.extensions.remove::<Representation>();
-        let (body, kept) = match body {
+        let (body, stored) = match body {
             Collected::Whole(Buffered { data, trailers }) => {
                 (ResponseBody::buffered(data.clone(), trailers.clone()), StoredBody::Kept { data, trailers })
             }
@@ -136,14 +136,17 @@ impl Judge {
                 ));
             }
         };
-        if let Some(outcome) = self.unstored(&parts) {
-            return Judged { outcome, verdict: Verdict::Passed(Ok(Response::from_parts(parts, body))) };
+        if let Some(end) = self.end_unstored(&parts) {
+            return Judged {
+                outcome: end.into(),
+                verdict: Verdict::Passed(Ok(Response::from_parts(parts, body))),
+            };
         }
         if let Some(representation) = representation {
             return self.judge_represented(parts, representation);
         }
-        let first = StoredResponse::of(&parts, kept);
-        let outcome = self.stored(first.clone());
+        let first = StoredResponse::of(&parts, stored);
+        let outcome = self.outcome_stored(first.clone());
         let verdict = match first.body == StoredBody::NotKept {
             true => Verdict::Passed(Ok(Response::from_parts(parts, body))),
             false => Verdict::Stored(first, parts.extensions),
@@ -154,11 +157,11 @@ impl Judge {
     fn judge_represented<B, E>(&self, parts: Parts, representation: Representation) -> Judged<B, E> {
         let too_large = representation.data().len() > self.settings.response_body_limit;
         let first = StoredResponse::represented(parts.status, representation);
-        let mut kept = first.clone();
+        let mut stored = first.clone();
         if too_large {
-            kept.body = StoredBody::NotKept;
+            stored.body = StoredBody::NotKept;
         }
-        Judged { outcome: self.stored(kept), verdict: Verdict::Stored(first, parts.extensions) }
+        Judged { outcome: self.outcome_stored(stored), verdict: Verdict::Stored(first, parts.extensions) }
     }
 
     fn transaction_is_in_use(&self) -> bool {
@@ -166,7 +169,7 @@ impl Judge {
         transaction.is_some_and(|transaction| transaction.usage() == TransactionUsage::InUse)
     }
 
-    fn transaction_kept<B, E>(&self) -> Judged<B, E> {
+    fn transaction_still_in_use<B, E>(&self) -> Judged<B, E> {
         tracing::error!(
             target: TRACING_TARGET, consumer = %self.facts.attempt.consumer, attempt = %self.facts.attempt.id,
             "the handler returned without giving its transaction back: it is in a task, a static or the \
@@ -176,8 +179,8 @@ impl Judge {
         Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) }
     }
 
-    /// The end of an attempt with this response. `None` if the response is stored.
-    fn unstored(&self, parts: &Parts) -> Option<Outcome> {
+    /// The end of an attempt whose response is not stored. `None` if it is.
+    fn end_unstored(&self, parts: &Parts) -> Option<End> {
         // A refusal, of this layer or of one inside it, is never stored.
         let refused = parts.extensions.get::<Rejection>().is_some();
         let release = refused || self.may_lack_a_header(parts);
@@ -189,8 +192,8 @@ impl Judge {
         );
         match directive {
             Directive::Store => None,
-            Directive::Release => Some(End::Release.into()),
-            Directive::Hold => Some(End::Hold.into()),
+            Directive::Release => Some(End::Release),
+            Directive::Hold => Some(End::Hold),
         }
     }
 
@@ -202,11 +205,11 @@ impl Judge {
         self.resent && parts.status.is_client_error() && !overridden && !self.facts.progress.has_begun()
     }
 
-    fn stored(&self, mut response: StoredResponse) -> Outcome {
+    fn outcome_stored(&self, mut response: StoredResponse) -> Outcome {
         let status = response.status;
         let keeps_writes = status.is_success()
             || status.is_redirection()
-            || status.is_client_error() && self.settings.attempt.transactions.keep_writes_of_client_errors;
+            || status.is_client_error() && self.settings.attempts.transactions.keep_writes_of_client_errors;
         response.remove_headers(&self.settings.headers_not_kept);
         Outcome { end: End::Complete(self.facts.node.codec.response(&response)), keeps_writes }
     }
@@ -218,7 +221,7 @@ impl Judge {
     }
 
     fn end_without_result(&self) -> End {
-        self.settings.attempt.end_without_result()
+        self.settings.attempts.end_without_result()
     }
 
     /// The answer to a client whose handler was cancelled and runs on.
@@ -238,7 +241,7 @@ impl Judge {
                 Ok(refused(&self.settings, rejection))
             }
             (Closed::Superseded(record), _) => {
-                Ok(match answer_from(&self.facts.node, &self.settings, &record).await {
+                Ok(match response_of_record(&self.facts.node, &self.settings, &record).await {
                     Ok(stored) => replay(&self.settings, stored),
                     Err(rejection) => refused(&self.settings, rejection),
                 })
@@ -273,8 +276,8 @@ impl Cause {
             ),
             Self::TransactionOverdue => Rejection::new(
                 RejectionCode::TransactionLost,
-                "The request was not performed: its transaction was open for too long and was rolled back. \
-                 Send it again with the same key.",
+                "The transaction of the request was open for too long. Send the request again with the same \
+                 key to learn whether it was performed.",
             ),
         }
     }

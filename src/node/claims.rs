@@ -4,49 +4,49 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{
     sync::oneshot,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
 
-use super::{FIRST_LATE_PAUSE, Node, RETRY, UNDO_LIMIT, ends::End, tasks::no_answer};
+use super::{
+    FIRST_LATE_PAUSE, Node, UNDO_LIMIT,
+    ends::End,
+    errand::{receive, repeat_for},
+    leases::usable,
+    tasks::no_answer,
+};
 use crate::{
-    error::{StoreError, StoreErrorKind},
+    error::StoreError,
     redact::TRACING_TARGET,
     stored::record::{Attempt, Claim, ClaimOutcome},
 };
 
 impl Node {
     /// Claims a key, unless an attempt of this process runs for it.
-    pub(crate) async fn ask(
+    pub(crate) async fn claim(
         self: &Arc<Self>,
         claim: &Claim,
         limit: Duration,
     ) -> Result<ClaimOutcome, StoreError> {
         match self.running.find(&claim.attempt.consumer, &claim.attempt.key) {
             Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
-            None => self.claim(claim.clone(), limit).await,
+            None => self.claim_in_store(claim.clone(), limit).await,
         }
     }
 
     /// Claims a key, waiting at most `limit`. A claim that is won later is released again.
-    async fn claim(self: &Arc<Self>, claim: Claim, limit: Duration) -> Result<ClaimOutcome, StoreError> {
-        // Near the end of its lease a claim is worth nothing: another attempt may run before it is
-        // renewed.
-        let usable = claim.lease * 3 / 4;
+    async fn claim_in_store(
+        self: &Arc<Self>,
+        claim: Claim,
+        limit: Duration,
+    ) -> Result<ClaimOutcome, StoreError> {
+        let usable = usable(claim.lease);
         let limit = limit.min(usable);
         // Before the claim is sent: the store starts the lease at some moment after this.
         let sent_at = Instant::now();
         let attempt = claim.attempt.clone();
-        let (sender, mut receiver) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         self.tasks.spawn(Arc::clone(self).claim_for(claim, sender));
-        let answer = match timeout(limit, &mut receiver).await {
-            Ok(answer) => answer.ok(),
-            Err(_) => {
-                // Closed first: an answer is either seen here, or the task learns that it is not
-                // taken.
-                receiver.close();
-                receiver.try_recv().ok()
-            }
-        };
+        let answer = receive(receiver, limit).await;
         if matches!(answer, Some(Ok(ClaimOutcome::Won { .. }))) && sent_at.elapsed() > usable {
             self.give_back(attempt);
             return Err(no_answer(limit));
@@ -60,27 +60,16 @@ impl Node {
         claim: Claim,
         caller: oneshot::Sender<Result<ClaimOutcome, StoreError>>,
     ) {
-        let (mut sent, mut tries) = (false, 1);
-        let outcome = loop {
-            let outcome = self.store.claim(&claim).await;
-            let Err(error) = &outcome else { break outcome };
-            let ambiguous = error.kind() == StoreErrorKind::Ambiguous;
-            // Once a try may have arrived, a later one that certainly failed does not make it undone.
-            sent |= ambiguous;
-            // The same attempt asks again: if the lost reply had said that the key was won, it is won again.
-            if !ambiguous || caller.is_closed() {
-                break outcome;
-            }
-            sleep(RETRY.after(tries)).await;
-            tries += 1;
-        };
+        // The same attempt asks again: if the lost reply had said that the key was won, it is won again.
+        let (outcome, may_arrive_late) = repeat_for(&caller, || self.store.claim(&claim)).await;
         let won = matches!(outcome, Ok(ClaimOutcome::Won { .. }));
         // Fails if the caller has stopped waiting: then no handler will start for this claim.
         let delivered = caller.send(outcome).is_ok();
         if won && delivered {
             return;
         }
-        if sent {
+        if may_arrive_late {
+            // Also after another's record was delivered: the release touches only this attempt.
             self.release_late(&claim).await;
         } else if won {
             self.release_unstarted(&claim.attempt).await;

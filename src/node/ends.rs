@@ -24,11 +24,11 @@ pub(crate) enum End {
 /// The outcome of writing an [`End`].
 #[derive(Debug)]
 pub(crate) enum Written {
-    /// The record says what the attempt says.
+    /// Written, or nothing stored contradicts the attempt.
     Done,
-    /// The record says something else.
+    /// The attempt lost the record; after a release or hold it is a completed one.
     Lost(Box<Record>),
-    /// There is no record.
+    /// There is no record to complete.
     Absent,
 }
 
@@ -43,12 +43,12 @@ impl Node {
         give_up: Instant,
     ) -> Result<Written, StoreError> {
         let end_once = || {
-            // Before the write is sent: a renewal that overtook it would extend a lease that has
-            // ended.
+            // Before the write is sent: a renewal after it would find the lease ended, and report it
+            // lost. One that is under way is fenced by the store, and its outcome is ignored.
             if let Some(lease) = lease {
                 lease.leave();
             }
-            keep_if_late(lease, self.end_once(attempt, end))
+            renew_if_late(lease, self.end_once(attempt, end))
         };
         // After every error, also one that looks final: a server may be read-only while another
         // becomes the primary.
@@ -60,7 +60,7 @@ impl Node {
             );
             // During the pause the lease could run out: renewed immediately, until the next try leaves it.
             if let Some(lease) = lease {
-                lease.keep(Duration::ZERO);
+                lease.renew_after(Duration::ZERO);
             }
         })
         .await
@@ -73,7 +73,7 @@ impl Node {
                 CompleteOutcome::Lost(record) => Written::Lost(record),
                 CompleteOutcome::Absent => Written::Absent,
             }),
-            End::Release => self.after(attempt, self.store.release(attempt).await?).await,
+            End::Release => self.unless_contradicted(attempt, self.store.release(attempt).await?).await,
             End::Hold => {
                 let held = self.store.hold(attempt).await?;
                 if held == Fenced::Lost {
@@ -82,13 +82,13 @@ impl Node {
                         "the key could not be held: the record was completed or taken over by another attempt"
                     );
                 }
-                self.after(attempt, held).await
+                self.unless_contradicted(attempt, held).await
             }
         }
     }
 
     /// An attempt that has lost its record must not contradict what another one has stored.
-    async fn after(&self, attempt: &Attempt, fenced: Fenced) -> Result<Written, StoreError> {
+    async fn unless_contradicted(&self, attempt: &Attempt, fenced: Fenced) -> Result<Written, StoreError> {
         if fenced == Fenced::Applied {
             return Ok(Written::Done);
         }
@@ -101,16 +101,16 @@ impl Node {
 
 /// Renews the lease again if the store takes long: on a broken connection the call may hang for
 /// longer than the lease.
-async fn keep_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
+async fn renew_if_late<T>(lease: Option<&Lease>, call: impl Future<Output = T>) -> T {
     let Some(lease) = lease else { return call.await };
     // An answer within the interval, the usual case, costs no renewal.
     let mut call = pin!(call);
     if let Ok(answer) = timeout(lease.interval(), &mut call).await {
         return answer;
     }
-    lease.keep(Duration::ZERO);
+    lease.renew_after(Duration::ZERO);
     let answer = call.await;
-    // Whatever was written, the record's lease must not be extended after it.
+    // If the end is written, nothing is left to renew; if not, the pause before the next try renews.
     lease.leave();
     answer
 }

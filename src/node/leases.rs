@@ -33,7 +33,7 @@ pub(crate) struct Renewer {
 #[derive(Debug, Default)]
 struct State {
     leases: HashMap<AttemptId, Entry>,
-    running: bool,
+    task_runs: bool,
     next: Option<Instant>,
 }
 
@@ -58,11 +58,11 @@ impl Renewer {
         let mut state = self.state();
         let due = entry.due;
         state.leases.insert(entry.renewal.attempt.id, entry);
-        if !state.running {
-            state.running = true;
+        if !state.task_runs {
+            state.task_runs = true;
             // Made outside of the task: a runtime that shuts down may drop the task before its first poll.
-            let alive = Alive { renewer: Arc::clone(self), ended: false };
-            tokio::spawn(alive.run());
+            let task = RenewalTask { renewer: Arc::clone(self), ended: false };
+            tokio::spawn(task.run());
         } else if state.next.is_none_or(|next| due < next) {
             // The task sleeps until `next`. If it is not sleeping yet, `notify_one` leaves a permit.
             self.wake.notify_one();
@@ -79,7 +79,7 @@ impl Renewer {
         let mut state = self.state();
         state.next = state.leases.values().map(|entry| entry.due).min();
         // Under the same lock as `add`: a lease added from now on starts a new task.
-        state.running = state.next.is_some();
+        state.task_runs = state.next.is_some();
         state.next
     }
 
@@ -159,12 +159,12 @@ impl Renewer {
 
 /// The task. If its runtime goes down, the next attempt, on another runtime, must be able to start
 /// another.
-struct Alive {
+struct RenewalTask {
     renewer: Arc<Renewer>,
     ended: bool,
 }
 
-impl Alive {
+impl RenewalTask {
     async fn run(mut self) {
         while let Some(next) = self.renewer.next_due() {
             let _ = timeout_at(next, self.renewer.wake.notified()).await;
@@ -173,20 +173,21 @@ impl Alive {
                 tokio::spawn(Arc::clone(&self.renewer).renew(batch.to_vec()));
             }
         }
+        // `next_due` has cleared the flag, which may be a newer task's by now.
         self.ended = true;
     }
 }
 
-impl Drop for Alive {
+impl Drop for RenewalTask {
     fn drop(&mut self) {
         if !self.ended {
-            self.renewer.state().running = false;
+            self.renewer.state().task_runs = false;
         }
     }
 }
 
-/// The lease of one attempt. It is renewed from [`keep`](Self::keep) to [`leave`](Self::leave), or
-/// until it is dropped.
+/// The lease of one attempt. It is renewed from [`renew_after`](Self::renew_after) to
+/// [`leave`](Self::leave), or until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Lease {
     renewer: Arc<Renewer>,
@@ -207,7 +208,7 @@ impl Lease {
     }
 
     /// Starts to renew, the first time after `delay`.
-    pub(crate) fn keep(&self, delay: Duration) {
+    pub(crate) fn renew_after(&self, delay: Duration) {
         self.renewer.add(Entry {
             renewal: self.renewal.clone(),
             interval: self.interval,
@@ -230,6 +231,12 @@ impl Drop for Lease {
     fn drop(&mut self) {
         self.leave();
     }
+}
+
+/// The part of a lease in which its attempt surely owns the record. Near its end another attempt
+/// may run before it is renewed.
+pub(crate) fn usable(lease: Duration) -> Duration {
+    lease * 3 / 4
 }
 
 /// The number of leases that one call of the store renews.

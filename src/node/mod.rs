@@ -2,6 +2,7 @@
 
 mod claims;
 pub(crate) mod ends;
+pub(crate) mod errand;
 pub(crate) mod leases;
 pub(crate) mod reaper;
 pub(crate) mod running;
@@ -54,8 +55,8 @@ impl fmt::Debug for Node {
     }
 }
 
-/// The time in which a claim or an opening that was made in vain is undone, before its lease or
-/// reconciler does it.
+/// The time in which a claim or an opened intent that is not used is undone here; then its lease or
+/// the reconciler does it.
 pub(crate) const UNDO_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// The first pause between two tries to undo a write that may still be carried out.
 pub(crate) const FIRST_LATE_PAUSE: Duration = Duration::from_millis(100);

@@ -97,8 +97,8 @@ impl Reaper {
         // Read before the swap: every request with a key passes here.
         if !node.reaper_runs.load(Ordering::Relaxed) && !node.reaper_runs.swap(true, Ordering::Relaxed) {
             // Made outside of the task: a runtime that shuts down may drop the task before its first poll.
-            let alive = Alive(Arc::downgrade(node));
-            node.tasks.spawn_background(alive.run(schedule, node.tasks.stopped.clone()));
+            let task = PurgeTask(Arc::downgrade(node));
+            node.tasks.spawn_background(task.run(schedule, node.tasks.stopped.clone()));
         }
     }
 }
@@ -142,9 +142,9 @@ where
 }
 
 /// The purging task. When it ends with its runtime, the next request starts another.
-struct Alive(Weak<Node>);
+struct PurgeTask(Weak<Node>);
 
-impl Alive {
+impl PurgeTask {
     async fn run(self, schedule: Schedule, stopped: CancellationToken) {
         // Nodes that start together must not purge together.
         if timeout(jittered(schedule.interval), stopped.cancelled()).await.is_ok() {
@@ -159,7 +159,7 @@ impl Alive {
     }
 }
 
-impl Drop for Alive {
+impl Drop for PurgeTask {
     fn drop(&mut self) {
         if let Some(node) = self.0.upgrade() {
             node.reaper_runs.store(false, Ordering::Relaxed);

@@ -25,7 +25,7 @@ impl Running {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a record whose claim was won, until the returned guard is dropped.
+    /// Notes a record once its attempt begins, until the returned guard is dropped.
     pub(crate) fn enter(self: &Arc<Self>, attempt: Attempt, record: Record) -> Entered {
         self.records().insert((record.consumer.clone(), record.key.clone()), record);
         Entered { running: Arc::clone(self), attempt }

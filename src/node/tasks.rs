@@ -71,7 +71,7 @@ impl Tasks {
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.spawn(work).await.unwrap_or_else(|error| Err(task_ended(error)))
+        end_of(self.spawn(work)).await
     }
 
     /// Runs a call of the store to its end and waits at most `limit`.
@@ -80,7 +80,7 @@ impl Tasks {
         limit: Duration,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
-        answer_of(self.spawn(work), limit).await
+        wait_for(self.spawn(work), limit).await
     }
 
     /// Starts a task that runs for as long as the layer does.
@@ -89,14 +89,6 @@ impl Tasks {
         work: impl Future<Output = T> + Send + 'static,
     ) -> JoinHandle<T> {
         self.background.spawn(work)
-    }
-
-    /// Runs work to its end as a background task, even if its caller has gone.
-    pub(crate) async fn in_background<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
-    ) -> Result<T, StoreError> {
-        self.spawn_background(work).await.unwrap_or_else(|error| Err(task_ended(error)))
     }
 
     /// Refuses new work and waits for all tasks, the background tasks last. After `limit`, returns
@@ -110,8 +102,8 @@ impl Tasks {
             self.tracked.wait().await;
             self.stopped.cancel();
             self.background.wait().await;
-        });
-        let drained = drained.await;
+        })
+        .await;
         // Also after the limit, so that no background task outlives the drain.
         self.stopped.cancel();
         drained.map_err(|_| self.tracked.len() + self.background.len())
@@ -150,14 +142,19 @@ pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
     }
 }
 
-/// Waits for a task that works with the store. After `limit` the task goes on, and its effect is
-/// not known.
-pub(crate) async fn answer_of<T>(
+/// Waits for a task that works with the store, which goes on if its caller has gone.
+pub(crate) async fn end_of<T>(task: JoinHandle<Result<T, StoreError>>) -> Result<T, StoreError> {
+    task.await.unwrap_or_else(|error| Err(task_ended(error)))
+}
+
+/// Waits at most `limit` for a task that works with the store. After that it goes on, and its
+/// effect is not known.
+pub(crate) async fn wait_for<T>(
     task: JoinHandle<Result<T, StoreError>>,
     limit: Duration,
 ) -> Result<T, StoreError> {
-    match timeout(limit, task).await {
-        Ok(answer) => answer.unwrap_or_else(|error| Err(task_ended(error))),
+    match timeout(limit, end_of(task)).await {
+        Ok(answer) => answer,
         // The task is detached, not cancelled, when its handle is dropped.
         Err(elapsed) => Err(no_answer(limit).with_source(elapsed)),
     }

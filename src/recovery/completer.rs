@@ -71,8 +71,8 @@ impl Refused {
 /// response when it does come back.
 ///
 /// A request is not sent while its record is held, and never if the record was claimed under a
-/// policy that [holds abandoned attempts](crate::layer::AbandonedAttempts::Hold). A request that failed
-/// before any intent or phase is not sent either: nothing of it is left to complete.
+/// policy that [holds abandoned attempts](crate::layer::AbandonedAttempts::Hold). A request that
+/// failed before any intent or phase is not sent either: nothing of it is left to complete.
 ///
 /// # When an operator is needed
 ///
@@ -162,9 +162,9 @@ impl Completer {
     /// doubles, up to eight times the interval, while the store fails.
     ///
     /// A request is sent in the first pass after its lease is over and
-    /// [`with_abandoned_after`](crate::recovery::KeptRequests::with_abandoned_after) has passed. It is sent
-    /// again in the first pass after the [backoff](Self::with_backoff), also if it was not sent
-    /// because an attempt was running.
+    /// [`with_abandoned_after`](crate::recovery::KeptRequests::with_abandoned_after) has passed. It
+    /// is sent again in the first pass after the [backoff](Self::with_backoff), also if it was not
+    /// sent because an attempt was running.
     ///
     /// ```
     /// # use tower_idempotency::recovery::Completer;

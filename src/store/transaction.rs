@@ -104,7 +104,8 @@ pub enum TransactionUsage {
 /// A transaction could not be begun, committed or rolled back.
 ///
 /// [`source`](StdError::source) holds the cause.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct TransactionError {
     kind: TransactionErrorKind,
     message: String,
@@ -193,17 +194,5 @@ impl TransactionError {
 impl From<StoreError> for TransactionError {
     fn from(error: StoreError) -> Self {
         Self::new(TransactionErrorKind::Unavailable, "the store is not available").with_source(error)
-    }
-}
-
-impl fmt::Display for TransactionError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl StdError for TransactionError {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_ref().map(|source| &**source as &(dyn StdError + 'static))
     }
 }

@@ -1,6 +1,7 @@
 //! The data that a store keeps, and its bytes; no behaviour.
 
 pub(crate) mod codec;
+mod framing;
 pub(crate) mod intent;
 pub(crate) mod record;
 pub(crate) mod request;

@@ -10,7 +10,7 @@ use crate::{
     key::IdempotencyKey,
     redact::Length,
     stored::{
-        codec::{Codec, Unsealed, get_bytes, get_headers, put_bytes, put_headers},
+        framing::{Unsealed, get_bytes, get_headers, put_bytes, put_headers},
         record::RecordId,
     },
 };
@@ -38,16 +38,6 @@ impl KeptRequest {
     #[must_use]
     pub fn new(record_id: RecordId, consumer: Consumer, key: IdempotencyKey, request: Bytes) -> Self {
         Self { record_id, consumer, key, request, tries: 0, attention: None }
-    }
-
-    /// The request as it is sent again: method, original URI, the headers that were kept, and the
-    /// body.
-    ///
-    /// # Errors
-    ///
-    /// [`UnreadableRequest`] if it is damaged or was kept by an unknown version of this crate.
-    pub fn decode(&self) -> Result<Request<Bytes>, UnreadableRequest> {
-        Codec.read_request(&self.request)
     }
 }
 
@@ -132,6 +122,7 @@ mod tests {
     use http::HeaderValue;
 
     use super::*;
+    use crate::stored::codec::Codec;
 
     fn encoded(headers: &HeaderMap, body: &[u8]) -> Bytes {
         Codec.request(&Method::PATCH, "/a/%20b?c=d&e", headers, &Bytes::copy_from_slice(body))

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response::Par
 use crate::{
     consumer::Consumer,
     redact::Length,
-    stored::codec::{Codec, Unsealed, get_bytes, get_headers, put_bytes, put_headers},
+    stored::framing::{Unsealed, get_bytes, get_headers, put_bytes, put_headers},
 };
 
 /// A response as it is stored and replayed: status, every header line with its raw bytes, body and
@@ -72,23 +72,6 @@ impl StoredResponse {
         for name in names {
             self.headers.remove(name);
         }
-    }
-
-    /// Encodes the response: one version byte, eight bytes of checksum, then length-prefixed
-    /// fields.
-    #[must_use]
-    pub fn encode(&self) -> Bytes {
-        Codec.response(self)
-    }
-
-    /// Decodes what [`encode`](Self::encode) made.
-    ///
-    /// # Errors
-    ///
-    /// [`UnreadableResponse`] if the version or the kind of body is unknown, or the checksum does
-    /// not match.
-    pub fn decode(encoded: &Bytes) -> Result<Self, UnreadableResponse> {
-        Codec.read_response(encoded)
     }
 
     pub(super) fn payload(&self) -> Vec<u8> {
@@ -272,7 +255,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::stored::codec::seal;
+    use crate::stored::framing::seal;
 
     #[test]
     fn the_bytes_of_a_representation_are_not_shown() {

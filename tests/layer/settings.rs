@@ -215,7 +215,7 @@ async fn the_type_of_a_problem_can_lead_to_a_page_of_the_applications_own() {
     answer.assert_refused(RejectionCode::UpstreamUnavailable);
     assert_eq!(answer.problem()["type"], "https://errors.example.com/upstream-unavailable");
     let answer = send(&app.layer(layer()), charge("k")).await;
-    let docs = "https://docs.rs/tower-idempotency/latest/tower_idempotency/enum.RejectionCode.html";
+    let docs = "https://docs.rs/tower-idempotency/latest/tower_idempotency/rejection/enum.RejectionCode.html";
     assert_eq!(answer.problem()["type"], format!("{docs}#variant.UpstreamUnavailable"));
 }
 

@@ -18,12 +18,13 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, ResultPolicy};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_policy(ResultPolicy::at_most_once());
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_policy(ResultPolicy::at_most_once());
     /// # }
     /// ```
     #[must_use]
     pub fn with_policy(self, policy: ResultPolicy) -> Self {
-        self.set_attempt(|attempt| attempt.abandoned = policy.abandoned())
+        self.set_attempts(|attempts| attempts.abandoned = policy.abandoned())
             .set(|settings| settings.policy = policy)
     }
 
@@ -89,7 +90,8 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, Rejection};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_renderer(|rejection: &Rejection| {
+    /// let layer = IdempotencyLayer::new(MemoryStore::new());
+    /// let layer = layer.with_renderer(|rejection: &Rejection| {
     ///     let mut response = http::Response::new(rejection.code().as_str().into());
     ///     *response.status_mut() = rejection.status();
     ///     response
@@ -146,7 +148,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use http::header;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).add_header_not_kept(header::SET_COOKIE);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .add_header_not_kept(header::SET_COOKIE);
     /// # }
     /// ```
     #[must_use]

@@ -32,7 +32,7 @@ impl IdempotencyLayer {
     #[must_use]
     #[track_caller]
     pub fn with_retention(self, retention: Duration) -> Self {
-        self.set_attempt(|attempt| attempt.timing.retention = retention).checked()
+        self.set_attempts(|attempts| attempts.timing.retention = retention).checked()
     }
 
     /// Sets the lease: how long an attempt owns its record without renewing. Retries are refused
@@ -53,7 +53,7 @@ impl IdempotencyLayer {
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
-        self.set_attempt(|attempt| attempt.timing.lease = lease).checked()
+        self.set_attempts(|attempts| attempts.timing.lease = lease).checked()
     }
 
     /// Sets the interval between two renewals of a lease. Default: a third of the lease.
@@ -62,7 +62,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_renewal_interval(Duration::from_secs(5));
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_renewal_interval(Duration::from_secs(5));
     /// # }
     /// ```
     ///
@@ -72,7 +73,7 @@ impl IdempotencyLayer {
     #[must_use]
     #[track_caller]
     pub fn with_renewal_interval(self, interval: Duration) -> Self {
-        self.set_attempt(|attempt| attempt.timing.renewal = Some(interval)).checked()
+        self.set_attempts(|attempts| attempts.timing.renewal = Some(interval)).checked()
     }
 
     /// Limits how long a handler may run before it is cancelled. Default: 10 min. For a shorter
@@ -82,7 +83,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_max_execution(Duration::from_secs(60));
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_max_execution(Duration::from_secs(60));
     /// # }
     /// ```
     ///
@@ -92,7 +94,7 @@ impl IdempotencyLayer {
     #[must_use]
     #[track_caller]
     pub fn with_max_execution(self, limit: Duration) -> Self {
-        self.set_attempt(|attempt| attempt.timing.max_execution = limit).checked()
+        self.set_attempts(|attempts| attempts.timing.max_execution = limit).checked()
     }
 
     /// Limits how long a request waits for the store to claim its key, to at most three quarters of
@@ -102,7 +104,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_store_timeout(Duration::from_secs(2));
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_store_timeout(Duration::from_secs(2));
     /// # }
     /// ```
     ///
@@ -113,7 +116,7 @@ impl IdempotencyLayer {
     #[track_caller]
     pub fn with_store_timeout(self, limit: Duration) -> Self {
         check_store_timeout(limit);
-        self.set_attempt(|attempt| attempt.store_timeout = limit)
+        self.set_attempts(|attempts| attempts.store_timeout = limit)
     }
 
     /// Sets the behaviour while the store is unavailable. Default: [`StoreOutage::Refuse`].
@@ -121,7 +124,8 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, layer::StoreOutage};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_store_outage(StoreOutage::RunUnprotected);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_store_outage(StoreOutage::RunUnprotected);
     /// # }
     /// ```
     #[must_use]
@@ -134,12 +138,13 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, layer::KeyLogging};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_key_logging(KeyLogging::Redacted);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_key_logging(KeyLogging::Redacted);
     /// # }
     /// ```
     #[must_use]
     pub fn with_key_logging(self, logging: KeyLogging) -> Self {
-        self.set_attempt(|attempt| attempt.key_logging = logging)
+        self.set_attempts(|attempts| attempts.key_logging = logging)
     }
 
     /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task
@@ -170,11 +175,12 @@ impl IdempotencyLayer {
     /// ```
     #[must_use]
     pub fn with_transactions(self, options: TransactionOptions) -> Self {
-        self.set_attempt(|attempt| attempt.transactions = options)
+        self.set_attempts(|attempts| attempts.transactions = options)
     }
 
-    /// Keeps requests before their handlers run, so that a [`Completer`](crate::recovery::Completer) can send
-    /// them again when their process has died and their client does not come back. Off by default.
+    /// Keeps requests before their handlers run, so that a
+    /// [`Completer`](crate::recovery::Completer) can send them again when their process has died
+    /// and their client does not come back. Off by default.
     ///
     /// Each request with a key then costs another write. A request that cannot be kept is not run:
     /// 503 `store-unavailable`, and its key is given back. The store must be able to keep requests,

@@ -18,7 +18,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use http::Method;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_methods([Method::POST, Method::PUT]);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_methods([Method::POST, Method::PUT]);
     /// # }
     /// ```
     ///
@@ -95,7 +96,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_derived_key(Duration::from_secs(60));
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_derived_key(Duration::from_secs(60));
     /// # }
     /// ```
     ///
@@ -118,7 +120,8 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use tower_idempotency::{ConsumerExtractor, IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_consumer(ConsumerExtractor::extension());
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_consumer(ConsumerExtractor::extension());
     /// # }
     /// ```
     ///
@@ -138,7 +141,8 @@ impl IdempotencyLayer {
     /// # #[cfg(feature = "memory")] {
     /// # use http::HeaderName;
     /// # use tower_idempotency::{Fingerprinter, IdempotencyLayer, MemoryStore};
-    /// let fingerprinter = Fingerprinter::default().add_header(HeaderName::from_static("x-tenant"));
+    /// let fingerprinter = Fingerprinter::default()
+    ///     .add_header(HeaderName::from_static("x-tenant"));
     /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_fingerprint(fingerprinter);
     /// # }
     /// ```
@@ -191,7 +195,7 @@ impl IdempotencyLayer {
     #[track_caller]
     pub fn with_request_body_limit(self, bytes: usize) -> Self {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        self.set(|settings| settings.request_limits.body = bytes).checked()
+        self.set(|settings| settings.request_limits.body_limit = bytes).checked()
     }
 
     /// Limits all buffered request bodies together, in bytes; a body that does not fit gets 503
@@ -200,7 +204,8 @@ impl IdempotencyLayer {
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
-    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_request_buffer_limit(256 * 1024 * 1024);
+    /// let layer = IdempotencyLayer::new(MemoryStore::new())
+    ///     .with_request_buffer_limit(256 * 1024 * 1024);
     /// # }
     /// ```
     ///
@@ -210,10 +215,10 @@ impl IdempotencyLayer {
     #[must_use]
     #[track_caller]
     pub fn with_request_buffer_limit(self, bytes: usize) -> Self {
-        let total = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
+        let free = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
         self.set(|settings| {
             settings.request_limits.total_limit = bytes;
-            settings.request_limits.total = total;
+            settings.request_limits.free = free;
         })
         .checked()
     }

@@ -1,15 +1,30 @@
 //! One record and the rules about it: the contract as readable code. The SQL of the rules is in
 //! `sql/rules.rs`, under the same names.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::{
+    consumer::Consumer,
     fingerprint::Fingerprint,
+    key::IdempotencyKey,
     stored::record::{Attempt, AttemptId, Claim, ClaimOutcome, RecordId},
 };
+
+pub(super) type Identity = (Consumer, IdempotencyKey);
+
+pub(super) fn identity_of(attempt: &Attempt) -> Identity {
+    (attempt.consumer.clone(), attempt.key.clone())
+}
+
+/// A moment on two clocks: one decides, the other is shown to people.
+#[derive(Clone, Copy)]
+pub(super) struct Now {
+    pub(super) instant: Instant,
+    pub(super) shown: SystemTime,
+}
 
 #[derive(Clone)]
 pub(super) struct Entry {

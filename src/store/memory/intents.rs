@@ -1,27 +1,17 @@
 //! One intent: when it may be called, and by which update it may be changed.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, SystemTime},
-};
+use std::{collections::HashMap, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{entry::LONGEST, shard::Identity};
+use super::entry::{Identity, LONGEST, Now};
 use crate::{
     store::recovery::ABSENT,
     stored::intent::{CallId, Intent, IntentFence, IntentState, IntentUpdate, Opening, UpstreamKey},
 };
 
-/// A moment on two clocks: one decides, the other is shown to people.
-#[derive(Clone, Copy)]
-pub(super) struct Now {
-    pub(super) instant: Instant,
-    pub(super) shown: SystemTime,
-}
-
 #[derive(Clone)]
-pub(super) struct KeptIntent {
+pub(super) struct StoredIntent {
     /// The intent as it is shown, without the values that depend on the time.
     pub(super) intent: Intent,
     /// The end of the time in which the upstream recognizes its call by the key.
@@ -41,7 +31,7 @@ enum Look {
     Never,
 }
 
-impl KeptIntent {
+impl StoredIntent {
     pub(super) fn opened(opening: &Opening, now: Now) -> Self {
         let after = |duration: Duration| now.instant + duration.min(LONGEST);
         Self {
@@ -215,21 +205,21 @@ impl KeptIntent {
 /// found quickly.
 #[derive(Default)]
 pub(super) struct Intents {
-    pub(super) waiting: HashMap<UpstreamKey, KeptIntent>,
-    pub(super) settled: HashMap<UpstreamKey, KeptIntent>,
+    pub(super) waiting: HashMap<UpstreamKey, StoredIntent>,
+    pub(super) settled: HashMap<UpstreamKey, StoredIntent>,
 }
 
 impl Intents {
-    pub(super) fn get(&self, key: UpstreamKey) -> Option<&KeptIntent> {
+    pub(super) fn get(&self, key: UpstreamKey) -> Option<&StoredIntent> {
         self.waiting.get(&key).or_else(|| self.settled.get(&key))
     }
 
-    pub(super) fn all(&self) -> impl Iterator<Item = &KeptIntent> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &StoredIntent> {
         self.waiting.values().chain(self.settled.values())
     }
 
     /// Stores an intent and returns the one that it replaces.
-    pub(super) fn put(&mut self, kept: KeptIntent) -> Option<KeptIntent> {
+    pub(super) fn put(&mut self, kept: StoredIntent) -> Option<StoredIntent> {
         let key = kept.intent.upstream_key;
         // An update may move an intent between the two maps.
         let old = self.remove(key);
@@ -238,7 +228,7 @@ impl Intents {
         old
     }
 
-    pub(super) fn remove(&mut self, key: UpstreamKey) -> Option<KeptIntent> {
+    pub(super) fn remove(&mut self, key: UpstreamKey) -> Option<StoredIntent> {
         self.waiting.remove(&key).or_else(|| self.settled.remove(&key))
     }
 }

@@ -5,7 +5,7 @@ mod intents;
 mod recovery;
 mod requests;
 mod shard;
-mod shared;
+mod shards;
 
 use std::{
     fmt,
@@ -19,9 +19,9 @@ use http::Extensions;
 use tokio::time::Instant;
 
 use self::{
-    entry::{Decision, Entry, State, decide},
-    shard::{identity_of, size},
-    shared::{Node, lock},
+    entry::{Decision, Entry, State, decide, identity_of},
+    shard::size,
+    shards::{Shards, lock},
 };
 use crate::{
     consumer::Consumer,
@@ -64,7 +64,7 @@ use crate::{
 /// ```
 #[derive(Clone)]
 pub struct MemoryStore {
-    shared: Arc<Node>,
+    shards: Arc<Shards>,
     max_records: usize,
     max_bytes: usize,
 }
@@ -73,7 +73,7 @@ impl MemoryStore {
     /// Makes an empty store with the default limits.
     #[must_use]
     pub fn new() -> Self {
-        Self { shared: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
+        Self { shards: Arc::default(), max_records: DEFAULT_MAX_RECORDS, max_bytes: DEFAULT_MAX_BYTES }
     }
 
     /// Sets the number of records, intents and kept requests, counted together, up to which this
@@ -99,8 +99,8 @@ impl MemoryStore {
     }
 
     fn full(&self) -> Option<StoreError> {
-        let items = self.shared.stored.items.load(Ordering::Relaxed);
-        let bytes = self.shared.stored.bytes.load(Ordering::Relaxed);
+        let items = self.shards.stored.items.load(Ordering::Relaxed);
+        let bytes = self.shards.stored.bytes.load(Ordering::Relaxed);
         (items >= self.max_records || bytes >= self.max_bytes).then(|| {
             let message =
                 format!("the memory store is full: {items} records, intents and requests, {bytes} bytes");
@@ -111,12 +111,12 @@ impl MemoryStore {
     /// Forgets data that may be forgotten, if the store is full.
     fn make_room(&self) {
         if self.full().is_some() {
-            let (now, stored) = (self.shared.now(), &self.shared.stored);
-            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge(left, stored));
-            self.shared.purge(PURGED_WHEN_FULL, |shard, left| {
+            let (now, stored) = (self.shards.now(), &self.shards.stored);
+            self.shards.purge(PURGED_WHEN_FULL, |shard, left| shard.purge(left, stored));
+            self.shards.purge(PURGED_WHEN_FULL, |shard, left| {
                 shard.purge_intents(left, Duration::ZERO, now, stored)
             });
-            self.shared.purge(PURGED_WHEN_FULL, |shard, left| shard.purge_requests(left, stored));
+            self.shards.purge(PURGED_WHEN_FULL, |shard, left| shard.purge_requests(left, stored));
         }
     }
 }
@@ -131,8 +131,8 @@ impl Default for MemoryStore {
 impl fmt::Debug for MemoryStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryStore")
-            .field("items", &self.shared.stored.items)
-            .field("bytes", &self.shared.stored.bytes)
+            .field("items", &self.shards.stored.items)
+            .field("bytes", &self.shards.stored.bytes)
             .finish_non_exhaustive()
     }
 }
@@ -147,8 +147,8 @@ impl Store for MemoryStore {
         // Before a shard is locked, because making room locks one shard after the other.
         self.make_room();
         let identity = identity_of(&claim.attempt);
-        let mut shard = self.shared.shard(&identity);
-        let (now, stored) = (Instant::now(), &self.shared.stored);
+        let mut shard = self.shards.shard(&identity);
+        let (now, stored) = (Instant::now(), &self.shards.stored);
         match decide(shard.entries.get(&identity), claim, now) {
             Decision::Create => {
                 // The expired record goes first, so that its key can be claimed again when the
@@ -165,12 +165,12 @@ impl Store for MemoryStore {
                 Ok(outcome)
             }
             Decision::Hold(entry) => {
-                let record = self.shared.show(&identity, &entry, now);
+                let record = self.shards.show(&identity, &entry, now);
                 shard.put(identity, *entry, stored);
                 Ok(ClaimOutcome::Exists(Box::new(record)))
             }
             Decision::Show(entry) => {
-                Ok(ClaimOutcome::Exists(Box::new(self.shared.show(&identity, entry, now))))
+                Ok(ClaimOutcome::Exists(Box::new(self.shards.show(&identity, entry, now))))
             }
         }
     }
@@ -181,30 +181,30 @@ impl Store for MemoryStore {
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
         let identity = identity_of(attempt);
-        let mut shard = self.shared.shard(&identity);
+        let mut shard = self.shards.shard(&identity);
         let Some(entry) = shard.entries.get(&identity) else {
             return Ok(CompleteOutcome::Absent);
         };
         let now = Instant::now();
         if entry.attempt != Some(attempt.id) {
-            let record = self.shared.show(&identity, entry, now);
+            let record = self.shards.show(&identity, entry, now);
             return Ok(CompleteOutcome::Lost(Box::new(record)));
         }
         // A repeated completion succeeds, and the stored response stays.
         if !entry.is_completed() {
             let completed = entry.completed(response, now);
-            shard.put(identity, completed, &self.shared.stored);
+            shard.put(identity, completed, &self.shards.stored);
         }
         Ok(CompleteOutcome::Completed)
     }
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let identity = identity_of(attempt);
-        let mut shard = self.shared.shard(&identity);
+        let mut shard = self.shards.shard(&identity);
         match shard.entries.get(&identity) {
             Some(entry) if entry.is_mine(attempt) => {
                 let released = entry.released(Instant::now());
-                shard.give_back(identity, released, &self.shared.stored);
+                shard.give_back(identity, released, &self.shards.stored);
                 Ok(Fenced::Applied)
             }
             _ => Ok(Fenced::Lost),
@@ -213,7 +213,7 @@ impl Store for MemoryStore {
 
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
         let identity = identity_of(attempt);
-        let mut shard = self.shared.shard(&identity);
+        let mut shard = self.shards.shard(&identity);
         match shard.entries.get_mut(&identity) {
             Some(entry) if entry.is_mine(attempt) => {
                 entry.state = State::Held;
@@ -225,17 +225,17 @@ impl Store for MemoryStore {
 
     async fn get(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Option<Record>, StoreError> {
         let identity = (consumer.clone(), key.clone());
-        let shard = self.shared.shard(&identity);
-        Ok(shard.entries.get(&identity).map(|entry| self.shared.show(&identity, entry, Instant::now())))
+        let shard = self.shards.shard(&identity);
+        Ok(shard.entries.get(&identity).map(|entry| self.shards.show(&identity, entry, Instant::now())))
     }
 
     async fn list(&self, filter: RecordFilter, limit: u32) -> Result<Vec<Record>, StoreError> {
         let now = Instant::now();
         let mut records: Vec<Record> = Vec::new();
         // One shard after the other: a list need not show one moment, and must not stop all claims.
-        for shard in &self.shared.shards {
+        for shard in &self.shards.parts {
             let shard = lock(shard);
-            let shown = shard.entries.iter().map(|(identity, entry)| self.shared.show(identity, entry, now));
+            let shown = shard.entries.iter().map(|(identity, entry)| self.shards.show(identity, entry, now));
             records.extend(shown.filter(|record| matches(filter, &record.state)));
         }
         records.sort_by_key(|record| record.created_at);
@@ -245,7 +245,7 @@ impl Store for MemoryStore {
 
     async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let identity = (consumer.clone(), key.clone());
-        Ok(self.shared.shard(&identity).remove(&identity, &self.shared.stored))
+        Ok(self.shards.shard(&identity).remove(&identity, &self.shards.stored))
     }
 
     async fn resolve(
@@ -255,7 +255,7 @@ impl Store for MemoryStore {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let identity = (consumer.clone(), key.clone());
-        let mut shard = self.shared.shard(&identity);
+        let mut shard = self.shards.shard(&identity);
         let now = Instant::now();
         let Some(entry) = shard.entries.get(&identity) else {
             return Ok(ResolveOutcome::Absent);
@@ -266,7 +266,7 @@ impl Store for MemoryStore {
         if !entry.is_resolvable(now) {
             return Ok(ResolveOutcome::InProgress);
         }
-        let stored = &self.shared.stored;
+        let stored = &self.shards.stored;
         match resolution {
             Resolution::Release if entry.is_unrepeatable(now) => {
                 return Ok(ResolveOutcome::UnresolvedIntents);
@@ -299,14 +299,14 @@ impl Store for MemoryStore {
     }
 
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
-        Ok(self.shared.purge(limit, |shard, left| shard.purge(left, &self.shared.stored)))
+        Ok(self.shards.purge(limit, |shard, left| shard.purge(left, &self.shards.stored)))
     }
 }
 
 impl MemoryStore {
     fn renew_one(&self, renewal: &Renewal) -> RenewOutcome {
         let identity = identity_of(&renewal.attempt);
-        let mut shard = self.shared.shard(&identity);
+        let mut shard = self.shards.shard(&identity);
         let Some(entry) = shard.entries.get(&identity) else { return RenewOutcome::Lost };
         if entry.attempt != Some(renewal.attempt.id) {
             return RenewOutcome::Lost;
@@ -314,7 +314,7 @@ impl MemoryStore {
         match entry.state {
             State::InProgress { .. } => {
                 let renewed = entry.clone().with_lease(renewal.lease, Instant::now());
-                shard.put(identity, renewed, &self.shared.stored);
+                shard.put(identity, renewed, &self.shards.stored);
                 RenewOutcome::Renewed
             }
             State::Held => RenewOutcome::Skipped,
@@ -468,7 +468,7 @@ mod tests {
 
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(is_won(&store, &claim("b")).await);
-        assert_eq!(store.shared.stored.items.load(Ordering::Relaxed), 1);
+        assert_eq!(store.shards.stored.items.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test(start_paused = true)]

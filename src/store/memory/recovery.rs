@@ -10,10 +10,10 @@ use tokio::time::Instant;
 
 use super::{
     MemoryStore,
-    entry::{Entry, LONGEST},
-    intents::KeptIntent,
+    entry::{Entry, LONGEST, identity_of},
+    intents::StoredIntent,
     requests::Request,
-    shard::{identity_of, size},
+    shard::size,
 };
 use crate::{
     consumer::Consumer,
@@ -34,20 +34,20 @@ use crate::{
 impl RecoveryStore for MemoryStore {
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
         let identity = identity_of(&opening.attempt);
-        let mut shard = self.shared.shard(&identity);
-        let now = self.shared.now();
+        let mut shard = self.shards.shard(&identity);
+        let now = self.shards.now();
         let owned = |entry: &Entry| entry.is_owned_by(opening.attempt.id, opening.record_id, now.instant);
         if !shard.entries.get(&identity).is_some_and(owned) {
             return Ok(OpenOutcome::Lost);
         }
         let called = match shard.intents.get(opening.upstream_key) {
-            None => KeptIntent::opened(opening, now),
+            None => StoredIntent::opened(opening, now),
             // A repeated opening: the reply to the first may have been lost.
             Some(kept) if kept.is_open_by(opening.call) => return Ok(OpenOutcome::Opened),
             Some(kept) if kept.is_callable(opening, now) => kept.called_again(opening, now),
             Some(kept) => return Ok(OpenOutcome::Recorded(Box::new(kept.show(now)))),
         };
-        shard.put_intent(called, now.instant, &self.shared.stored);
+        shard.put_intent(called, now.instant, &self.shards.stored);
         Ok(OpenOutcome::Opened)
     }
 
@@ -60,15 +60,15 @@ impl RecoveryStore for MemoryStore {
     ) -> Result<Fenced, StoreError> {
         // The shard stays locked from here on, so that the intent cannot change before it is
         // updated.
-        let Some(mut shard) = self.shared.shard_where(|shard| shard.intents.get(intent).is_some()) else {
+        let Some(mut shard) = self.shards.shard_where(|shard| shard.intents.get(intent).is_some()) else {
             return Ok(Fenced::Lost);
         };
-        let now = self.shared.now();
+        let now = self.shards.now();
         match shard.intents.get(intent) {
             Some(kept) if kept.permits(fence, update, shard.is_in_flight(kept, now.instant)) => {
                 let mut kept = kept.clone();
                 kept.update(fence, update, attention, now);
-                shard.put_intent(kept, now.instant, &self.shared.stored);
+                shard.put_intent(kept, now.instant, &self.shards.stored);
                 Ok(Fenced::Applied)
             }
             _ => Ok(Fenced::Lost),
@@ -76,8 +76,8 @@ impl RecoveryStore for MemoryStore {
     }
 
     async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
-        let mut shards = self.shared.all();
-        let now = self.shared.now();
+        let mut shards = self.shards.all();
+        let now = self.shards.now();
         // Of all shards, so that the limit leaves the most overdue.
         let mut due: Vec<_> = shards.iter_mut().flat_map(|shard| shard.due_intents(now)).collect();
         due.sort_by_key(|(since, _)| *since);
@@ -85,8 +85,8 @@ impl RecoveryStore for MemoryStore {
     }
 
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
-        let shard = self.shared.shard_where(|shard| shard.intents.get(intent).is_some());
-        Ok(shard.and_then(|shard| shard.intents.get(intent).map(|kept| kept.show(self.shared.now()))))
+        let shard = self.shards.shard_where(|shard| shard.intents.get(intent).is_some());
+        Ok(shard.and_then(|shard| shard.intents.get(intent).map(|kept| kept.show(self.shards.now()))))
     }
 
     async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError> {
@@ -124,7 +124,7 @@ impl RecoveryStore for MemoryStore {
         after: Duration,
     ) -> Result<Fenced, StoreError> {
         let identity = identity_of(attempt);
-        let mut shard = self.shared.shard(&identity);
+        let mut shard = self.shards.shard(&identity);
         let now = Instant::now();
         let owned = |entry: &Entry| entry.is_owned_by(attempt.id, record, now);
         if !shard.entries.get(&identity).is_some_and(owned) {
@@ -132,7 +132,7 @@ impl RecoveryStore for MemoryStore {
         }
         let (consumer, key) = identity;
         let kept = KeptRequest::new(record, consumer, key, request.clone());
-        shard.put_request(kept, now + after.min(LONGEST), &self.shared.stored);
+        shard.put_request(kept, now + after.min(LONGEST), &self.shards.stored);
         Ok(Fenced::Applied)
     }
 
@@ -143,7 +143,7 @@ impl RecoveryStore for MemoryStore {
         record: RecordId,
     ) -> Result<Fenced, StoreError> {
         let identity = (consumer.clone(), key.clone());
-        match self.shared.shard(&identity).entries.get_mut(&identity) {
+        match self.shards.shard(&identity).entries.get_mut(&identity) {
             Some(entry) if entry.record_id == record && !entry.is_completed() => {
                 entry.retained = true;
                 Ok(Fenced::Applied)
@@ -153,7 +153,7 @@ impl RecoveryStore for MemoryStore {
     }
 
     async fn take_abandoned(&self, limit: u32, pause: Duration) -> Result<Vec<KeptRequest>, StoreError> {
-        let mut shards = self.shared.all();
+        let mut shards = self.shards.all();
         let now = Instant::now();
         let mut due: Vec<_> = shards.iter_mut().flat_map(|shard| shard.due_requests(now)).collect();
         due.sort_by_key(|(since, _)| *since);
@@ -171,12 +171,12 @@ impl RecoveryStore for MemoryStore {
         tries: Option<u32>,
         update: &RequestUpdate,
     ) -> Result<Fenced, StoreError> {
-        let Some(mut shard) = self.shared.shard_where(|shard| shard.requests.contains_key(&record)) else {
+        let Some(mut shard) = self.shards.shard_where(|shard| shard.requests.contains_key(&record)) else {
             return Ok(Fenced::Lost);
         };
         // In any state, because a record that is completed or gone stays so.
         if matches!(update, RequestUpdate::Done) {
-            shard.remove_request(record, &self.shared.stored);
+            shard.remove_request(record, &self.shards.stored);
             return Ok(Fenced::Applied);
         }
         match shard.requests.get_mut(&record) {
@@ -189,17 +189,17 @@ impl RecoveryStore for MemoryStore {
     }
 
     async fn list_requests(&self, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
-        let shards = self.shared.all();
+        let shards = self.shards.all();
         let requests = shards.iter().flat_map(|shard| shard.requests.values());
         let waiting = requests.filter(|request| request.next_at.is_none());
         Ok(waiting.take(size(limit)).map(|request| request.kept.clone()).collect())
     }
 
     async fn purge_settled(&self, retention: Duration, limit: u32) -> Result<u64, StoreError> {
-        let (now, stored) = (self.shared.now(), &self.shared.stored);
+        let (now, stored) = (self.shards.now(), &self.shards.stored);
         let intents =
-            self.shared.purge(limit, |shard, left| shard.purge_intents(left, retention, now, stored));
-        let requests = self.shared.purge(limit, |shard, left| shard.purge_requests(left, stored));
+            self.shards.purge(limit, |shard, left| shard.purge_intents(left, retention, now, stored));
+        let requests = self.shards.purge(limit, |shard, left| shard.purge_requests(left, stored));
         Ok(intents + requests)
     }
 }
@@ -207,7 +207,7 @@ impl RecoveryStore for MemoryStore {
 impl MemoryStore {
     /// Returns the intents that a person or a reconciler must look at, the oldest first.
     fn waiting(&self, filter: impl Fn(&Intent) -> bool) -> Vec<Intent> {
-        let (shards, now) = (self.shared.all(), self.shared.now());
+        let (shards, now) = (self.shards.all(), self.shards.now());
         let waiting = shards.iter().flat_map(|shard| shard.intents.waiting.values());
         let mut shown: Vec<Intent> = waiting.map(|kept| kept.show(now)).filter(filter).collect();
         shown.sort_by_key(|intent| intent.created_at);
@@ -216,7 +216,7 @@ impl MemoryStore {
 
     /// Returns the dead intents, the newest first.
     fn dead(&self) -> Vec<Intent> {
-        let (shards, now) = (self.shared.all(), self.shared.now());
+        let (shards, now) = (self.shards.all(), self.shards.now());
         let all = shards.iter().flat_map(|shard| shard.intents.all());
         let dead = all.filter(|kept| matches!(kept.intent.state, IntentState::Dead { .. }));
         let mut shown: Vec<Intent> = dead.map(|kept| kept.show(now)).collect();

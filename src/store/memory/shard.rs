@@ -2,32 +2,22 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
 use tokio::time::Instant;
 
 use super::{
-    entry::Entry,
-    intents::{Intents, KeptIntent, Now},
+    entry::{Entry, Identity, Now},
+    intents::{Intents, StoredIntent},
     requests::Request,
-    shared::Stored,
 };
-use crate::{
-    consumer::Consumer,
-    key::IdempotencyKey,
-    stored::{
-        intent::{Intent, UpstreamKey},
-        record::{Attempt, RecordId},
-        request::KeptRequest,
-    },
+use crate::stored::{
+    intent::{Intent, UpstreamKey},
+    record::RecordId,
+    request::KeptRequest,
 };
-
-pub(super) type Identity = (Consumer, IdempotencyKey);
-
-pub(super) fn identity_of(attempt: &Attempt) -> Identity {
-    (attempt.consumer.clone(), attempt.key.clone())
-}
 
 /// A part of the records, with their intents and requests, under one lock.
 #[derive(Default)]
@@ -65,7 +55,7 @@ impl Shard {
 
     /// Stores an intent as it was opened or changed, and updates its record. Only this code
     /// computes what a record knows about its intents.
-    pub(super) fn put_intent(&mut self, kept: KeptIntent, now: Instant, stored: &Stored) {
+    pub(super) fn put_intent(&mut self, kept: StoredIntent, now: Instant, stored: &Stored) {
         let (identity, record) = (kept.identity(), kept.intent.record_id);
         stored.add(kept.size());
         if let Some(old) = self.intents.put(kept) {
@@ -79,7 +69,7 @@ impl Shard {
         let entry = Entry {
             retained: true,
             unresolved: open().count().try_into().unwrap_or(u32::MAX),
-            repeatable_until: open().filter_map(KeptIntent::repeatable_until).min(),
+            repeatable_until: open().filter_map(StoredIntent::repeatable_until).min(),
             expires_at: entry.expiry_if_freed(now),
             ..entry.clone()
         };
@@ -94,13 +84,13 @@ impl Shard {
     }
 
     /// Returns `true` if its attempt may be calling.
-    pub(super) fn is_in_flight(&self, kept: &KeptIntent, now: Instant) -> bool {
+    pub(super) fn is_in_flight(&self, kept: &StoredIntent, now: Instant) -> bool {
         is_in_flight(&self.entries, &kept.intent, now)
     }
 
     /// Returns the intents whose look-up is due, and the times since which. No attempt can be
     /// calling them any more.
-    pub(super) fn due_intents(&mut self, now: Now) -> impl Iterator<Item = (Instant, &mut KeptIntent)> {
+    pub(super) fn due_intents(&mut self, now: Now) -> impl Iterator<Item = (Instant, &mut StoredIntent)> {
         let Self { entries, intents, .. } = self;
         let due = intents.waiting.values_mut().filter_map(move |kept| Some((kept.due_since(now)?, kept)));
         due.filter(move |(_, kept)| !is_in_flight(entries, &kept.intent, now.instant))
@@ -174,6 +164,27 @@ impl Shard {
         let Some(request) = self.requests.remove(&record) else { return false };
         stored.subtract(request.kept.request.len());
         true
+    }
+}
+
+/// The amount that is stored: the number of records, intents and requests, and the bytes that
+/// applications gave them.
+#[derive(Debug, Default)]
+pub(super) struct Stored {
+    pub(super) items: AtomicUsize,
+    pub(super) bytes: AtomicUsize,
+}
+
+impl Stored {
+    pub(super) fn add(&self, size: usize) {
+        // Relaxed: the counters guard no data, and a limit may be exceeded a little.
+        self.items.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(size, Ordering::Relaxed);
+    }
+
+    pub(super) fn subtract(&self, size: usize) {
+        self.items.fetch_sub(1, Ordering::Relaxed);
+        self.bytes.fetch_sub(size, Ordering::Relaxed);
     }
 }
 

@@ -3,35 +3,31 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
 use tokio::time::Instant;
 
 use super::{
-    entry::{Entry, State},
-    intents::Now,
-    shard::{Identity, Shard},
+    entry::{Entry, Identity, Now, State},
+    shard::{Shard, Stored},
 };
 use crate::stored::record::{Record, RecordState};
 
 /// The state that all handles share.
-pub(super) struct Node {
-    pub(super) shards: [Mutex<Shard>; SHARDS],
+pub(super) struct Shards {
+    pub(super) parts: [Mutex<Shard>; SHARDS],
     pub(super) stored: Stored,
     hasher: RandomState,
     /// One moment on both clocks: the first decides about leases, the second is shown to people.
     epoch: (Instant, SystemTime),
 }
 
-impl Default for Node {
+impl Default for Shards {
     fn default() -> Self {
         Self {
-            shards: Default::default(),
+            parts: Default::default(),
             stored: Stored::default(),
             hasher: RandomState::new(),
             epoch: (Instant::now(), SystemTime::now()),
@@ -39,27 +35,27 @@ impl Default for Node {
     }
 }
 
-impl Node {
+impl Shards {
     pub(super) fn shard(&self, identity: &Identity) -> MutexGuard<'_, Shard> {
         let hash = self.hasher.hash_one(identity).to_le_bytes()[0];
-        lock(&self.shards[usize::from(hash) % SHARDS])
+        lock(&self.parts[usize::from(hash) % SHARDS])
     }
 
     /// Locks and returns the first shard for which `holds` is true.
     pub(super) fn shard_where(&self, holds: impl Fn(&Shard) -> bool) -> Option<MutexGuard<'_, Shard>> {
-        self.shards.iter().map(lock).find(|shard| holds(shard))
+        self.parts.iter().map(lock).find(|shard| holds(shard))
     }
 
     /// Locks all shards, to see them at one moment. They are always locked in this order, and no
     /// other code waits for a second lock.
     pub(super) fn all(&self) -> Vec<MutexGuard<'_, Shard>> {
-        self.shards.iter().map(lock).collect()
+        self.parts.iter().map(lock).collect()
     }
 
     /// Purges one shard after the other until `limit` items are deleted.
     pub(super) fn purge(&self, limit: u32, purge: impl Fn(&mut Shard, u32) -> u32) -> u64 {
         let mut left = limit;
-        for shard in &self.shards {
+        for shard in &self.parts {
             left -= purge(&mut lock(shard), left);
         }
         u64::from(limit - left)
@@ -96,27 +92,6 @@ impl Node {
             created_at: self.wall_clock(entry.created_at),
             expires_at: self.wall_clock(entry.expires_at),
         }
-    }
-}
-
-/// The amount that is stored: the number of records, intents and requests, and the bytes that
-/// applications gave them.
-#[derive(Debug, Default)]
-pub(super) struct Stored {
-    pub(super) items: AtomicUsize,
-    pub(super) bytes: AtomicUsize,
-}
-
-impl Stored {
-    pub(super) fn add(&self, size: usize) {
-        // Relaxed: the counters guard no data, and a limit may be exceeded a little.
-        self.items.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(size, Ordering::Relaxed);
-    }
-
-    pub(super) fn subtract(&self, size: usize) {
-        self.items.fetch_sub(1, Ordering::Relaxed);
-        self.bytes.fetch_sub(size, Ordering::Relaxed);
     }
 }
 
