@@ -1,12 +1,17 @@
 //! Refusals: answers that the layer gives instead of the handler's.
 
-use std::{borrow::Cow, fmt, time::Duration};
+use std::{
+    borrow::Cow,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, response::Parts};
 use serde_json::json;
 
-use crate::error::StoreErrorKind;
+use crate::{error::StoreErrorKind, redact::TRACING_TARGET};
 
 /// The reason why the layer did not pass a request to the handler, or did not pass the handler's
 /// result to the client.
@@ -347,26 +352,49 @@ pub(crate) fn respond(rejection: Rejection, renderer: &dyn RenderRejection) -> R
 
 /// In the extensions of a response that was rendered where the layer's renderer is not known.
 #[derive(Clone, Debug)]
-struct ByDefault(Rejection);
+struct ByDefault {
+    rejection: Rejection,
+    /// The body, as it was rendered.
+    body: Bytes,
+}
 
 /// Renders a rejection inside the handler. The layer around it [renders it again](render_again).
 pub(crate) fn respond_by_default(rejection: Rejection) -> Response<Bytes> {
     let mut response = respond(rejection.clone(), &ProblemJson::default());
-    response.extensions_mut().insert(ByDefault(rejection));
+    let body = response.body().clone();
+    response.extensions_mut().insert(ByDefault { rejection, body });
     response
 }
 
-/// Renders with the layer's renderer what was [rendered by default](respond_by_default), and
-/// returns the new body. Other headers and extensions stay. `None` for any other response, also for
-/// one that a middleware has made of it.
-pub(crate) fn render_again(parts: &mut Parts, renderer: &dyn RenderRejection) -> Option<Bytes> {
-    let ByDefault(rejection) = parts.extensions.remove::<ByDefault>()?;
+/// Renders with the layer's renderer a response that was [rendered by default](respond_by_default),
+/// and returns the new body. Other headers and extensions stay. `None` for any other response, also
+/// for one whose status, content type or body the handler or a middleware has replaced.
+///
+/// `is_body` tells whether these bytes are still the body of the response.
+pub(crate) fn render_again(
+    parts: &mut Parts,
+    renderer: &dyn RenderRejection,
+    is_body: impl FnOnce(&Bytes) -> bool,
+) -> Option<Bytes> {
+    let ByDefault { rejection, body } = parts.extensions.remove::<ByDefault>()?;
     let default = rendered(&rejection, &ProblemJson::default());
     let content_type = default.headers().get(header::CONTENT_TYPE);
-    if parts.status != default.status() || parts.headers.get(header::CONTENT_TYPE) != content_type {
+    if parts.status != default.status()
+        || parts.headers.get(header::CONTENT_TYPE) != content_type
+        || !is_body(&body)
+    {
         return None;
     }
-    let (again, body) = rendered(&rejection, renderer).into_parts();
+    // A renderer that panics must not change how the attempt ends: the default rendering stays.
+    let again = catch_unwind(AssertUnwindSafe(|| rendered(&rejection, renderer)));
+    let Ok(again) = again else {
+        tracing::error!(
+            target: TRACING_TARGET, code = %rejection.code,
+            "the renderer of refusals panicked; the refusal is rendered by default"
+        );
+        return None;
+    };
+    let (again, body) = again.into_parts();
     parts.status = again.status;
     parts.headers = rebased(&parts.headers, default.headers(), again.headers);
     parts.extensions.extend(again.extensions);

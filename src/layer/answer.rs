@@ -4,6 +4,7 @@ use std::error::Error;
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, header};
+use http_body::Body;
 
 use crate::{
     consumer::Consumer,
@@ -90,13 +91,19 @@ pub(crate) fn refused<B>(settings: &Settings, rejection: Rejection) -> Response<
 
 /// The response of a request that is not guarded. Refusals that its handler answers are rendered as
 /// the layer's own.
-pub(crate) fn passed<B>(settings: &Settings, response: Response<B>) -> Response<ResponseBody<B>> {
+pub(crate) fn passed<B: Body>(settings: &Settings, response: Response<B>) -> Response<ResponseBody<B>> {
     let (mut parts, body) = response.into_parts();
-    let body = match render_again(&mut parts, &*settings.renderer) {
+    let body = match render_again(&mut parts, &*settings.renderer, |data| has_length_of(&body, data)) {
         Some(data) => ResponseBody::buffered(data, None),
         None => ResponseBody::passed(body),
     };
     Response::from_parts(parts, body)
+}
+
+/// The body of a request that is not guarded is not collected: its length tells whether it was
+/// replaced.
+fn has_length_of<B: Body>(body: &B, data: &Bytes) -> bool {
+    body.size_hint().exact() == u64::try_from(data.len()).ok()
 }
 
 impl StoredResponse {

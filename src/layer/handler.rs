@@ -69,9 +69,10 @@ impl Handler {
         let ended = match wait(&mut handler, ownership.facts()).await {
             Ok(ended) => ended,
             Err(cause) => {
-                let refusal = judge.refuse_cancelled(cause);
-                leave_behind(handler, ownership, judge, permit);
-                return Ok(refusal);
+                // Before the renderer is called, which may panic: the record must stay owned while
+                // the handler runs.
+                leave_behind(handler, ownership, judge.clone(), permit);
+                return Ok(judge.refuse_cancelled(cause));
             }
         };
         let judged = judge.judge(ended);

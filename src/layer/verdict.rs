@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use bytes::Bytes;
 use http::{Extensions, Response, response::Parts};
 
 use crate::{
@@ -67,6 +68,7 @@ pub(crate) enum Verdict<B, E> {
 }
 
 /// Judges the end of one handler.
+#[derive(Clone)]
 pub(crate) struct Judge {
     pub(crate) settings: Arc<Settings>,
     pub(crate) facts: Arc<Facts>,
@@ -104,7 +106,9 @@ impl Judge {
             HandlerEnd::Performed(Ok((mut parts, mut body))) => {
                 // Before the response is judged: an upstream's refusal is stored as the client sees
                 // it.
-                if let Some(data) = render_again(&mut parts, &*self.settings.renderer) {
+                let is_body =
+                    |rendered: &Bytes| matches!(&body, Collected::Whole(whole) if whole.data == *rendered);
+                if let Some(data) = render_again(&mut parts, &*self.settings.renderer, is_body) {
                     body = Collected::Whole(Buffered { data, trailers: None });
                 }
                 self.judge_response(parts, body)

@@ -40,8 +40,7 @@ impl Default for Reaper {
 
 impl Reaper {
     /// Purges every `interval`, with a jitter of a quarter, in batches of at most `batch` records
-    /// until none is left. Default: every 60 s, 1000 records. The pause doubles, up to eight times
-    /// the interval, while the store fails.
+    /// until none is left. Default: every 60 s, 1000 records.
     ///
     /// ```
     /// # use std::time::Duration;
@@ -104,26 +103,25 @@ impl Reaper {
 }
 
 /// Purges records, then intents and phases, until there are none left to purge.
-async fn purge_all(node: &Node, schedule: Schedule) -> Result<(), StoreError> {
+async fn purge_all(node: &Node, schedule: Schedule) {
     let Schedule { batch, intent_retention, .. } = schedule;
     let store = &node.store;
-    let records = purge_by(node, batch, Purged::Records, || {
+    purge_by(node, batch, Purged::Records, || {
         let store = Arc::clone(store);
         async move { store.purge(batch).await }
     })
     .await;
     // After the records: an intent or a phase may be purged only when its record is gone.
-    let Some(recovery) = store.recovery() else { return records };
-    let settled = purge_by(node, batch, Purged::Settled, || {
+    let Some(recovery) = store.recovery() else { return };
+    purge_by(node, batch, Purged::Settled, || {
         let recovery = Arc::clone(&recovery);
         async move { recovery.purge_settled(intent_retention, batch).await }
-    });
-    // An error of the records is reported only now: it must not stop the purge of the rest.
-    settled.await.and(records)
+    })
+    .await;
 }
 
 /// Purges in batches until one is not full.
-async fn purge_by<F>(node: &Node, batch: u32, what: Purged, purge: impl Fn() -> F) -> Result<(), StoreError>
+async fn purge_by<F>(node: &Node, batch: u32, what: Purged, purge: impl Fn() -> F)
 where
     F: Future<Output = Result<u64, StoreError>> + Send + 'static,
 {
@@ -138,7 +136,13 @@ where
     if purged > 0 {
         tracing::debug!(target: TRACING_TARGET, purged, ?what, "purged");
     }
-    last.map(drop)
+    if let Err(error) = last {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(
+            target: TRACING_TARGET, error, ?what,
+            "expired records could not be purged; trying again later"
+        );
+    }
 }
 
 /// The purging task. When it ends with its runtime, the next request starts another.
@@ -153,9 +157,12 @@ impl PurgeTask {
         let pass = || {
             // Held during a pass only: the task must not keep a dropped layer alive.
             let node = self.0.upgrade();
-            async move { Some(purge_all(&*node?, schedule).await) }
+            async move {
+                purge_all(&*node?, schedule).await;
+                Some(schedule.interval)
+            }
         };
-        repeat(stopped, schedule.interval, "expired records could not be purged", pass).await;
+        repeat(stopped, pass).await;
     }
 }
 

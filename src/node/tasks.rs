@@ -17,7 +17,6 @@ use tokio_util::{
 
 use crate::{
     error::{StoreError, StoreErrorKind},
-    redact::TRACING_TARGET,
     retry::jittered,
 };
 
@@ -116,27 +115,14 @@ impl fmt::Debug for Tasks {
     }
 }
 
-/// Runs a background task: a pass, then a pause with a jitter of a quarter. While passes fail, the
-/// pause doubles, up to eight times its length. Ends with the token, or when a pass finds that its
-/// node is gone.
-pub(crate) async fn repeat<F: Future<Output = Option<Result<(), StoreError>>>>(
+/// Runs a background task: a pass, then the pause that it asks for, with a jitter of a quarter. Ends
+/// with the token, or when a pass finds that its node is gone.
+pub(crate) async fn repeat<F: Future<Output = Option<Duration>>>(
     ended: CancellationToken,
-    interval: Duration,
-    what_failed: &'static str,
     mut pass: impl FnMut() -> F,
 ) {
-    let mut failures = 0;
-    while let Some(passed) = pass().await {
-        failures = match passed {
-            Ok(()) => 0,
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(target: TRACING_TARGET, error, "{what_failed}; trying again later");
-                MAX_DOUBLINGS.min(failures + 1)
-            }
-        };
-        let pause = jittered(interval.saturating_mul(1 << failures));
-        if timeout(pause, ended.cancelled()).await.is_ok() {
+    while let Some(pause) = pass().await {
+        if timeout(jittered(pause), ended.cancelled()).await.is_ok() {
             return;
         }
     }
@@ -167,5 +153,3 @@ pub(crate) fn no_answer(limit: Duration) -> StoreError {
 fn task_ended(error: JoinError) -> StoreError {
     StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
 }
-
-const MAX_DOUBLINGS: u32 = 3;

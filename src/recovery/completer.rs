@@ -158,8 +158,7 @@ impl Completer {
         }
     }
 
-    /// Sets the pause between two passes, with a jitter of a quarter. Default: 30 s. The pause
-    /// doubles, up to eight times the interval, while the store fails.
+    /// Sets the pause between two passes, with a jitter of a quarter. Default: 30 s.
     ///
     /// A request is sent in the first pass after its lease is over and
     /// [`with_abandoned_after`](crate::recovery::KeptRequests::with_abandoned_after) has passed. It

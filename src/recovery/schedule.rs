@@ -1,6 +1,9 @@
 //! Reconciler and completer as background tasks.
 
-use std::sync::{Arc, Weak};
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicU32, Ordering},
+};
 
 use super::{Completer, Reconciler};
 use crate::{
@@ -12,13 +15,28 @@ impl Reconciler {
     /// Runs passes until the node drains or is dropped.
     pub(crate) async fn run(self, node: Weak<Node>) {
         let Some(draining) = node.upgrade().map(|node| node.tasks.draining.clone()) else { return };
-        let (this, node) = (&self, &node);
+        let failures = AtomicU32::new(0);
+        let (this, node, failures) = (&self, &node, &failures);
         let pass = || {
             // Held during a pass only: the task must not keep a dropped layer alive.
             let node = node.upgrade();
-            async move { Some(this.pass(&*node?).await.map(drop)) }
+            async move {
+                let failed = match this.pass(&*node?).await {
+                    Ok(_) => 0,
+                    Err(error) => {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(
+                            target: TRACING_TARGET, error,
+                            "dangling intents could not be taken; trying again later"
+                        );
+                        MAX_DOUBLINGS.min(failures.load(Ordering::Relaxed) + 1)
+                    }
+                };
+                failures.store(failed, Ordering::Relaxed);
+                Some(this.interval().saturating_mul(1 << failed))
+            }
         };
-        repeat(draining, self.interval(), "dangling intents could not be taken", pass).await;
+        repeat(draining, pass).await;
     }
 }
 
@@ -28,16 +46,25 @@ impl Completer {
     pub(crate) async fn run(self, node: Arc<Node>) {
         let (this, node) = (&self, &node);
         let pass = || async move {
-            Some(this.pass(node).await.map(|pass| {
-                if pass.taken > 0 {
-                    tracing::debug!(
-                        target: TRACING_TARGET, ?pass,
-                        "a pass over abandoned requests has ended"
+            match this.pass(node).await {
+                Ok(pass) if pass.taken > 0 => tracing::debug!(
+                    target: TRACING_TARGET, ?pass,
+                    "a pass over abandoned requests has ended"
+                ),
+                Ok(_) => {}
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(
+                        target: TRACING_TARGET, error,
+                        "abandoned requests could not be taken; trying again later"
                     );
                 }
-            }))
+            }
+            Some(this.interval())
         };
-        repeat(node.tasks.draining.clone(), self.interval(), "abandoned requests could not be taken", pass)
-            .await;
+        repeat(node.tasks.draining.clone(), pass).await;
     }
 }
+
+/// The pause of a reconciler grows up to eight times its interval.
+const MAX_DOUBLINGS: u32 = 3;

@@ -15,7 +15,7 @@ use axum::{
 use bytes::Bytes;
 use tower_idempotency::{
     Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyLayer, IntentError, KeySyntax,
-    MemoryStore, ProblemJson, Rejection, RejectionCode, Tx, TxError,
+    MemoryStore, ProblemJson, Rejection, RejectionCode, ResultPolicy, Tx, TxError,
     store::{RecordFilter, RecordState, Store},
 };
 
@@ -190,6 +190,37 @@ async fn what_a_middleware_inside_has_made_of_a_refusal_is_left_alone() {
     });
     let answer = send(&app.layer(page).layer(layer().with_renderer(plain)), charge("k")).await;
     assert_eq!((answer.status, &answer.body[..]), (StatusCode::SERVICE_UNAVAILABLE, &b"<h1>later</h1>"[..]));
+}
+
+#[tokio::test]
+async fn a_body_that_the_handler_has_given_to_a_refusal_is_left_alone() {
+    let own = r#"{"code":"card_declined"}"#;
+    let declined = async || {
+        let response = IntentError::Refused("the card is stolen".into()).into_http_response();
+        response.map(|_| Body::from(own))
+    };
+    for layer in [layer(), layer().with_renderer(plain)] {
+        let app = Router::new().route("/charges", post(declined)).layer(layer);
+        let first = send(&app, charge("k")).await;
+        assert_eq!((first.status, &first.body[..]), (StatusCode::UNPROCESSABLE_ENTITY, own.as_bytes()));
+        first.assert_same_replay(&send(&app, charge("k")).await);
+        // Also without a key.
+        let answer = send(&app, request(Method::POST, None, "")).await;
+        assert_eq!((answer.status, &answer.body[..]), (StatusCode::UNPROCESSABLE_ENTITY, own.as_bytes()));
+    }
+}
+
+#[tokio::test]
+async fn a_renderer_that_panics_changes_neither_the_end_of_an_attempt_nor_requests_without_a_key() {
+    let broken = |_: &Rejection| -> http::Response<Bytes> { panic!("the renderer") };
+    let layer = layer().with_policy(ResultPolicy::at_most_once()).with_renderer(broken);
+    let handle = layer.handle();
+    let (app, _) = answering_with(|| IntentError::NotSent("no connection".into()));
+    let app = app.layer(layer);
+    send(&app, charge("k")).await.assert_refused(RejectionCode::UpstreamUnavailable);
+    assert!(handle.list(RecordFilter::All, 9).await.unwrap().is_empty());
+    let answer = send(&app, request(Method::POST, None, "")).await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
 }
 
 #[tokio::test]
