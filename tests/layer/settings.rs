@@ -194,19 +194,19 @@ async fn what_a_middleware_inside_has_made_of_a_refusal_is_left_alone() {
 
 #[tokio::test]
 async fn a_body_that_the_handler_has_given_to_a_refusal_is_left_alone() {
-    let own = r#"{"code":"card_declined"}"#;
+    const OWN: &str = r#"{"code":"card_declined"}"#;
     let declined = async || {
         let response = IntentError::Refused("the card is stolen".into()).into_http_response();
-        response.map(|_| Body::from(own))
+        response.map(|_| Body::from(OWN))
     };
     for layer in [layer(), layer().with_renderer(plain)] {
         let app = Router::new().route("/charges", post(declined)).layer(layer);
         let first = send(&app, charge("k")).await;
-        assert_eq!((first.status, &first.body[..]), (StatusCode::UNPROCESSABLE_ENTITY, own.as_bytes()));
+        assert_eq!((first.status, &first.body[..]), (StatusCode::UNPROCESSABLE_ENTITY, OWN.as_bytes()));
         first.assert_same_replay(&send(&app, charge("k")).await);
         // Also without a key.
         let answer = send(&app, request(Method::POST, None, "")).await;
-        assert_eq!((answer.status, &answer.body[..]), (StatusCode::UNPROCESSABLE_ENTITY, own.as_bytes()));
+        assert_eq!((answer.status, &answer.body[..]), (StatusCode::UNPROCESSABLE_ENTITY, OWN.as_bytes()));
     }
 }
 
