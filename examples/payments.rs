@@ -1,8 +1,8 @@
-//! A payment that a bank makes once, whatever goes wrong. The example to copy.
+//! A payment that a bank makes once. The example to copy.
 //!
-//! `cargo run --example payments` listens on port 3000 and keeps everything in `example-payments.sqlite`,
-//! or in PostgreSQL if you set `DATABASE_URL=postgres://user@host/database`. Send a payment, then send
-//! the same line again:
+//! `cargo run --example payments` listens on port 3000 and keeps payments in `example-payments.sqlite`,
+//! or in PostgreSQL if you set `DATABASE_URL=postgres://user@host/database`. Its bank is in memory and
+//! forgets everything at exit; that of `job.rs` does not. Send a payment, then the same line again:
 //!
 //! ```sh
 //! curl -i localhost:3000/payments -H 'X-Api-Key: acme-key' -H 'Idempotency-Key: order-1' \
@@ -10,20 +10,19 @@
 //! ```
 //!
 //! The second answer is the first one, marked `idempotent-replayed: true`. With a new key and the IBAN
-//! `XX` the bank refuses: 402. With another key and `LOST` it pays and its answer gets lost: 409. Some
-//! five seconds later the reconciler has asked the bank, and a retry gets 201 with that transfer.
+//! `XX` the bank refuses: 402. With another key and `LOST` it pays and its answer gets lost: 409. Five
+//! seconds later the reconciler has asked the bank, and a retry gets 201.
 
 use std::{collections::HashMap, error::Error as StdError, num::NonZeroU32, sync::Arc, time::Duration};
 
 use axum::extract::{Json, Request, State};
 use axum::http::{Extensions, StatusCode};
-use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::{Router, routing::post};
+use axum::{Router, middleware, middleware::Next, routing::post};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sqlx::{PgPool, Postgres, Sqlite, SqlitePool};
-use tokio::{net::TcpListener, sync::Mutex};
+use tokio::{net::TcpListener, signal, sync::Mutex};
 use tower_idempotency::{
     CallFailure, Consumer, Idempotency, IdempotencyLayer, Intent, IntentError, Lookup, Reconcile, Reconciler,
     Resource, Tx, TxError, UpstreamKey,
@@ -60,8 +59,9 @@ async fn pay(
     extensions: Extensions,
     Json(payment): Json<Payment>,
 ) -> Result<(StatusCode, Json<Value>), Error> {
-    let intent = idempotency.intent(TRANSFER).with_arguments(&payment).with_timeout(LIMIT).with_grace(LIMIT);
-    let transfer = intent.call(async |key| bank.transfer(key, &payment).await).await?.id;
+    let intent = idempotency.intent(TRANSFER).with_arguments(&payment).with_timeout(LIMIT);
+    let call = intent.with_grace(LIMIT * 2).call(async |key| bank.transfer(key, &payment).await);
+    let transfer = call.await?.id;
     // The transaction begins after the call, so that it is never open while the bank is slow.
     database.insert(&extensions, &transfer, payment.cents.get()).await?;
     Ok((StatusCode::CREATED, Json(json!({"transfer": transfer, "cents": payment.cents}))))
@@ -95,7 +95,7 @@ impl Database {
         Ok((Self::Postgres, IdempotencyLayer::new(pool)))
     }
 
-    /// Writes a payment that is committed together with the response, or not at all.
+    /// Writes a payment. Dropping `tx` hands it back, and the layer commits it with the response.
     async fn insert(self, extensions: &Extensions, transfer: &str, cents: u32) -> Result<(), TxError> {
         match self {
             Self::Sqlite => {
@@ -152,7 +152,9 @@ async fn main() -> Result<(), Box<dyn StdError>> {
     let (handle, bank) = (idempotency.handle(), Bank::default());
     handle.start_reconciler(Reconciler::new(bank.clone()).with_interval(LIMIT))?;
     println!("http://127.0.0.1:3000/payments waits for payments");
-    let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
+    // Ctrl-C, and what systemd and Kubernetes send.
+    let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate())?;
+    let stop = async move { tokio::select!(_ = signal::ctrl_c() => {}, _ = terminate.recv() => {}) };
     let server = axum::serve(TcpListener::bind("127.0.0.1:3000").await?, router(database, bank, idempotency));
     server.with_graceful_shutdown(stop).await?;
     // The server is closed, and requests whose client has gone may still be running.
@@ -168,7 +170,6 @@ const INSERT: &str = "INSERT INTO payments (transfer, cents) VALUES ($1, $2)";
 mod tests {
     use super::*;
     use tower::ServiceExt;
-
     #[tokio::test]
     async fn retries_get_the_first_answer_and_a_lost_one_is_found() {
         let folder = tempfile::tempdir().unwrap();
@@ -178,7 +179,6 @@ mod tests {
         for (iban, status) in [("DE02", 201), ("XX", 402), ("LOST", 409)] {
             assert_eq!(send(&app, iban).await, (status, false));
         }
-        // The grace period is twice the time-out.
         tokio::time::sleep(LIMIT * 2).await;
         handle.reconcile(&Reconciler::new(bank.clone())).await.unwrap();
         assert_eq!(send(&app, "LOST").await, (201, false));

@@ -80,7 +80,8 @@ async fn postgres_uses_the_names_it_is_given() {
 async fn postgres_keeps_to_the_schema_that_was_current_at_first() {
     let schema = Schema::create().await;
     let quoted = Schema::create_named(&format!("Mixed 'Case\" {}", schema.name).replace('"', "")).await;
-    for schema in [&schema, &quoted] {
+    let odd = Schema::create_named(&format!("tenant:{{now}} :key {}", schema.name)).await;
+    for schema in [&schema, &quoted, &odd] {
         let path = format!("\"{}\"", schema.name);
         let pool = PgPoolOptions::new().connect_lazy_with(server().options([("search_path", path)]));
         let store = PostgresStore::new(pool);

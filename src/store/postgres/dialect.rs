@@ -70,12 +70,12 @@ statements! {
         /// be. The decision is made about the row as it was locked.
         take: dialect.with("decided", "l.decision").statement(
             "WITH locked AS (
-                 SELECT {r}.consumer, {r}.key, {decision} AS decision FROM {records} AS {r}
+                 SELECT {decision} AS decision FROM {records} AS {r}
                  WHERE {this_key} AND {decision} <> 'show'
                  LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
              )
              UPDATE {records} AS {r} SET {taken}
-             FROM locked AS l WHERE {r}.consumer = l.consumer AND {r}.key = l.key
+             FROM locked AS l WHERE {this_key}
              RETURNING {record}"
         ),
         /// Finds the rows by `ctid`. In a join by their key, a plan that was made while the table

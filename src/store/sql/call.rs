@@ -58,8 +58,18 @@ impl Dialect {
         Statement::new(&sql, self.placeholder)
     }
 
-    /// Fills in the fragments, and the fragments inside of them.
+    /// Fills in the fragments, and the fragments inside of them. Names in quotes stay as they are:
+    /// a schema may have any name.
     fn fill(&self, template: &str, qualified: bool, sql: &mut String) {
+        for (text, quoted) in by_quotes(template) {
+            match quoted {
+                true => sql.push_str(text),
+                false => self.fill_in(text, qualified, sql),
+            }
+        }
+    }
+
+    fn fill_in(&self, template: &str, qualified: bool, sql: &mut String) {
         let mut rest = template;
         while let Some((before, (name, after))) =
             rest.split_once('{').and_then(|(before, after)| Some((before, after.split_once('}')?)))
@@ -96,30 +106,55 @@ impl Statement {
     /// Replaces the names by placeholders. A value that occurs twice is sent once if it has a
     /// number. Two colons are a cast.
     pub(in crate::store) fn new(template: &str, placeholder: Option<char>) -> Self {
-        let mut parts = template.split(':');
-        let mut text = parts.next().unwrap_or_default().to_owned();
-        let mut names = Vec::<String>::new();
-        while let Some(part) = parts.next() {
-            if part.is_empty() {
-                text.push_str("::");
-                text.push_str(parts.next().unwrap_or_default());
-                continue;
-            }
-            let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
-            let (name, rest) = part.split_at(end);
-            let known = names.iter().position(|known| known == name && placeholder.is_some());
-            let number = known.unwrap_or(names.len()) + 1;
-            if known.is_none() {
-                names.push(name.to_owned());
-            }
-            match placeholder {
-                // Writing to a string does not fail.
-                Some(mark) => drop(write!(text, "{mark}{number}{rest}")),
-                None => drop(write!(text, "?{rest}")),
+        let (mut text, mut names) = (String::new(), Vec::new());
+        for (part, quoted) in by_quotes(template) {
+            match quoted {
+                true => text.push_str(part),
+                false => number(part, placeholder, &mut text, &mut names),
             }
         }
         Self { text: text.into(), names }
     }
+}
+
+/// Replaces the names in a part of a statement.
+fn number(part: &str, placeholder: Option<char>, text: &mut String, names: &mut Vec<String>) {
+    let mut parts = part.split(':');
+    text.push_str(parts.next().unwrap_or_default());
+    while let Some(part) = parts.next() {
+        if part.is_empty() {
+            text.push_str("::");
+            text.push_str(parts.next().unwrap_or_default());
+            continue;
+        }
+        let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
+        let (name, rest) = part.split_at(end);
+        let known = names.iter().position(|known| known == name && placeholder.is_some());
+        let number = known.unwrap_or(names.len()) + 1;
+        if known.is_none() {
+            names.push(name.to_owned());
+        }
+        match placeholder {
+            // Writing to a string does not fail.
+            Some(mark) => drop(write!(text, "{mark}{number}{rest}")),
+            None => drop(write!(text, "?{rest}")),
+        }
+    }
+}
+
+/// Splits SQL at its quoted names, which keep their quotes. `true` for a quoted name.
+fn by_quotes(sql: &str) -> impl Iterator<Item = (&str, bool)> {
+    let mut rest = sql;
+    std::iter::from_fn(move || {
+        let quoted = rest.starts_with('"');
+        let end = match quoted {
+            true => rest[1..].find('"').map(|end| end + 2),
+            false => rest.find('"'),
+        };
+        let (part, after) = rest.split_at(end.unwrap_or(rest.len()));
+        rest = after;
+        (!part.is_empty()).then_some((part, quoted))
+    })
 }
 
 /// Declares a struct of statements: for each, a field and its text.
