@@ -109,7 +109,10 @@ impl Rejection {
 }
 
 macro_rules! rejection_codes {
-    ($($(#[$doc:meta])* $variant:ident => $code:literal, $status:ident, $retryable:literal, $title:literal;)*) => {
+    ($(
+        $(#[$doc:meta])*
+        $variant:ident => $code:literal, $status:ident, $retryable:literal, $title:literal;
+    )*) => {
         /// The kinds of [`Rejection`]. The text form ([`as_str`](Self::as_str)) is the `code` of
         /// the problem document.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -210,7 +213,7 @@ rejection_codes! {
     /// The handler did not give its transaction back when it returned, or asked for it while it had
     /// it. Nothing of it is committed.
     TransactionInUse => "transaction-in-use", INTERNAL_SERVER_ERROR, true, "The request failed";
-    /// The handler ended its transaction itself. What it wrote may be committed, and the key is
+    /// The handler ended its transaction itself. Its writes may be committed, and the key is
     /// held.
     TransactionEnded => "transaction-ended", INTERNAL_SERVER_ERROR, false,
         "The outcome of the request is unknown";

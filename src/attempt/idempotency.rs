@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use crate::{
-    attempt::{Facts, error::IntentError, intent::IntentBuilder},
+    attempt::{Facts, error::IntentError},
     consumer::Consumer,
     key::IdempotencyKey,
     node::Node,
@@ -100,22 +100,6 @@ impl Idempotency {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.facts.cancelled.is_cancelled()
-    }
-
-    /// Describes a call to the upstream service that `name` stands for. The call is persisted
-    /// before it is made, and its outcome after it: a later attempt of the request gets the
-    /// outcome, without the call.
-    ///
-    /// The name has 1 to 255 bytes and is part of the upstream key. Do not change it while requests
-    /// may be retried.
-    ///
-    /// Make calls before the handler begins its transaction (`Tx`), which has the record locked:
-    /// after that an intent is refused ([`IntentError::Misused`]).
-    ///
-    /// The store must keep intents, as SQLite and PostgreSQL do. See [`IntentBuilder::call`] for an
-    /// example.
-    pub fn intent(&self, name: impl Into<String>) -> IntentBuilder {
-        IntentBuilder::new(self.clone(), name.into())
     }
 
     /// An intent changes the record, which an open transaction has locked.

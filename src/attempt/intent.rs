@@ -7,22 +7,41 @@ use serde::Serialize;
 use tokio::time::{Instant, timeout};
 
 use crate::{
-    attempt::{Facts, idempotency::Idempotency},
+    attempt::{
+        Facts,
+        error::IntentError,
+        idempotency::Idempotency,
+        progress::{Entered, check_name},
+    },
     fingerprint::canonical_digest,
     node::tasks::wait_for,
     redact::TRACING_TARGET,
-    stored::record::Fenced,
-};
-use crate::{
-    attempt::{
-        error::IntentError,
-        progress::{Entered, check_name},
-    },
-    stored::intent::{
-        CallFailure, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource,
-        UpstreamKey,
+    stored::{
+        intent::{
+            CallFailure, Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource,
+            UpstreamKey,
+        },
+        record::Fenced,
     },
 };
+
+impl Idempotency {
+    /// Describes a call to the upstream service that `name` stands for. The call is persisted
+    /// before it is made, and its outcome after it: a later attempt of the request gets the
+    /// outcome, without the call.
+    ///
+    /// The name has 1 to 255 bytes and is part of the upstream key. Do not change it while requests
+    /// may be retried.
+    ///
+    /// Make calls before the handler begins its transaction (`Tx`), which has the record locked:
+    /// after that an intent is refused ([`IntentError::Misused`]).
+    ///
+    /// The store must keep intents: those of this crate do. See [`IntentBuilder::call`] for an
+    /// example.
+    pub fn intent(&self, name: impl Into<String>) -> IntentBuilder {
+        IntentBuilder::new(self.clone(), name.into())
+    }
+}
 
 /// Describes a call to an upstream service before it is made, and how the upstream behaves. Made by
 /// [`Idempotency::intent`].

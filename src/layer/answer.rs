@@ -1,23 +1,43 @@
 //! Answers that the layer gives itself: replays and refusals.
 
-use std::error::Error;
+use std::{error::Error, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, header};
 use http_body::Body;
+use tokio::{task::JoinError, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use crate::{
     consumer::Consumer,
+    error::BoxError,
     key::IdempotencyKey,
-    layer::{body::ResponseBody, representation::rendered, settings::Settings},
+    layer::{body::ResponseBody, settings::Settings},
     node::Node,
     redact::TRACING_TARGET,
     rejection::{OriginalResponse, Rejection, RejectionCode, render_again},
     stored::{
-        record::Record,
-        response::{StoredBody, StoredResponse},
+        record::{Record, RecordState},
+        response::{StoredBody, StoredRepresentation, StoredResponse},
     },
 };
+
+/// Rows 9 to 12: the answer of a record to a retry of its request.
+pub(crate) async fn response_of_record(
+    node: &Node,
+    settings: &Settings,
+    record: &Record,
+) -> Result<StoredResponse, Rejection> {
+    match &record.state {
+        // Row 9.
+        RecordState::InProgress { .. } => Err(in_progress(settings, &record.consumer, &record.key)),
+        // Row 10.
+        RecordState::Held => Err(outcome_unknown(settings, record)),
+        // Rows 11 and 12.
+        RecordState::Completed { response } => stored_answer(node, settings, record, response).await,
+    }
+}
 
 pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &IdempotencyKey) -> Rejection {
     tracing::info!(
@@ -30,7 +50,7 @@ pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &Idempo
     )
 }
 
-pub(crate) fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection {
+fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection {
     let (consumer, key) = (&record.consumer, settings.attempts.shown(&record.key));
     tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
     if record.unresolved > 0 {
@@ -44,7 +64,7 @@ pub(crate) fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection
 }
 
 /// The response of a completed record, as the client gets it.
-pub(crate) async fn stored_answer(
+async fn stored_answer(
     node: &Node,
     settings: &Settings,
     record: &Record,
@@ -106,6 +126,40 @@ fn has_length_of<B: Body>(body: &B, data: &Bytes) -> bool {
     body.size_hint().exact() == u64::try_from(data.len()).ok()
 }
 
+/// The response as the client gets it: rendered if only a representation of it is stored.
+pub(crate) async fn rendered(
+    settings: &Settings,
+    consumer: &Consumer,
+    key: &IdempotencyKey,
+    response: StoredResponse,
+) -> Result<StoredResponse, Rejection> {
+    let StoredBody::Representation(representation) = response.body else { return Ok(response) };
+    let stored = StoredRepresentation::new(consumer.clone(), response.status, representation.data().clone());
+    let response = render(settings, stored).await.map_err(|error| {
+        let (key, error) = (settings.attempts.shown(key), &error as &dyn Error);
+        tracing::error!(target: TRACING_TARGET, %consumer, %key, error, "a response cannot be rendered");
+        let detail = "The request was performed, and its response cannot be rendered right now. Send the \
+                      request again with the same key to get it.";
+        Rejection::new(RejectionCode::RepresentationUnrenderable, detail)
+    })?;
+    let (parts, data) = response.into_parts();
+    let mut response = StoredResponse::of(&parts, StoredBody::Kept { data, trailers: None });
+    response.remove_headers(&settings.headers_not_kept);
+    Ok(response)
+}
+
+/// Runs the renderer in a task of its own, so that a panic ends nothing else.
+async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Response<Bytes>, Unrenderable> {
+    let renderer = Arc::clone(settings.representation_renderer.as_ref().ok_or(Unrenderable::NoRenderer)?);
+    let task = tokio::spawn(async move { renderer.render(stored).await }.in_current_span());
+    let limit = settings.attempts.store_timeout;
+    match timeout(limit, AbortOnDropHandle::new(task)).await {
+        Ok(Ok(rendered)) => rendered.map_err(Unrenderable::Failed),
+        Ok(Err(error)) => Err(Unrenderable::EndedEarly(error)),
+        Err(_) => Err(Unrenderable::TimedOut(limit)),
+    }
+}
+
 impl StoredResponse {
     /// Makes first responses and replays alike, so that they are framed alike.
     pub(crate) fn into_response<B>(self) -> Response<ResponseBody<B>> {
@@ -117,4 +171,16 @@ impl StoredResponse {
         *response.headers_mut() = self.headers;
         response
     }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Unrenderable {
+    #[error("no renderer is set: see IdempotencyLayer::with_representation")]
+    NoRenderer,
+    #[error("the renderer failed")]
+    Failed(#[source] BoxError),
+    #[error("the renderer ended early")]
+    EndedEarly(#[source] JoinError),
+    #[error("the renderer took longer than {0:?}")]
+    TimedOut(Duration),
 }

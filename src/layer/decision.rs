@@ -33,7 +33,7 @@ use crate::{
     fingerprint::Fingerprint,
     key::IdempotencyKey,
     layer::{
-        answer::{in_progress, outcome_unknown, refused, stored_answer},
+        answer::{in_progress, refused, response_of_record},
         body::ResponseBody,
         buffer::Buffered,
         handler::Handler,
@@ -342,22 +342,6 @@ impl Guarded {
         let resent = matches!(self.key, KeySource::Resent(_));
         let ownership = Ownership::begin(&self.node, &self.settings.attempts, won);
         Ok(Handler { settings: Arc::clone(&self.settings), ownership, resent, permit })
-    }
-}
-
-/// Rows 9 to 12: the answer of a record to a retry of its request.
-pub(crate) async fn response_of_record(
-    node: &Node,
-    settings: &Settings,
-    record: &Record,
-) -> Result<StoredResponse, Rejection> {
-    match &record.state {
-        // Row 9.
-        RecordState::InProgress { .. } => Err(in_progress(settings, &record.consumer, &record.key)),
-        // Row 10.
-        RecordState::Held => Err(outcome_unknown(settings, record)),
-        // Rows 11 and 12.
-        RecordState::Completed { response } => stored_answer(node, settings, record, response).await,
     }
 }
 

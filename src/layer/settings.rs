@@ -11,7 +11,7 @@ use crate::{
     consumer::ConsumerExtractor,
     fingerprint::Fingerprinter,
     key::KeySyntax,
-    layer::{buffer::RequestLimits, keep::KeptRequests, representation::RenderRepresentation},
+    layer::{buffer::RequestLimits, kept_requests::KeptRequests, representation::RenderRepresentation},
     node::reaper::Reaper,
     policy::ResultPolicy,
     redact::TRACING_TARGET,

@@ -11,13 +11,11 @@ use http::{Extensions, Response, response::Parts};
 use crate::{
     attempt::Facts,
     layer::{
-        answer::{refused, replay},
+        answer::{refused, rendered, replay, response_of_record},
         body::ResponseBody,
         buffer::{Buffered, Collected},
         closing::{Closed, Outcome},
-        decision::response_of_record,
         future::Answer,
-        representation::rendered,
         settings::Settings,
     },
     node::ends::End,

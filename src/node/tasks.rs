@@ -115,8 +115,8 @@ impl fmt::Debug for Tasks {
     }
 }
 
-/// Runs a background task: a pass, then the pause that it asks for, with a jitter of a quarter. Ends
-/// with the token, or when a pass finds that its node is gone.
+/// Runs a background task: a pass, then the pause that it asks for, with a jitter of a quarter.
+/// Ends with the token, or when a pass finds that its node is gone.
 pub(crate) async fn repeat<F: Future<Output = Option<Duration>>>(
     ended: CancellationToken,
     mut pass: impl FnMut() -> F,

@@ -8,4 +8,4 @@ pub use self::{
     completer::{Completer, CompleterPass, Refused, Restore},
     reconciler::{Lookup, Reconcile, Reconciler, ReconcilerPass},
 };
-pub use crate::layer::keep::KeptRequests;
+pub use crate::layer::kept_requests::KeptRequests;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     attempt::settings::{TransactionOptions, check_store_timeout},
-    layer::{IdempotencyLayer, StoreOutage, keep::KeptRequests},
+    layer::{IdempotencyLayer, StoreOutage, kept_requests::KeptRequests},
     node::reaper::Reaper,
     redact::KeyLogging,
 };
@@ -184,7 +184,7 @@ impl IdempotencyLayer {
     ///
     /// Each request with a key then costs another write. A request that cannot be kept is not run:
     /// 503 `store-unavailable`, and its key is given back. The store must be able to keep requests,
-    /// as SQLite and PostgreSQL are. With any other, every request with a key is refused: 500
+    /// as those of this crate are. With any other, every request with a key is refused: 500
     /// `store-misconfigured`.
     ///
     /// A process that dies before the request is kept has not begun its handler: nothing was done,

@@ -12,8 +12,10 @@ pub(super) const RULES: &[(&str, &str)] = &[
          CASE WHEN {held} THEN 'held' ELSE {r}.state END AS state, {r}.attempt,
          CAST({r}.attempt_number AS {bigint}) AS attempt_number,
          CAST(CASE WHEN {exhausted} THEN {r}.abandoned + 1 ELSE {r}.abandoned END AS {bigint}) AS abandoned,
-         CAST({r}.unresolved AS {bigint}) AS unresolved, {micros(}{r}.lease_until - {now}{micros)} AS lease_left,
-         {micros(}{r}.created_at{micros)} AS created_at, {micros(}{r}.expires_at{micros)} AS expires_at, {r}.response",
+         CAST({r}.unresolved AS {bigint}) AS unresolved,
+         {micros(}{r}.lease_until - {now}{micros)} AS lease_left,
+         {micros(}{r}.created_at{micros)} AS created_at,
+         {micros(}{r}.expires_at{micros)} AS expires_at, {r}.response",
     ),
     (
         "intent",

@@ -17,7 +17,9 @@ statements! {
                  response = :response, completed_at = {now}
              WHERE {this_key} AND {mine}"
         ),
-        release: dialect.statement("DELETE FROM {records} AS {r} WHERE {this_key} AND {mine} AND NOT {retained}"),
+        release: dialect.statement(
+            "DELETE FROM {records} AS {r} WHERE {this_key} AND {mine} AND NOT {retained}"
+        ),
         /// For a record that is retained.
         release_retained: dialect.statement(
             "UPDATE {records} AS {r} SET expires_at = {expiry_if_freed}, state = 'in_progress',
