@@ -11,8 +11,8 @@ use crate::{
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode, respond_by_default},
     store::{
-        sql::transaction_error_kind,
         transaction::{TransactionError, TransactionErrorKind},
+        transaction_error_kind,
     },
 };
 

@@ -28,6 +28,11 @@ pub use recovery::RecoveryStore;
 pub use sql::{InvalidIdentifier, TableCreation};
 #[cfg(feature = "sqlite")]
 pub use sqlite::SqliteStore;
+// The codes of PostgreSQL say the most. SQLite's say no more than that a statement failed.
+#[cfg(feature = "postgres")]
+pub(crate) use postgres::transaction_error_kind;
+#[cfg(all(feature = "sqlite", not(feature = "postgres")))]
+pub(crate) use sql::errors::transaction_error_kind;
 pub use transaction::{
     IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
     TransactionUsage,

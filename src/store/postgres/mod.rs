@@ -15,7 +15,7 @@ use sqlx::{
     postgres::{PgPoolOptions, PgRow},
 };
 
-pub(in crate::store) use self::transaction::transaction_error_kind;
+pub(crate) use self::transaction::transaction_error_kind;
 use self::{
     connection::{Connections, Settings},
     dialect::Own,

@@ -323,11 +323,14 @@ fn left_open() -> TransactionError {
 }
 
 fn failed(message: &str, source: sqlx::Error) -> TransactionError {
-    TransactionError::new(errors::transaction_error_kind(&source), message).with_source(source)
+    TransactionError::new(transaction_error_kind(&source), message).with_source(source)
 }
 
-/// Returns the meaning of a failed statement for its transaction.
-pub(in crate::store) fn transaction_error_kind(error: &PgDatabaseError) -> TransactionErrorKind {
+/// Returns the meaning of a failed statement for its transaction. Of another database's error only
+/// the kind is known.
+pub(crate) fn transaction_error_kind(source: &sqlx::Error) -> TransactionErrorKind {
+    let error = source.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    let Some(error) = error else { return errors::transaction_error_kind(source) };
     match error.code() {
         // No transaction is open, or its savepoint is gone.
         "25P01" | "3B001" => TransactionErrorKind::Ended,
@@ -343,7 +346,7 @@ pub(in crate::store) fn transaction_error_kind(error: &PgDatabaseError) -> Trans
 /// Makes the error of a failed COMMIT. A server that ends the connection at COMMIT does not say
 /// whether it has committed.
 fn at_commit(source: sqlx::Error) -> TransactionError {
-    let mut kind = errors::transaction_error_kind(&source);
+    let mut kind = transaction_error_kind(&source);
     if kind == TransactionErrorKind::Lost || errors::code(&source).as_deref() == Some("40003") {
         kind = TransactionErrorKind::Unconfirmed;
     }

@@ -21,14 +21,10 @@ pub(in crate::store) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error().and_then(|error| error.code())
 }
 
-/// Returns the meaning of a failed statement for its transaction. The database is known by the type
-/// of its error. Any error of SQLite means that the statement failed.
+/// Returns the meaning of a failed statement for its transaction, without a look at the codes of a
+/// database: the connection was lost, or the statement failed.
 pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
     use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
-    #[cfg(feature = "postgres")]
-    if let Some(error) = error.as_database_error().and_then(|error| error.try_downcast_ref()) {
-        return crate::store::postgres::transaction_error_kind(error);
-    }
     let lost = matches!(error, Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut);
     if lost { TransactionErrorKind::Lost } else { TransactionErrorKind::Failed }
 }

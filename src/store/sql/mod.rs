@@ -17,7 +17,6 @@ use std::{fmt::Debug, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use http::Extensions;
 
-pub(crate) use self::errors::transaction_error_kind;
 pub use self::setup::{InvalidIdentifier, TableCreation};
 use self::{
     call::{Call, Dialect},
