@@ -29,7 +29,7 @@ use tokio::{
 use crate::{
     attempt::{Ownership, Won, idempotency::Idempotency},
     consumer::Consumer,
-    error::{BoxError, StoreError, StoreErrorKind},
+    error::{BoxError, StoreError},
     fingerprint::Fingerprint,
     key::IdempotencyKey,
     layer::{
@@ -254,7 +254,7 @@ impl Guarded {
     /// Row 7: the store is away, or answers with an error.
     fn without_store(&self, attempt: &Attempt, error: &StoreError) -> Result<Decision, Rejection> {
         let resent = matches!(self.key, KeySource::Resent(_));
-        if is_down(error) && !resent && self.settings.on_store_outage == StoreOutage::RunUnprotected {
+        if error.is_retryable() && !resent && self.settings.on_store_outage == StoreOutage::RunUnprotected {
             let (consumer, key) = (&attempt.consumer, self.settings.attempts.shown(&attempt.key));
             let error = error as &dyn Error;
             tracing::error!(
@@ -270,7 +270,7 @@ impl Guarded {
         let (consumer, key) = (&attempt.consumer, self.settings.attempts.shown(&attempt.key));
         let source = error as &dyn Error;
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "{what}");
-        let detail = match is_down(error) {
+        let detail = match error.is_retryable() {
             true => {
                 "The request was not performed: the store of idempotency keys does not answer. Send it again \
                  with the same key."
@@ -347,8 +347,4 @@ impl Guarded {
 
 fn may_be_taken_over(record: &Record) -> bool {
     matches!(record.state, RecordState::InProgress { lease_remaining } if lease_remaining.is_zero())
-}
-
-fn is_down(error: &StoreError) -> bool {
-    matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Ambiguous)
 }
