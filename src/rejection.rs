@@ -63,6 +63,16 @@ impl Rejection {
         Self { retryable: true, ..Self::new(RejectionCode::OutcomeUnknown, detail) }
     }
 
+    /// The refusal of a handler that needs a key, for a request without one.
+    #[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn key_missing() -> Self {
+        Self::new(
+            RejectionCode::KeyMissing,
+            "The request was not performed: this operation needs an idempotency key. Send it with a new key \
+             for each operation and the same key for every retry.",
+        )
+    }
+
     pub(crate) fn with_original(mut self, original: OriginalResponse) -> Self {
         self.original = Some(original);
         self

@@ -144,7 +144,7 @@ mod extract {
     use http::request::Parts;
 
     use super::Idempotency;
-    use crate::rejection::{Rejection, RejectionCode};
+    use crate::rejection::Rejection;
 
     /// 400 `key-missing` if the request has no key or no
     /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the route.
@@ -152,13 +152,7 @@ mod extract {
         type Rejection = Rejection;
 
         async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Rejection> {
-            parts.extensions.get::<Self>().cloned().ok_or_else(|| {
-                Rejection::new(
-                    RejectionCode::KeyMissing,
-                    "The request was not performed: this operation needs an idempotency key. Send it with a \
-                     new key for each operation and the same key for every retry.",
-                )
-            })
+            parts.extensions.get::<Self>().cloned().ok_or_else(Rejection::key_missing)
         }
     }
 

@@ -65,11 +65,7 @@ impl TxError {
             "a handler asks for the transaction of a request that is not guarded: it has no key, its method \
              is not guarded, or no IdempotencyLayer is around the route"
         );
-        Self::new(Rejection::new(
-            RejectionCode::KeyMissing,
-            "The request was not performed: this operation needs an idempotency key. Send it with a new key \
-             for each operation and the same key for every retry.",
-        ))
+        Self::new(Rejection::key_missing())
     }
 
     /// The layer runs requests without protection while its store is away.
