@@ -1,8 +1,10 @@
 //! Decides what logs may show, and where they go.
 
-use std::fmt;
+use std::{fmt, future::Future};
 
 use bytes::Bytes;
+use tokio_util::either::Either;
+use tracing::{Instrument, dispatcher, instrument::WithSubscriber, subscriber::NoSubscriber};
 
 use crate::key::IdempotencyKey;
 
@@ -45,5 +47,20 @@ pub(crate) struct Length<'a>(pub(crate) &'a Bytes);
 impl fmt::Debug for Length<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} bytes", self.0.len())
+    }
+}
+
+/// Lets the span and the subscriber of the caller travel with work into another task.
+pub(crate) fn traced<F: Future>(work: F) -> impl Future<Output = F::Output> {
+    subscribed(work.in_current_span())
+}
+
+/// Lets the subscriber of the caller travel with work into another task, without the span. Where
+/// there is no subscriber, a global one that is set later gets the events.
+pub(crate) fn subscribed<F: Future>(work: F) -> impl Future<Output = F::Output> {
+    let current = dispatcher::get_default(|current| (!current.is::<NoSubscriber>()).then(|| current.clone()));
+    match current {
+        Some(current) => Either::Left(work.with_subscriber(current)),
+        None => Either::Right(work),
     }
 }

@@ -55,6 +55,14 @@ impl Rejection {
         self
     }
 
+    /// The server failed while the layer had the request, and it is not known how far it had come.
+    pub(crate) fn failed() -> Self {
+        Self::new(
+            RejectionCode::Internal,
+            "The server failed, and the request may have been performed. Send it again with the same key.",
+        )
+    }
+
     /// The outcome is unknown until a call to an upstream service is looked up.
     pub(crate) fn outcome_unknown_for_now() -> Self {
         let detail = "It is not known yet whether a call of this request to another service was performed. \

@@ -2,6 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
+use http::Extensions;
+
 use crate::{
     attempt::{Facts, error::IntentError},
     consumer::Consumer,
@@ -35,6 +37,10 @@ pub struct Idempotency {
 /// In the extensions of a request with a key that runs without protection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unprotected;
+
+/// In the extensions of a request that several layers guard: the attempts of all but the innermost.
+#[derive(Clone, Default)]
+struct Around(Vec<Idempotency>);
 
 impl Idempotency {
     pub(super) fn of(facts: &Arc<Facts>) -> Self {
@@ -121,6 +127,19 @@ impl Idempotency {
     fn transaction_is_open(&self) -> bool {
         let usage = self.facts.transaction.as_ref().map(|transaction| transaction.usage());
         matches!(usage, Some(TransactionUsage::Open | TransactionUsage::InUse))
+    }
+
+    /// Puts the attempt into the extensions of its request, beside those of the layers around.
+    pub(crate) fn enter(self, extensions: &mut Extensions) {
+        if let Some(around) = extensions.insert(self) {
+            extensions.get_or_insert_default::<Around>().0.push(around);
+        }
+    }
+
+    /// The attempts for which a request is performed: one for each layer that guards it.
+    pub(crate) fn around(extensions: &Extensions) -> impl Iterator<Item = &Self> {
+        let outer = extensions.get::<Around>().map_or(&[][..], |around| &around.0);
+        outer.iter().chain(extensions.get::<Self>())
     }
 
     /// The attempt belongs to this node: an inner layer over it passes the request through.

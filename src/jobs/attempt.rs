@@ -11,7 +11,7 @@ use crate::{
     error::StoreError,
     jobs::{error::IntentLogError, response_of, result_of},
     node::{ends::End, tasks::wait_for},
-    redact::TRACING_TARGET,
+    redact::{TRACING_TARGET, traced},
 };
 
 /// An attempt that owns its record. Its lease is renewed until it ends.
@@ -38,7 +38,7 @@ impl LogAttempt {
         Self {
             idempotency: ownership.idempotency(),
             handed_over: false,
-            _limit: AbortOnDropHandle::new(tokio::spawn(limited(Arc::clone(ownership.facts())))),
+            _limit: AbortOnDropHandle::new(tokio::spawn(traced(limited(Arc::clone(ownership.facts()))))),
             _token: ownership.node.tasks.token(),
             ownership: Some(ownership),
         }

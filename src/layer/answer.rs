@@ -7,7 +7,6 @@ use http::{HeaderValue, Response, header};
 use http_body::Body;
 use tokio::{task::JoinError, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
-use tracing::Instrument;
 
 use crate::{
     consumer::Consumer,
@@ -15,7 +14,7 @@ use crate::{
     key::IdempotencyKey,
     layer::{body::ResponseBody, settings::Settings},
     node::Node,
-    redact::TRACING_TARGET,
+    redact::{TRACING_TARGET, traced},
     rejection::{OriginalResponse, Rejection, RejectionCode, render_again},
     stored::{
         record::{Record, RecordState},
@@ -110,8 +109,12 @@ pub(crate) fn refused<B>(settings: &Settings, rejection: Rejection) -> Response<
 }
 
 /// The response of a request that is not guarded. Refusals that its handler answers are rendered as
-/// the layer's own.
-pub(crate) fn passed<B: Body>(settings: &Settings, response: Response<B>) -> Response<ResponseBody<B>> {
+/// the layer's own. `None`: an outer layer does that.
+pub(crate) fn passed<B: Body>(
+    settings: Option<&Settings>,
+    response: Response<B>,
+) -> Response<ResponseBody<B>> {
+    let Some(settings) = settings else { return response.map(ResponseBody::passed) };
     let (mut parts, body) = response.into_parts();
     let body = match render_again(&mut parts, &*settings.renderer, |data| has_length_of(&body, data)) {
         Some(data) => ResponseBody::buffered(data, None),
@@ -151,7 +154,7 @@ pub(crate) async fn rendered(
 /// Runs the renderer in a task of its own, so that a panic ends nothing else.
 async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Response<Bytes>, Unrenderable> {
     let renderer = Arc::clone(settings.representation_renderer.as_ref().ok_or(Unrenderable::NoRenderer)?);
-    let task = tokio::spawn(async move { renderer.render(stored).await }.in_current_span());
+    let task = tokio::spawn(traced(async move { renderer.render(stored).await }));
     let limit = settings.attempts.store_timeout;
     match timeout(limit, AbortOnDropHandle::new(task)).await {
         Ok(Ok(rendered)) => rendered.map_err(Unrenderable::Failed),

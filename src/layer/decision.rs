@@ -4,19 +4,25 @@
 //! | row | situation | here |
 //! |---|---|---|
 //! | 0 | a completer sends the request again, or an outer layer guards it | [`Entrance::of`] |
+//! | 0 | an outer layer with a store of its own over the same table guards it | [`Guarded::decide`] |
 //! | 1 | the method is not guarded | [`head`], which asks for rows 2 to 5 |
 //! | 2, 3, 4 | there is no key, or a malformed one | [`key_of`] |
 //! | 5 | the consumer cannot be identified | [`consumer_of`] |
 //! | 6 | the server shuts down | [`Guarded::receive`] |
 //! | 6 | the body is too large, broken off or late; no memory is left | [`Guarded::receive`] |
-//! | 7 | too many requests are running, or the store cannot keep requests | [`Guarded::admit`] |
+//! | 7 | the store cannot keep requests | [`Guarded::check_store`] |
+//! | 7 | too many handlers are running | [`Guarded::place`] |
 //! | 7 | the store is away, or answers with an error | [`Guarded::without_store`] |
 //! | 8 | the fingerprint differs | [`Guarded::same_request`] |
 //! | 9 | another request is claiming the key | [`Guarded::decide`] |
 //! | 9, 10, 11, 12 | the record is in progress, held or completed | [`response_of_record`] |
 //! | 13 | the key is claimed | [`Guarded::begin`] |
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use http::{Response, request::Parts};
@@ -62,7 +68,9 @@ pub(crate) enum Entrance {
 pub(crate) enum Decision {
     Run(Handler),
     Replay(StoredResponse),
-    RunUnprotected,
+    RunUnprotected(OwnedSemaphorePermit),
+    /// An outer layer guards the request with the same record.
+    Pass,
 }
 
 /// A request with a key, of a known consumer.
@@ -91,7 +99,7 @@ impl Entrance {
             return Self::Guard(Guarded::new(node, settings, consumer, KeySource::Resent(resent)));
         }
         // Row 0: a layer around this one guards it already.
-        if parts.extensions.get::<Idempotency>().is_some_and(|outer| outer.is_of(node)) {
+        if Idempotency::around(&parts.extensions).any(|outer| outer.is_of(node)) {
             return Self::Pass(None);
         }
         match head(settings, parts) {
@@ -187,21 +195,27 @@ impl Guarded {
     /// Rows 7 to 13: the store. Asks it twice if the record was made in another fingerprint scheme
     /// that is known here.
     pub(crate) async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Decision, Rejection> {
-        let permit = self.admit()?;
+        self.check_store()?;
         self.settings.reaper.ensure_running(&self.node);
         let mut claim = self.new_claim(parts, body);
+        if self.settings.in_flight.available_permits() == 0 {
+            return self.decide_without_place(&claim, parts, body).await;
+        }
         for _ in 0..2 {
             let claimed_at = Instant::now();
             let record = match self.node.claim(&claim, self.settings.attempts.store_timeout).await {
                 Err(error) => return self.without_store(&claim.attempt, &error),
                 Ok(ClaimOutcome::Won { record_id, attempt_number }) => {
                     let won = Won { claim, record_id, attempt_number, claimed_at };
-                    return self.begin(won, permit, parts, body).await.map(Decision::Run);
+                    return self.begin(won, parts, body).await.map(Decision::Run);
                 }
                 // Row 9: another request is claiming the key at this very moment.
                 Ok(ClaimOutcome::Contended) => return Err(self.in_progress(&claim.attempt)),
                 Ok(ClaimOutcome::Exists(record)) => record,
             };
+            if self.is_of_outer_layer(&record, parts) {
+                return Ok(Decision::Pass);
+            }
             let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
             if claim.fingerprint == fingerprint || !may_be_taken_over(&record) {
                 return response_of_record(&self.node, &self.settings, &record).await.map(Decision::Replay);
@@ -213,17 +227,42 @@ impl Guarded {
         Err(self.in_progress(&claim.attempt))
     }
 
-    /// Row 7: there is a place for the request, and the store can do what the settings ask for.
-    /// Found out before anything is claimed.
-    fn admit(&self) -> Result<Option<OwnedSemaphorePermit>, Rejection> {
-        let places = self.settings.in_flight.as_ref();
-        let permit = places.map(|places| Arc::clone(places).try_acquire_owned()).transpose().map_err(|_| {
-            Rejection::new(
-                RejectionCode::Overloaded,
-                "The request was not performed: too many requests are running. Send it again later with the \
-                 same key.",
-            )
-        })?;
+    /// No handler could run: nothing is claimed, and only what needs no handler is answered.
+    async fn decide_without_place(
+        &self,
+        claim: &Claim,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Result<Decision, Rejection> {
+        let limit = self.settings.attempts.store_timeout;
+        let record = match self.node.look_up(&claim.attempt, limit).await {
+            Ok(record) => record.filter(|record| !may_be_claimed(record)).ok_or_else(overloaded)?,
+            Err(error) => return self.without_store(&claim.attempt, &error),
+        };
+        if self.is_of_outer_layer(&record, parts) {
+            return Ok(Decision::Pass);
+        }
+        self.same_request(&record, &claim.fingerprint, parts, body)?;
+        response_of_record(&self.node, &self.settings, &record).await.map(Decision::Replay)
+    }
+
+    /// Row 7: a place for the handler among those that run simultaneously.
+    fn place(&self) -> Result<OwnedSemaphorePermit, Rejection> {
+        Arc::clone(&self.settings.in_flight).try_acquire_owned().map_err(|_| overloaded())
+    }
+
+    /// Row 0: the record belongs to an attempt of a layer around this one, which has another node
+    /// over the same table.
+    fn is_of_outer_layer(&self, record: &Record, parts: &Parts) -> bool {
+        let is_outer = Idempotency::around(&parts.extensions).any(|outer| outer.record_id() == record.id);
+        if is_outer {
+            self.node.warn_of_nesting();
+        }
+        is_outer
+    }
+
+    /// Row 7: the store can do what the settings ask for. Found out before anything is claimed.
+    fn check_store(&self) -> Result<(), Rejection> {
         if self.settings.kept_requests.is_some() && self.node.store.recovery().is_none() {
             tracing::error!(
                 target: TRACING_TARGET,
@@ -234,7 +273,7 @@ impl Guarded {
                 "The request was not performed: the store of this server cannot keep requests.",
             ));
         }
-        Ok(permit)
+        Ok(())
     }
 
     fn new_claim(&self, parts: &Parts, body: &Bytes) -> Claim {
@@ -261,7 +300,7 @@ impl Guarded {
                 target: TRACING_TARGET, %consumer, %key, error,
                 "the handler runs without protection"
             );
-            return Ok(Decision::RunUnprotected);
+            return self.place().map(Decision::RunUnprotected);
         }
         Err(self.store_failed(attempt, error, "the key could not be claimed"))
     }
@@ -326,23 +365,37 @@ impl Guarded {
 
     /// Row 13: the key is claimed, and the request kept if configured. Returns the handler, ready
     /// to run.
-    async fn begin(
-        &self,
-        won: Won,
-        permit: Option<OwnedSemaphorePermit>,
-        parts: &Parts,
-        body: &Bytes,
-    ) -> Result<Handler, Rejection> {
-        if let Err(rejection) = self.keep_request(&won, parts, body).await {
+    async fn begin(&self, won: Won, parts: &Parts, body: &Bytes) -> Result<Handler, Rejection> {
+        let admitted = match self.place() {
+            Ok(place) => self.keep_request(&won, parts, body).await.map(|()| place),
+            Err(rejection) => Err(rejection),
+        };
+        let permit = match admitted {
+            Ok(place) => place,
             // Whatever the reason: if only the lease of the claim is over, the key is still this
             // attempt's to give back.
-            self.node.give_back(won.claim.attempt);
-            return Err(rejection);
-        }
+            Err(rejection) => {
+                self.node.give_back(won.claim.attempt);
+                return Err(rejection);
+            }
+        };
         let resent = matches!(self.key, KeySource::Resent(_));
         let ownership = Ownership::begin(&self.node, &self.settings.attempts, won);
         Ok(Handler { settings: Arc::clone(&self.settings), ownership, resent, permit })
     }
+}
+
+fn overloaded() -> Rejection {
+    Rejection::new(
+        RejectionCode::Overloaded,
+        "The request was not performed: too many requests are running. Send it again later with the same key.",
+    )
+}
+
+/// A claim might be won: by the clock of this process, the record has expired or its lease ran out.
+fn may_be_claimed(record: &Record) -> bool {
+    let completed = matches!(record.state, RecordState::Completed { .. });
+    completed && record.expires_at <= SystemTime::now() || may_be_taken_over(record)
 }
 
 fn may_be_taken_over(record: &Record) -> bool {

@@ -18,10 +18,12 @@ use tokio::{
 };
 
 use crate::{
-    layer::{answer::passed, body::ResponseBody, settings::Settings},
+    layer::{answer::passed, body::ResponseBody, readiness::Call, settings::Settings},
     redact::TRACING_TARGET,
-    rejection::{ProblemJson, Rejection, RejectionCode, respond},
+    rejection::{ProblemJson, Rejection, respond},
 };
+
+type Waiting<B, E> = Pin<Box<dyn Future<Output = Result<Response<B>, E>> + Send>>;
 
 /// The result of a guarded request's task.
 pub(crate) type Answer<B, E> = Result<Response<ResponseBody<B>>, E>;
@@ -40,6 +42,7 @@ pin_project! {
     #[project = Projected]
     enum Inner<F, B, E> {
         Passed { #[pin] future: F, settings: Option<Arc<Settings>> },
+        Waiting { future: Waiting<B, E>, settings: Option<Arc<Settings>> },
         Refused { response: Option<Response<Bytes>> },
         Guarded { task: JoinHandle<Answer<B, E>>, _caller: oneshot::Sender<()> },
     }
@@ -48,8 +51,16 @@ pin_project! {
 impl<F, B, E> ResponseFuture<F, B, E> {
     /// Waits for the inner service. `settings` render the handler's refusals. `None`: an outer
     /// layer does.
-    pub(crate) fn passed(future: F, settings: Option<Arc<Settings>>) -> Self {
-        Self { inner: Inner::Passed { future, settings } }
+    pub(crate) fn passed(call: Call<F>, settings: Option<Arc<Settings>>) -> Self
+    where
+        F: Future<Output = Result<Response<B>, E>>,
+    {
+        Self {
+            inner: match call {
+                Call::Begun(future) => Inner::Passed { future, settings },
+                Call::Waiting(future) => Inner::Waiting { future, settings },
+            },
+        }
     }
 
     pub(crate) fn refused(response: Response<Bytes>) -> Self {
@@ -72,11 +83,11 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().inner.project() {
             Projected::Passed { future, settings } => {
-                Poll::Ready(ready!(future.poll(cx)).map(|response| match settings {
-                    Some(settings) => passed(settings, response),
-                    None => response.map(ResponseBody::passed),
-                }))
+                Poll::Ready(ready!(future.poll(cx)).map(|response| passed(settings.as_deref(), response)))
             }
+            Projected::Waiting { future, settings } => Poll::Ready(
+                ready!(future.as_mut().poll(cx)).map(|response| passed(settings.as_deref(), response)),
+            ),
             Projected::Refused { response } => {
                 let response = response.take().unwrap_or_default();
                 Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
@@ -98,9 +109,5 @@ impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
 fn task_ended<B>(error: &JoinError) -> Response<ResponseBody<B>> {
     let error = error as &dyn std::error::Error;
     tracing::error!(target: TRACING_TARGET, error, "the task of a request ended early");
-    let rejection = Rejection::new(
-        RejectionCode::Internal,
-        "The server failed, and the request may have been performed. Send it again with the same key.",
-    );
-    respond(rejection, &ProblemJson::default()).map(|data| ResponseBody::buffered(data, None))
+    respond(Rejection::failed(), &ProblemJson::default()).map(|data| ResponseBody::buffered(data, None))
 }

@@ -18,19 +18,23 @@ use tokio::{
     time::timeout,
 };
 use tower_service::Service;
-use tracing::Instrument;
 
 use crate::{
     attempt::{Facts, Ownership},
     error::BoxError,
     layer::{
+        answer::refused,
         body::RequestBody,
         buffer::{Collected, collect},
         closing::close,
         future::Answer,
+        readiness::{Unready, until_ready_within},
         settings::Settings,
         verdict::{Cause, HandlerEnd, Judge, Performed},
     },
+    node::ends::End,
+    redact::{TRACING_TARGET, traced},
+    rejection::{Rejection, RejectionCode},
 };
 
 /// A handler that is about to run for an attempt.
@@ -40,14 +44,14 @@ pub(crate) struct Handler {
     /// A completer has sent the request.
     pub(crate) resent: bool,
     /// The place of the request among those in flight.
-    pub(crate) permit: Option<OwnedSemaphorePermit>,
+    pub(crate) permit: OwnedSemaphorePermit,
 }
 
 impl Handler {
     /// Runs the handler, and ends its attempt by its result.
     pub(crate) async fn run<S, ReqBody, ResBody>(
         self,
-        inner: S,
+        mut inner: S,
         mut request: Request<RequestBody<ReqBody>>,
     ) -> Answer<ResBody, S::Error>
     where
@@ -61,12 +65,18 @@ impl Handler {
         // `permit` is held until the answer is made, or goes with a handler that is left behind.
         let Self { settings, ownership, resent, permit } = self;
         let facts = Arc::clone(ownership.facts());
-        let judge = Judge { settings: Arc::clone(&settings), facts, resent };
-        request.extensions_mut().insert(ownership.idempotency());
+        let judge = Judge { settings: Arc::clone(&settings), facts: Arc::clone(&facts), resent };
+        let mut max_execution = pin!(facts.max_execution_over());
+        if let Err(unready) = until_ready_within(&mut inner, max_execution.as_mut()).await {
+            // Under every policy: the handler did not run.
+            close(ownership, End::Release.into()).await;
+            return not_run(&settings, &facts, unready);
+        }
+        ownership.idempotency().enter(request.extensions_mut());
         request.extensions_mut().extend(ownership.offered.clone());
         // Not tracked itself: this task, or that of `leave_behind`, waits for it.
-        let mut handler = tokio::spawn(call_and_collect(inner, request, settings).in_current_span());
-        let ended = match wait(&mut handler, ownership.facts()).await {
+        let mut handler = tokio::spawn(traced(call_and_collect(inner, request, settings)));
+        let ended = match wait(&mut handler, &facts, max_execution).await {
             Ok(ended) => ended,
             Err(cause) => {
                 // Before the renderer is called, which may panic: the record must stay owned while
@@ -81,13 +91,37 @@ impl Handler {
     }
 }
 
+/// The answer to a request whose handler was not called, because the inner service did not get
+/// ready.
+fn not_run<B, E>(settings: &Settings, facts: &Facts, unready: Unready<E>) -> Answer<B, E> {
+    let (code, detail) = match unready {
+        Unready::Failed(error) => return Err(error),
+        Unready::Panicked => (
+            RejectionCode::Internal,
+            "The request was not performed: the server failed. Send it again with the same key.",
+        ),
+        Unready::Late => (
+            RejectionCode::Overloaded,
+            "The request was not performed: the server found no place for it in time. Send it again later with \
+             the same key.",
+        ),
+    };
+    let attempt = &facts.attempt;
+    tracing::error!(
+        target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, %code,
+        "the handler was not called, and the key is released: the service inside of the layer panicked, or was \
+         not ready within max_execution"
+    );
+    Ok(refused(settings, Rejection::new(code, detail)))
+}
+
 /// Waits for the handler, at most `max_execution`, and at most as long as its transaction may be
 /// open. An error if it runs on although it was cancelled, because it does not yield.
 async fn wait<B, E>(
     handler: &mut JoinHandle<Performed<B, E>>,
     facts: &Facts,
+    mut max_execution: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<HandlerEnd<B, E>, Cause> {
-    let mut max_execution = pin!(facts.max_execution_over());
     let mut overdue = pin!(async {
         match &facts.transaction {
             Some(transaction) => transaction.overdue().await,
@@ -136,7 +170,7 @@ fn leave_behind<B, E>(
     handler: JoinHandle<Performed<B, E>>,
     ownership: Ownership,
     judge: Judge,
-    permit: Option<OwnedSemaphorePermit>,
+    permit: OwnedSemaphorePermit,
 ) where
     B: Send + 'static,
     E: Send + 'static,

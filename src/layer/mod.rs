@@ -10,6 +10,7 @@ mod future;
 mod handler;
 mod keep;
 pub(crate) mod kept_requests;
+mod readiness;
 mod representation;
 pub(crate) mod resent;
 mod service;

@@ -1,8 +1,7 @@
 //! The service: passes a request through, refuses it, or guards it in a task.
 
 use std::{
-    future::poll_fn,
-    mem,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     task::{Context, Poll},
 };
@@ -12,7 +11,6 @@ use http::{Request, Response, request::Parts};
 use http_body::Body;
 use tokio::sync::oneshot;
 use tower_service::Service;
-use tracing::Instrument;
 
 use crate::{
     attempt::idempotency::Unprotected,
@@ -23,14 +21,20 @@ use crate::{
         buffer::Buffered,
         decision::{Decision, Entrance, Guarded},
         future::{Answer, ResponseFuture},
+        readiness::{call_when_ready, until_ready},
         settings::Settings,
     },
     node::Node,
+    redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode},
 };
 
 /// Middleware that performs a request with an idempotency key once. Made by
 /// [`IdempotencyLayer`](crate::IdempotencyLayer).
+///
+/// It is always ready. A request waits for the inner service to be ready only if the handler is to
+/// run: replays and refusals do not. A request that is not guarded waits in its response future.
+/// If the inner service fails to get ready, the key is released and the error returned.
 ///
 /// The inner service receives `Request<RequestBody<B>>`. It must be [`Clone`], as the services of
 /// axum and tower are.
@@ -66,34 +70,44 @@ where
     type Error = S::Error;
     type Future = ResponseFuture<S::Future, ResBody, S::Error>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        // The inner service is not polled: it would hold a place that a replay does not need, and that
+        // its own clone in an attempt's task may wait for.
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let (mut parts, body) = request.into_parts();
-        match Entrance::of(&self.node, &self.settings, &mut parts) {
+        match entrance(&self.node, &self.settings, &mut parts) {
             Entrance::Pass(settings) => {
                 let request = Request::from_parts(parts, RequestBody::passed(body));
-                ResponseFuture::passed(self.inner.call(request), settings)
+                ResponseFuture::passed(call_when_ready(&mut self.inner, request), settings)
             }
             Entrance::Refuse(rejection) => ResponseFuture::refused(self.settings.refuse(rejection)),
             Entrance::Guard(guarded) => {
-                // The service that was polled ready, and not its clone.
-                let clone = self.inner.clone();
-                let ready = mem::replace(&mut self.inner, clone);
                 let (caller, gone) = oneshot::channel();
-                let task = guard(guarded, ready, parts, body, gone).in_current_span();
+                let task = guard(guarded, self.inner.clone(), parts, body, gone);
                 ResponseFuture::guarded(self.node.tasks.spawn(task), caller)
             }
         }
     }
 }
 
+/// The decision by the head. A closure of the application that panics must not end the connection.
+fn entrance(node: &Arc<Node>, settings: &Arc<Settings>, parts: &mut Parts) -> Entrance {
+    catch_unwind(AssertUnwindSafe(|| Entrance::of(node, settings, parts))).unwrap_or_else(|_| {
+        tracing::error!(target: TRACING_TARGET, "the consumer's extractor panicked; the request is refused");
+        Entrance::Refuse(Rejection::new(
+            RejectionCode::Internal,
+            "The request was not performed: the server failed. Send it again with the same key.",
+        ))
+    })
+}
+
 /// The task of a guarded request, which goes on when its caller has gone.
 async fn guard<S, ReqBody, ResBody>(
     guarded: Guarded,
-    mut inner: S,
+    inner: S,
     parts: Parts,
     body: ReqBody,
     caller: oneshot::Receiver<()>,
@@ -114,13 +128,10 @@ where
         Err(rejection) => return Ok(guarded.refuse(rejection)),
     };
     for _ in 0..guarded.settings.attempts.transactions.reruns {
-        let clone = inner.clone();
-        let ready = mem::replace(&mut inner, clone);
-        let answer = decide_and_answer(&guarded, ready, parts.clone(), body.clone()).await;
+        let answer = decide_and_answer(&guarded, inner.clone(), parts.clone(), body.clone()).await;
         if !answer.as_ref().is_ok_and(collided) {
             return answer;
         }
-        poll_fn(|cx| inner.poll_ready(cx)).await?;
     }
     decide_and_answer(&guarded, inner, parts, body).await
 }
@@ -144,9 +155,16 @@ where
     match decision {
         Ok(Decision::Run(handler)) => handler.run(inner, request).await,
         Ok(Decision::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
-        Ok(Decision::RunUnprotected) => {
+        Ok(Decision::RunUnprotected(place)) => {
+            until_ready(&mut inner).await?;
             request.extensions_mut().insert(Unprotected);
-            inner.call(request).await.map(|response| passed(&guarded.settings, response))
+            let response = inner.call(request).await;
+            drop(place);
+            response.map(|response| passed(Some(&guarded.settings), response))
+        }
+        Ok(Decision::Pass) => {
+            until_ready(&mut inner).await?;
+            inner.call(request).await.map(|response| passed(None, response))
         }
         Err(rejection) => Ok(guarded.refuse(rejection)),
     }

@@ -1,6 +1,11 @@
 //! Settings of a layer, as the service reads them.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderName, Method, Response};
@@ -30,7 +35,7 @@ pub enum StoreOutage {
     ///
     /// Such a request has no [`Idempotency`](crate::Idempotency): take `Option<Idempotency>` in the
     /// handler. A handler that takes `Tx` answers 503 `store-unavailable`, because without the
-    /// store there is no transaction. `with_max_in_flight` does not count such requests.
+    /// store there is no transaction. `with_max_in_flight` counts such requests too.
     RunUnprotected,
 }
 
@@ -52,7 +57,7 @@ pub(crate) struct Settings {
     pub(crate) policy: ResultPolicy,
     pub(crate) replay_marker: HeaderName,
     pub(crate) renderer: Arc<dyn RenderRejection>,
-    pub(crate) in_flight: Option<Arc<Semaphore>>,
+    pub(crate) in_flight: Arc<Semaphore>,
     pub(crate) on_store_outage: StoreOutage,
     pub(crate) reaper: Reaper,
     pub(crate) kept_requests: Option<KeptRequests>,
@@ -78,7 +83,7 @@ impl Default for Settings {
             policy: ResultPolicy::default(),
             replay_marker: HeaderName::from_static("idempotent-replayed"),
             renderer: Arc::new(ProblemJson::default()),
-            in_flight: None,
+            in_flight: Arc::new(Semaphore::new(MAX_IN_FLIGHT)),
             on_store_outage: StoreOutage::Refuse,
             reaper: Reaper::default(),
             kept_requests: None,
@@ -97,8 +102,15 @@ impl Settings {
     }
 
     pub(crate) fn refuse(&self, rejection: Rejection) -> Response<Bytes> {
-        tracing::debug!(target: TRACING_TARGET, code = %rejection.code(), "refused");
-        respond(rejection, &*self.renderer)
+        let code = rejection.code();
+        tracing::debug!(target: TRACING_TARGET, %code, "refused");
+        catch_unwind(AssertUnwindSafe(|| respond(rejection, &*self.renderer))).unwrap_or_else(|_| {
+            tracing::error!(
+                target: TRACING_TARGET, %code,
+                "the renderer of refusals panicked; the client gets 500 internal instead"
+            );
+            respond(Rejection::failed(), &ProblemJson::default())
+        })
     }
 }
 
@@ -112,3 +124,5 @@ impl fmt::Debug for Settings {
             .finish_non_exhaustive()
     }
 }
+
+const MAX_IN_FLIGHT: usize = 1024;

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     error::StoreError,
     redact::TRACING_TARGET,
-    stored::record::{Attempt, Claim, ClaimOutcome},
+    stored::record::{Attempt, Claim, ClaimOutcome, Record},
 };
 
 impl Node {
@@ -31,6 +31,20 @@ impl Node {
             Some(record) => Ok(ClaimOutcome::Exists(Box::new(record))),
             None => self.claim_in_store(claim.clone(), limit).await,
         }
+    }
+
+    /// Looks up the record of a key, without claiming it.
+    pub(crate) async fn look_up(
+        &self,
+        attempt: &Attempt,
+        limit: Duration,
+    ) -> Result<Option<Record>, StoreError> {
+        let Attempt { consumer, key, .. } = attempt.clone();
+        if let Some(record) = self.running.find(&consumer, &key) {
+            return Ok(Some(record));
+        }
+        let store = Arc::clone(&self.store);
+        self.tasks.call(limit, async move { store.get(&consumer, &key).await }).await
     }
 
     /// Claims a key, waiting at most `limit`. A claim that is won later is released again.

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     error::StoreError,
     node::{running::Running, tasks::Tasks},
-    redact::TRACING_TARGET,
+    redact::{TRACING_TARGET, subscribed},
     store::Store,
     stored::record::{Attempt, AttemptId, RenewOutcome, Renewal},
 };
@@ -62,7 +62,7 @@ impl Renewer {
             state.task_runs = true;
             // Made outside of the task: a runtime that shuts down may drop the task before its first poll.
             let task = RenewalTask { renewer: Arc::clone(self), ended: false };
-            tokio::spawn(task.run());
+            tokio::spawn(subscribed(task.run()));
         } else if state.next.is_none_or(|next| due < next) {
             // The task sleeps until `next`. If it is not sleeping yet, `notify_one` leaves a permit.
             self.wake.notify_one();
@@ -170,7 +170,7 @@ impl RenewalTask {
             let _ = timeout_at(next, self.renewer.wake.notified()).await;
             for batch in self.renewer.take_due().chunks(MAX_BATCH) {
                 // In a task of its own: a call that hangs must not delay the others.
-                tokio::spawn(Arc::clone(&self.renewer).renew(batch.to_vec()));
+                tokio::spawn(subscribed(Arc::clone(&self.renewer).renew(batch.to_vec())));
             }
         }
         // `next_due` has cleared the flag, which may be a newer task's by now.

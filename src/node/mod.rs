@@ -10,13 +10,17 @@ pub(crate) mod tasks;
 
 use std::{
     fmt,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use self::{leases::Renewer, running::Running, tasks::Tasks};
 use crate::{
     error::{StoreError, StoreErrorKind},
+    redact::TRACING_TARGET,
     retry::Backoff,
     store::{Store, recovery::RecoveryStore},
     stored::codec::Codec,
@@ -30,6 +34,7 @@ pub(crate) struct Node {
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
     reaper_runs: AtomicBool,
+    nesting_warned: AtomicBool,
 }
 
 impl Node {
@@ -37,7 +42,19 @@ impl Node {
         let tasks = Tasks::default();
         let running = Arc::<Running>::default();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
-        Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
+        let (reaper_runs, nesting_warned) = (AtomicBool::default(), AtomicBool::default());
+        Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs, nesting_warned })
+    }
+
+    /// Tells once that a layer around guards the same requests with the same records.
+    pub(crate) fn warn_of_nesting(&self) {
+        if !self.nesting_warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                target: TRACING_TARGET,
+                "an IdempotencyLayer around this one has the same table: this one passes its requests through, at \
+                 the cost of a claim each, and its settings do not apply; remove one of them"
+            );
+        }
     }
 
     /// The store of intents, phases and kept requests.

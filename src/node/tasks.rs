@@ -17,6 +17,7 @@ use tokio_util::{
 
 use crate::{
     error::{StoreError, StoreErrorKind},
+    redact::{subscribed, traced},
     retry::jittered,
 };
 
@@ -34,12 +35,13 @@ pub(crate) struct Tasks {
 }
 
 impl Tasks {
-    /// Runs work to its end, even if its caller has gone.
+    /// Runs work to its end, even if its caller has gone. Span and subscriber of the caller travel
+    /// with it.
     pub(crate) fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
     ) -> JoinHandle<T> {
-        self.tracked.spawn(work)
+        self.tracked.spawn(traced(work))
     }
 
     /// The same, on a given runtime.
@@ -48,7 +50,7 @@ impl Tasks {
         work: impl Future<Output = T> + Send + 'static,
         runtime: &Handle,
     ) -> JoinHandle<T> {
-        self.tracked.spawn_on(work, runtime)
+        self.tracked.spawn_on(traced(work), runtime)
     }
 
     /// Lets draining wait for work, in whatever task it runs.
@@ -82,12 +84,13 @@ impl Tasks {
         wait_for(self.spawn(work), limit).await
     }
 
-    /// Starts a task that runs for as long as the layer does.
+    /// Starts a task that runs for as long as the layer does, with the subscriber of its caller. The
+    /// span of the request that happens to start it would never end.
     pub(crate) fn spawn_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
     ) -> JoinHandle<T> {
-        self.background.spawn(work)
+        self.background.spawn(subscribed(work))
     }
 
     /// Refuses new work and waits for all tasks, the background tasks last. After `limit`, returns

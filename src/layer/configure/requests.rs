@@ -175,7 +175,7 @@ impl IdempotencyLayer {
     pub fn with_max_in_flight(self, limit: usize) -> Self {
         assert!(limit > 0, "no request in flight: every request with a key would be refused; use at least 1");
         let places = Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS)));
-        self.set(|settings| settings.in_flight = Some(places))
+        self.set(|settings| settings.in_flight = places)
     }
 
     /// Limits the body of a request with a key, in bytes, to at most 4 GiB; a larger one gets 413.

@@ -10,7 +10,7 @@ use crate::{
     metrics,
     node::Node,
     recovery::completer::{Completer, send::Passed},
-    redact::TRACING_TARGET,
+    redact::{TRACING_TARGET, subscribed},
     rejection::RejectionCode,
     stored::{
         record::{Fenced, Record, RecordState},
@@ -72,7 +72,8 @@ impl Completer {
                     let (this, node) = (self.clone(), Arc::clone(node));
                     let tasks = node.tasks.clone();
                     // Tracked, so that draining waits for it.
-                    under_way.spawn(tasks.track(async move { this.complete(&node, &request).await }));
+                    let work = subscribed(async move { this.complete(&node, &request).await });
+                    under_way.spawn(tasks.track(work));
                 }
             }
             match under_way.join_next().await {

@@ -16,6 +16,7 @@ use crate::{
     layer::resent::{Passage, Resent},
     node::Node,
     recovery::completer::{Completer, Refused},
+    redact::subscribed,
     stored::request::KeptRequest,
 };
 
@@ -93,7 +94,7 @@ impl Completer {
         who: &str,
         work: impl Future<Output = T> + Send + 'static,
     ) -> Result<T, String> {
-        let mut task = tokio::spawn(work);
+        let mut task = tokio::spawn(subscribed(work));
         match timeout(self.timeout, &mut task).await {
             Ok(ended) => ended.map_err(|error: JoinError| match error.is_panic() {
                 true => format!("{who} panicked"),

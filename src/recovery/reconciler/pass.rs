@@ -20,7 +20,7 @@ use crate::{
     metrics,
     node::Node,
     recovery::reconciler::{Lookup, Reconciler, Settings, TO_RECORD},
-    redact::TRACING_TARGET,
+    redact::{TRACING_TARGET, subscribed},
     retry::{Backoff, retry_until},
     store::recovery::RecoveryStore,
     stored::{
@@ -149,7 +149,7 @@ impl Reconciler {
                 && let Some(intent) = waiting.next()
             {
                 let (reconciler, recovery) = (self.clone(), Arc::clone(recovery));
-                running.spawn(async move { reconciler.look_up(&*recovery, intent).await });
+                running.spawn(subscribed(async move { reconciler.look_up(&*recovery, intent).await }));
             }
             match running.join_next().await {
                 Some(outcome) => pass.count(outcome.unwrap_or(Outcome::Failed)),
@@ -193,7 +193,7 @@ impl Reconciler {
     /// Calls the application's code in a task of its own, because it may panic.
     async fn ask(&self, intent: &Arc<Intent>) -> Result<Lookup, BoxError> {
         let (upstreams, intent) = (Arc::clone(&self.upstreams), Arc::clone(intent));
-        let asked = tokio::spawn(async move { upstreams.reconcile(&intent).await });
+        let asked = tokio::spawn(subscribed(async move { upstreams.reconcile(&intent).await }));
         // A look-up changes nothing, so one that is too slow can be cut off.
         timeout(self.settings.timeout, AbortOnDropHandle::new(asked)).await??
     }

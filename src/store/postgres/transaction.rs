@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use super::{PostgresStore, connection};
 use crate::{
     error::{BoxError, StoreError},
-    redact::TRACING_TARGET,
+    redact::{TRACING_TARGET, traced},
     store::{
         sql::{
             Engine,
@@ -226,7 +226,7 @@ impl Driver<Postgres> for AttemptTransaction {
         let mut tries = 1;
         loop {
             // In a task, because a BEGIN must be awaited even after the time-out.
-            let begun = match timeout(limit, tokio::spawn(self.clone().try_begin(tries > 1))).await {
+            let begun = match timeout(limit, tokio::spawn(traced(self.clone().try_begin(tries > 1)))).await {
                 Ok(Ok(begun)) => begun,
                 Ok(Err(error)) => Err(not_begun(error)),
                 Err(elapsed) => Err(not_begun(elapsed)),

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::{
-    redact::{Length, TRACING_TARGET},
+    redact::{Length, TRACING_TARGET, traced},
     store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind, TransactionUsage},
 };
 
@@ -211,7 +211,7 @@ impl<DB: Database> Slot<DB> {
                 drop(place);
                 // In a task, because a BEGIN that is cancelled leaves its connection in a
                 // transaction.
-                tokio::spawn(Unfinished(Arc::clone(self)).begin());
+                tokio::spawn(traced(Unfinished(Arc::clone(self)).begin()));
                 None
             }
             Place::Beginning => None,
@@ -242,7 +242,7 @@ impl<DB: Database> Slot<DB> {
         } else if let Ok(runtime) = Handle::try_current() {
             // The layer has given it up, and other transactions may wait for its end.
             let slot = Arc::clone(self);
-            runtime.spawn(async move { slot.driver.roll_back(transaction).await });
+            runtime.spawn(traced(async move { slot.driver.roll_back(transaction).await }));
         }
         drop(place);
         self.changed.notify_waiters();
