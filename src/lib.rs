@@ -10,6 +10,7 @@
 
 mod attempt;
 mod consumer;
+mod duration;
 mod error;
 mod fingerprint;
 mod handle;

@@ -5,7 +5,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::error::StoreError;
+use crate::{
+    duration::{capped, limit},
+    error::StoreError,
+};
 
 /// Pauses that double from try to try, up to a maximum.
 #[derive(Clone, Copy, Debug)]
@@ -22,11 +25,8 @@ impl Backoff {
     /// Makes a backoff from settings of the application; panics if the pauses cannot grow.
     #[track_caller]
     pub(crate) fn checked(first: Duration, max: Duration) -> Self {
-        assert!(
-            !first.is_zero() && first <= max,
-            "pauses cannot grow from {first:?} to {max:?}: begin above zero and not above the maximum"
-        );
-        Self::new(first, max)
+        assert!(first <= max, "pauses cannot grow from {first:?} to {max:?}: begin below the maximum");
+        Self::new(limit("a first pause", first), capped(max))
     }
 
     pub(crate) fn first(self) -> Duration {

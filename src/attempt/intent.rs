@@ -13,6 +13,7 @@ use crate::{
         idempotency::Idempotency,
         progress::{Entered, check_name},
     },
+    duration::{capped, limit},
     fingerprint::canonical_digest,
     node::tasks::wait_for,
     redact::TRACING_TARGET,
@@ -145,7 +146,7 @@ impl IntentBuilder {
     /// # }
     /// ```
     pub fn deduplicates_for(mut self, window: Duration) -> Self {
-        self.deduplicates_for = window;
+        self.deduplicates_for = capped(window);
         self
     }
 
@@ -159,8 +160,13 @@ impl IntentBuilder {
     /// let intent = idempotency.intent("bank.transfer").with_timeout(Duration::from_secs(10));
     /// # }
     /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 1 ms: the outcome of every call would be unknown.
+    #[track_caller]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout.min(MAX_TIMEOUT);
+        self.timeout = limit("a time-out for calls", timeout).min(MAX_TIMEOUT);
         self
     }
 
@@ -175,7 +181,7 @@ impl IntentBuilder {
     /// # }
     /// ```
     pub fn with_grace(mut self, grace: Duration) -> Self {
-        self.grace = grace;
+        self.grace = capped(grace);
         self
     }
 

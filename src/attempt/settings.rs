@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::{
+    duration::{capped, limit},
     fingerprint::Fingerprint,
     key::IdempotencyKey,
     node::{ends::End, leases::usable},
@@ -42,18 +43,16 @@ impl Timing {
     pub(crate) fn check(&self) {
         let Self { lease, max_execution, retention, .. } = self;
         let interval = self.renewal_interval();
-        assert!(*lease >= MIN_LEASE, "a lease of {lease:?} is too short: use at least {MIN_LEASE:?}");
         assert!(
-            !interval.is_zero() && interval.saturating_mul(2) <= *lease,
+            interval * 2 <= *lease,
             "a lease of {lease:?} cannot be kept by renewing every {interval:?}: renew at least twice in a \
              lease"
         );
-        assert!(!max_execution.is_zero(), "max_execution is zero: no handler could run");
         assert!(
-            *retention >= max_execution.saturating_add(*lease),
+            *retention >= capped(*max_execution + *lease),
             "a retention of {retention:?} is shorter than max_execution and lease together \
              ({max_execution:?} + {lease:?}), so that a record could expire while its request runs: raise \
-             the retention first, or lower max_execution or lease first"
+             the retention, or lower max_execution or lease"
         );
     }
 }
@@ -129,10 +128,11 @@ impl AttemptSettings {
     }
 }
 
-/// Panics if the store could never answer in time.
+/// A lease. Panics if it is too short to be renewed in time.
 #[track_caller]
-pub(crate) fn check_store_timeout(limit: Duration) {
-    assert!(!limit.is_zero(), "a store time-out of zero: no key could be claimed");
+pub(crate) fn checked_lease(lease: Duration) -> Duration {
+    assert!(lease >= MIN_LEASE, "a lease of {lease:?} is too short: use at least {MIN_LEASE:?}");
+    capped(lease)
 }
 
 /// Settings of the transactions of handlers.
@@ -184,9 +184,14 @@ impl TransactionOptions {
     /// let options = TransactionOptions::default()
     ///     .with_idle_timeout(std::time::Duration::from_secs(10));
     /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 1 ms.
     #[must_use]
-    pub fn with_idle_timeout(mut self, limit: Duration) -> Self {
-        self.idle_timeout = Some(limit);
+    #[track_caller]
+    pub fn with_idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_timeout = Some(limit("an idle time-out", timeout));
         self
     }
 
@@ -200,9 +205,14 @@ impl TransactionOptions {
     /// let options = TransactionOptions::default()
     ///     .with_statement_timeout(std::time::Duration::from_secs(5));
     /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 1 ms.
     #[must_use]
-    pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
-        self.statement_timeout = Some(limit);
+    #[track_caller]
+    pub fn with_statement_timeout(mut self, timeout: Duration) -> Self {
+        self.statement_timeout = Some(limit("a statement time-out", timeout));
         self
     }
 
@@ -219,9 +229,14 @@ impl TransactionOptions {
     /// let options = TransactionOptions::default()
     ///     .with_time_limit(std::time::Duration::from_secs(5));
     /// ```
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 1 ms.
     #[must_use]
-    pub fn with_time_limit(mut self, limit: Duration) -> Self {
-        self.time_limit = Some(limit);
+    #[track_caller]
+    pub fn with_time_limit(mut self, time_limit: Duration) -> Self {
+        self.time_limit = Some(limit("a time limit for transactions", time_limit));
         self
     }
 

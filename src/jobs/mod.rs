@@ -13,9 +13,10 @@ pub use self::{attempt::LogAttempt, error::IntentLogError};
 use crate::{
     attempt::{
         Ownership, Won,
-        settings::{AttemptSettings, TransactionOptions, check_store_timeout},
+        settings::{AttemptSettings, TransactionOptions, checked_lease},
     },
     consumer::Consumer,
+    duration::{capped, limit},
     fingerprint::Fingerprint,
     key::IdempotencyKey,
     node::{Node, reaper::Reaper},
@@ -124,11 +125,11 @@ impl IntentLog {
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms, or longer than the retention allows: set a longer retention
-    /// first.
+    /// If it is shorter than 100 ms. When the log is used, if it is longer than the retention allows.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
+        let lease = checked_lease(lease);
         self.set(|settings| settings.timing.lease = lease)
     }
 
@@ -146,11 +147,12 @@ impl IntentLog {
     ///
     /// # Panics
     ///
-    /// If it is zero or longer than the retention allows: set a longer retention first.
+    /// If it is shorter than 1 ms. When the log is used, if it is longer than the retention allows.
     #[must_use]
     #[track_caller]
-    pub fn with_max_execution(self, limit: Duration) -> Self {
-        self.set(|settings| settings.timing.max_execution = limit)
+    pub fn with_max_execution(self, max_execution: Duration) -> Self {
+        let max_execution = limit("max_execution", max_execution);
+        self.set(|settings| settings.timing.max_execution = max_execution)
     }
 
     /// Sets the retention: how long a record is kept, counted from its first attempt. After that
@@ -170,11 +172,10 @@ impl IntentLog {
     ///
     /// # Panics
     ///
-    /// If it is shorter than `max_execution` and lease together.
+    /// When the log is used, if it is shorter than `max_execution` and lease together.
     #[must_use]
-    #[track_caller]
     pub fn with_retention(self, retention: Duration) -> Self {
-        self.set(|settings| settings.timing.retention = retention)
+        self.set(|settings| settings.timing.retention = capped(retention))
     }
 
     /// Sets what becomes of a record whose attempt ended without a result: its process died, or its
@@ -204,12 +205,12 @@ impl IntentLog {
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// If it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
-    pub fn with_store_timeout(self, limit: Duration) -> Self {
-        check_store_timeout(limit);
-        self.set(|settings| settings.store_timeout = limit)
+    pub fn with_store_timeout(self, timeout: Duration) -> Self {
+        let timeout = limit("a store time-out", timeout);
+        self.set(|settings| settings.store_timeout = timeout)
     }
 
     /// Sets how expired records are purged. Default: [`Reaper::default`], every minute. One task
@@ -244,10 +245,8 @@ impl IntentLog {
         self.set(|settings| settings.transactions = options)
     }
 
-    #[track_caller]
     fn set(mut self, change: impl FnOnce(&mut AttemptSettings)) -> Self {
         change(Arc::make_mut(&mut self.settings));
-        self.settings.timing.check();
         self
     }
 
@@ -261,12 +260,18 @@ impl IntentLog {
     ///
     /// [`IntentLogError`]. Nothing runs. If the key was claimed before the store failed, it is
     /// given back.
+    ///
+    /// # Panics
+    ///
+    /// If settings contradict each other. They are compared here, so that the order in which they
+    /// are set does not matter.
     pub async fn attempt(
         &self,
         consumer: &Consumer,
         key: &IdempotencyKey,
         arguments: &(impl Serialize + ?Sized),
     ) -> Result<LogOutcome, IntentLogError> {
+        self.settings.timing.check();
         if self.node.tasks.is_draining() {
             return Err(IntentLogError::ShuttingDown);
         }

@@ -5,7 +5,7 @@ use std::{
     error::Error,
     future::{Future, poll_fn},
     iter::successors,
-    pin::{Pin, pin},
+    pin::Pin,
     sync::Arc,
     task::Poll,
     time::Duration,
@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http_body::{Body, Frame};
+use http_body::{Body, Frame, SizeHint};
 use http_body_util::LengthLimitError;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
@@ -63,14 +63,20 @@ impl RequestLimits {
         assert!(
             usize::try_from(*body_limit).is_ok_and(|limit| limit <= *total_limit),
             "a request body of {body_limit} bytes would never fit the {total_limit} bytes for all bodies \
-             together: raise with_request_buffer_limit first, or lower with_request_body_limit"
+             together: raise with_request_buffer_limit, or lower with_request_body_limit"
         );
+    }
+
+    /// Refuses a body that is announced to be too large, before any of it is read. Nothing else is
+    /// taken from what a client announces.
+    pub(crate) fn check_announced(&self, size: &SizeHint) -> Result<(), Rejection> {
+        self.allowed(size.lower()).map(|_| ())
     }
 
     /// Reads the body of a request. `None` if the caller has gone meanwhile.
     pub(crate) async fn read<B>(
         &self,
-        body: B,
+        body: Pin<&mut B>,
         caller: oneshot::Receiver<()>,
     ) -> Result<Option<Buffered>, Rejection>
     where
@@ -92,16 +98,15 @@ impl RequestLimits {
 
     async fn read_all<B>(
         &self,
-        body: B,
+        mut body: Pin<&mut B>,
         mut caller: oneshot::Receiver<()>,
     ) -> Result<Option<Buffered>, Rejection>
     where
         B: Body<Data = Bytes>,
         B::Error: Into<BoxError>,
     {
-        let mut body = pin!(body);
         let mut trailers = None;
-        let mut bytes = self.reserve(body.size_hint().lower())?;
+        let mut bytes = self.begin(&body.size_hint())?;
         loop {
             let frame = poll_fn(|cx| match Pin::new(&mut caller).poll(cx) {
                 Poll::Ready(_) => Poll::Ready(Err(CallerGone)),
@@ -119,18 +124,19 @@ impl RequestLimits {
         }
     }
 
-    /// Takes room for a body whose least size is known, before any of it is read.
-    fn reserve(&self, lower: u64) -> Result<CountedBytes, Rejection> {
-        let reserved = self.allowed(lower)?;
-        let permit = Arc::clone(&self.free).try_acquire_many_owned(reserved).map_err(|_| overloaded())?;
-        Ok(CountedBytes { data: Vec::new(), reserved, permit })
+    /// No room is taken before anything has arrived.
+    fn begin(&self, size: &SizeHint) -> Result<CountedBytes, Rejection> {
+        let permit = Arc::clone(&self.free).try_acquire_many_owned(0).map_err(|_| overloaded())?;
+        let announced = size.upper().and_then(|upper| u32::try_from(upper).ok()).unwrap_or(u32::MAX);
+        Ok(CountedBytes { data: Vec::new(), reserved: 0, most: announced.min(self.body_limit), permit })
     }
 
+    /// Room grows with what has arrived: it doubles, but never beyond what was announced.
     fn append(&self, bytes: &mut CountedBytes, data: &[u8]) -> Result<(), Rejection> {
         let length = bytes.data.len() + data.len();
         let needed = self.allowed(length)?;
         if needed > bytes.reserved {
-            let reserved = needed.max(bytes.reserved.saturating_mul(2).min(self.body_limit));
+            let reserved = needed.max(bytes.reserved.saturating_mul(2).min(bytes.most));
             let more = Arc::clone(&self.free).try_acquire_many_owned(reserved - bytes.reserved);
             bytes.permit.merge(more.map_err(|_| overloaded())?);
             bytes.reserved = reserved;
@@ -159,6 +165,8 @@ struct CallerGone;
 struct CountedBytes {
     data: Vec<u8>,
     reserved: u32,
+    /// The most that is worth taking in advance.
+    most: u32,
     permit: OwnedSemaphorePermit,
 }
 

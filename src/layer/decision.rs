@@ -8,7 +8,7 @@
 //! | 1 | the method is not guarded | [`head`], which asks for rows 2 to 5 |
 //! | 2, 3, 4 | there is no key, or a malformed one | [`key_of`] |
 //! | 5 | the consumer cannot be identified | [`consumer_of`] |
-//! | 6 | the server shuts down | [`Guarded::receive`] |
+//! | 6 | the server shuts down, the body is announced to be too large | [`Guarded::admit`] |
 //! | 6 | the body is too large, broken off or late; no memory is left | [`Guarded::receive`] |
 //! | 7 | the store cannot keep requests | [`Guarded::check_store`] |
 //! | 7 | too many handlers are running | [`Guarded::place`] |
@@ -26,7 +26,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{Response, request::Parts};
-use http_body::Body;
+use http_body::{Body, SizeHint};
 use tokio::{
     sync::{OwnedSemaphorePermit, oneshot},
     time::Instant,
@@ -42,6 +42,7 @@ use crate::{
         answer::{in_progress, refused, response_of_record},
         body::ResponseBody,
         buffer::Buffered,
+        discard::{discard, discard_rest},
         handler::Handler,
         resent::Resent,
         settings::{Settings, StoreOutage},
@@ -168,16 +169,9 @@ impl Guarded {
         refused(&self.settings, rejection)
     }
 
-    /// Row 6: the body, unless the server shuts down. `None` if the caller has gone meanwhile.
-    pub(crate) async fn receive<B>(
-        &self,
-        body: B,
-        caller: oneshot::Receiver<()>,
-    ) -> Result<Option<Buffered>, Rejection>
-    where
-        B: Body<Data = Bytes>,
-        B::Error: Into<BoxError>,
-    {
+    /// Row 6: the server does not shut down, and the body is not announced to be too large. Nothing
+    /// of it is read yet.
+    fn admit(&self, body: &SizeHint) -> Result<(), Rejection> {
         if let KeySource::Resent(resent) = &self.key {
             resent.reached();
         }
@@ -189,7 +183,31 @@ impl Guarded {
                  key.",
             ));
         }
-        self.settings.request_limits.read(body, caller).await
+        self.settings.request_limits.check_announced(body)
+    }
+
+    /// Row 6: the body. `None` if the caller has gone meanwhile.
+    pub(crate) async fn receive<B>(
+        &self,
+        head: &Parts,
+        body: B,
+        caller: oneshot::Receiver<()>,
+    ) -> Result<Option<Buffered>, Rejection>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let limits = &self.settings.request_limits;
+        if let Err(rejection) = self.admit(&body.size_hint()) {
+            discard(head, body, limits.timeout);
+            return Err(rejection);
+        }
+        let mut body = Box::pin(body);
+        let received = limits.read(body.as_mut(), caller).await;
+        if received.as_ref().is_err_and(|rejection| rejection.code() != RejectionCode::RequestIncomplete) {
+            discard_rest(head.version, body, limits.timeout);
+        }
+        received
     }
 
     /// Rows 7 to 13: the store. Asks it twice if the record was made in another fingerprint scheme

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use http::HeaderName;
 
+use crate::duration::capped;
+
 /// Settings for keeping requests, so that a [`Completer`](crate::recovery::Completer) can send
 /// those that are abandoned again.
 ///
@@ -12,7 +14,7 @@ use http::HeaderName;
 /// those that the [`Fingerprinter`](crate::Fingerprinter) covers, and those that are
 /// [added](Self::add_header). A request is kept until its record is completed or gone.
 ///
-/// **Credentials are never kept.** Building a layer fails if it would keep `Authorization`,
+/// **Credentials are never kept.** Using a layer panics if it would keep `Authorization`,
 /// `Cookie`, `Proxy-Authorization`, the header of
 /// [`ConsumerExtractor::header`](crate::ConsumerExtractor::header), or a header that the default
 /// extractor takes for credentials (`X-Api-Key`, `Api-Key`, `ApiKey`, `X-Auth-Token`,
@@ -77,7 +79,7 @@ impl KeptRequests {
     /// ```
     #[must_use]
     pub fn with_abandoned_after(mut self, time: Duration) -> Self {
-        self.abandoned_after = time;
+        self.abandoned_after = capped(time);
         self
     }
 }

@@ -6,6 +6,7 @@ mod buffer;
 mod closing;
 mod configure;
 mod decision;
+mod discard;
 mod future;
 mod handler;
 mod keep;
@@ -38,7 +39,9 @@ pub use crate::{policy::AbandonedAttempts, redact::KeyLogging, stored::response:
 ///
 /// Clones share the store, the limits and what is running. To give a route other settings, clone
 /// the layer and change the clone. Give each route one of them, and do not nest them: an inner
-/// clone passes through what the outer one guards, and its settings do not apply.
+/// clone passes through what the outer one guards, and its settings do not apply. So does another
+/// layer over the same table, if it finds the same consumer and key; that costs a claim, and is
+/// logged once.
 ///
 /// ```
 /// # #[cfg(all(feature = "axum", feature = "memory"))] {
@@ -106,18 +109,20 @@ impl IdempotencyLayer {
     fn set_attempts(self, change: impl FnOnce(&mut AttemptSettings)) -> Self {
         self.set(|settings| change(Arc::make_mut(&mut settings.attempts)))
     }
-
-    #[track_caller]
-    fn checked(self) -> Self {
-        self.settings.check();
-        self
-    }
 }
 
 impl<S> Layer<S> for IdempotencyLayer {
     type Service = IdempotencyService<S>;
 
+    /// Puts the layer around a service.
+    ///
+    /// # Panics
+    ///
+    /// If settings contradict each other. They are compared here, so that the order in which they
+    /// are set does not matter.
+    #[track_caller]
     fn layer(&self, inner: S) -> Self::Service {
+        self.settings.check();
         IdempotencyService::new(inner, Arc::clone(&self.node), Arc::clone(&self.settings))
     }
 }

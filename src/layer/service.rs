@@ -20,6 +20,7 @@ use crate::{
         body::{RequestBody, ResponseBody},
         buffer::Buffered,
         decision::{Decision, Entrance, Guarded},
+        discard::discard,
         future::{Answer, ResponseFuture},
         readiness::{call_when_ready, until_ready},
         settings::Settings,
@@ -83,7 +84,10 @@ where
                 let request = Request::from_parts(parts, RequestBody::passed(body));
                 ResponseFuture::passed(call_when_ready(&mut self.inner, request), settings)
             }
-            Entrance::Refuse(rejection) => ResponseFuture::refused(self.settings.refuse(rejection)),
+            Entrance::Refuse(rejection) => {
+                discard(&parts, body, self.settings.request_limits.timeout);
+                ResponseFuture::refused(self.settings.refuse(rejection))
+            }
             Entrance::Guard(guarded) => {
                 let (caller, gone) = oneshot::channel();
                 let task = guard(guarded, self.inner.clone(), parts, body, gone);
@@ -121,7 +125,7 @@ where
     ResBody: Body<Data = Bytes> + Send + 'static,
     ResBody::Error: Into<BoxError>,
 {
-    let body = match guarded.receive(body, caller).await {
+    let body = match guarded.receive(&parts, body, caller).await {
         Ok(Some(body)) => body,
         // The caller has gone before its request was complete: nothing was claimed.
         Ok(None) => return Ok(Response::default()),

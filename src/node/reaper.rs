@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Node, tasks::repeat};
 use crate::{
+    duration::{capped, limit},
     error::StoreError,
     metrics::{self, Purged},
     redact::TRACING_TARGET,
@@ -50,14 +51,12 @@ impl Reaper {
     ///
     /// # Panics
     ///
-    /// Panics if one of them is zero.
+    /// Panics if the interval is shorter than 1 ms or the batch zero.
     #[must_use]
     #[track_caller]
     pub fn every(interval: Duration, batch: u32) -> Self {
-        assert!(
-            !interval.is_zero() && batch > 0,
-            "a reaper needs an interval and a batch above zero; to turn it off, use Reaper::off()"
-        );
+        let interval = limit("an interval for purging", interval);
+        assert!(batch > 0, "a reaper with an empty batch purges nothing: to turn it off, use Reaper::off()");
         Self(Some(Schedule { interval, batch, intent_retention: INTENT_RETENTION }))
     }
 
@@ -77,7 +76,7 @@ impl Reaper {
     #[must_use]
     pub fn with_intent_retention(mut self, retention: Duration) -> Self {
         if let Some(schedule) = &mut self.0 {
-            schedule.intent_retention = retention;
+            schedule.intent_retention = capped(retention);
         }
         self
     }

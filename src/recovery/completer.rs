@@ -12,7 +12,7 @@ use tower_service::Service;
 
 pub use self::pass::CompleterPass;
 use self::send::{SendRequest, erased};
-use crate::{consumer::Consumer, retry::Backoff};
+use crate::{consumer::Consumer, duration::limit, retry::Backoff};
 
 /// Restores in a request that is sent again the extensions and internal headers that the
 /// authentication layer had set.
@@ -174,15 +174,11 @@ impl Completer {
     ///
     /// # Panics
     ///
-    /// Panics if it is zero.
+    /// Panics if it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
     pub fn with_interval(mut self, interval: Duration) -> Self {
-        assert!(
-            !interval.is_zero(),
-            "a completer needs a pause between two passes: use an interval above zero"
-        );
-        self.interval = interval;
+        self.interval = limit("a completer's interval", interval);
         self
     }
 
@@ -239,7 +235,7 @@ impl Completer {
     ///
     /// # Panics
     ///
-    /// Panics if `first` is zero or longer than `max`.
+    /// Panics if `first` is shorter than 1 ms or longer than `max`.
     #[must_use]
     #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
@@ -282,12 +278,11 @@ impl Completer {
     ///
     /// # Panics
     ///
-    /// Panics if it is zero.
+    /// Panics if it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
-    pub fn with_timeout(mut self, limit: Duration) -> Self {
-        assert!(!limit.is_zero(), "a completer that does not wait learns nothing: use a time-out above zero");
-        self.timeout = limit;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = limit("a completer's time-out", timeout);
         self
     }
 

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 
 pub use self::pass::ReconcilerPass;
 use crate::{
+    duration::{capped, limit},
     retry::Backoff,
     stored::intent::{Intent, Resource},
 };
@@ -182,15 +183,11 @@ impl Reconciler {
     ///
     /// # Panics
     ///
-    /// Panics if it is zero.
+    /// Panics if it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
     pub fn with_interval(mut self, interval: Duration) -> Self {
-        assert!(
-            !interval.is_zero(),
-            "a reconciler needs a pause between two passes: use an interval above zero"
-        );
-        self.settings.interval = interval;
+        self.settings.interval = limit("a reconciler's interval", interval);
         self
     }
 
@@ -245,15 +242,11 @@ impl Reconciler {
     ///
     /// # Panics
     ///
-    /// Panics if it is zero.
+    /// Panics if it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
-    pub fn with_timeout(mut self, limit: Duration) -> Self {
-        assert!(
-            !limit.is_zero(),
-            "a look-up that may take no time learns nothing: use a time-out above zero"
-        );
-        self.settings.timeout = limit;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.timeout = limit("a time-out for look-ups", timeout);
         self
     }
 
@@ -280,7 +273,7 @@ impl Reconciler {
             !pause.is_zero(),
             "an immediate look-up confirms nothing: wait longer than the upstream takes to show a resource"
         );
-        self.settings.confirm_after = pause;
+        self.settings.confirm_after = capped(pause);
         self
     }
 
@@ -297,7 +290,7 @@ impl Reconciler {
     ///
     /// # Panics
     ///
-    /// Panics if `first` is zero or longer than `max`.
+    /// Panics if `first` is shorter than 1 ms or longer than `max`.
     #[must_use]
     #[track_caller]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
@@ -337,7 +330,7 @@ impl Reconciler {
     /// ```
     #[must_use]
     pub fn with_recheck_after(mut self, pause: Duration) -> Self {
-        self.settings.recheck_after = pause;
+        self.settings.recheck_after = capped(pause);
         self
     }
 

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use http::HeaderName;
 
 use crate::{
+    duration::capped,
     layer::{IdempotencyLayer, RenderRepresentation},
     policy::ResultPolicy,
     rejection::RenderRejection,
@@ -105,8 +106,8 @@ impl IdempotencyLayer {
     /// stay. An answer whose status or content type a middleware has changed is the application's
     /// own, and left as it is.
     ///
-    /// One refusal is always a `ProblemJson`: `internal`, for a request whose task ended early,
-    /// because the renderer may be the cause.
+    /// One refusal is always a `ProblemJson`: `internal`, for a request whose task ended early or
+    /// whose refusal could not be rendered, because the renderer panicked.
     #[must_use]
     pub fn with_renderer(self, renderer: impl RenderRejection + 'static) -> Self {
         self.set(|settings| settings.renderer = Arc::new(renderer))
@@ -127,7 +128,8 @@ impl IdempotencyLayer {
     }
 
     /// Limits how long the body of a response is collected. A slower one counts as endless: it
-    /// reaches the first caller, and retries get 409 `response-not-kept`. Default: 10 s.
+    /// reaches the first caller, and retries get 409 `response-not-kept`. Default: 10 s. Zero stores
+    /// only bodies that are complete immediately.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -139,7 +141,7 @@ impl IdempotencyLayer {
     /// ```
     #[must_use]
     pub fn with_response_body_timeout(self, limit: Duration) -> Self {
-        self.set(|settings| settings.response_body_timeout = limit)
+        self.set(|settings| settings.response_body_timeout = capped(limit))
     }
 
     /// Leaves a header out of stored responses, so that replays lack it. Default: none is left out.

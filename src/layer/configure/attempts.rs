@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::{
-    attempt::settings::{TransactionOptions, check_store_timeout},
+    attempt::settings::{TransactionOptions, checked_lease},
+    duration::{capped, limit},
     layer::{IdempotencyLayer, StoreOutage, kept_requests::KeptRequests},
     node::reaper::Reaper,
     redact::KeyLogging,
@@ -28,11 +29,10 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is shorter than `max_execution` and lease together.
+    /// When the layer is used, if it is shorter than `max_execution` and lease together.
     #[must_use]
-    #[track_caller]
     pub fn with_retention(self, retention: Duration) -> Self {
-        self.set_attempts(|attempts| attempts.timing.retention = retention).checked()
+        self.set_attempts(|attempts| attempts.timing.retention = capped(retention))
     }
 
     /// Sets the lease: how long an attempt owns its record without renewing. Retries are refused
@@ -48,12 +48,13 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms or two renewals, or longer than the retention allows: set a
-    /// longer retention first.
+    /// If it is shorter than 100 ms. When the layer is used, if it is shorter than two renewals or
+    /// longer than the retention allows.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {
-        self.set_attempts(|attempts| attempts.timing.lease = lease).checked()
+        let lease = checked_lease(lease);
+        self.set_attempts(|attempts| attempts.timing.lease = lease)
     }
 
     /// Sets the interval between two renewals of a lease. Default: a third of the lease.
@@ -69,15 +70,20 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is zero or longer than half the lease.
+    /// If it is shorter than 1 ms. When the layer is used, if it is longer than half the lease.
     #[must_use]
     #[track_caller]
     pub fn with_renewal_interval(self, interval: Duration) -> Self {
-        self.set_attempts(|attempts| attempts.timing.renewal = Some(interval)).checked()
+        let interval = limit("a renewal interval", interval);
+        self.set_attempts(|attempts| attempts.timing.renewal = Some(interval))
     }
 
     /// Limits how long a handler may run before it is cancelled. Default: 10 min. For a shorter
     /// limit, put a time-out layer inside this one.
+    ///
+    /// The time begins with the claim. It includes the wait for a place where a layer inside this
+    /// one limits concurrency; a request that gets none in that time is not performed: 503
+    /// `overloaded`.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -90,11 +96,13 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is zero or longer than the retention allows: set a longer retention first.
+    /// If it is shorter than 1 ms. When the layer is used, if it is longer than the retention
+    /// allows.
     #[must_use]
     #[track_caller]
-    pub fn with_max_execution(self, limit: Duration) -> Self {
-        self.set_attempts(|attempts| attempts.timing.max_execution = limit).checked()
+    pub fn with_max_execution(self, max_execution: Duration) -> Self {
+        let max_execution = limit("max_execution", max_execution);
+        self.set_attempts(|attempts| attempts.timing.max_execution = max_execution)
     }
 
     /// Limits how long a request waits for the store to claim its key, to at most three quarters of
@@ -111,12 +119,12 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// If it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
-    pub fn with_store_timeout(self, limit: Duration) -> Self {
-        check_store_timeout(limit);
-        self.set_attempts(|attempts| attempts.store_timeout = limit)
+    pub fn with_store_timeout(self, timeout: Duration) -> Self {
+        let timeout = limit("a store time-out", timeout);
+        self.set_attempts(|attempts| attempts.store_timeout = timeout)
     }
 
     /// Sets the behaviour while the store is unavailable. Default: [`StoreOutage::Refuse`].
@@ -201,10 +209,10 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If a header that identifies who sends a request would be kept: see [`KeptRequests`].
+    /// When the layer is used, if a header that identifies who sends a request would be kept: see
+    /// [`KeptRequests`].
     #[must_use]
-    #[track_caller]
     pub fn with_kept_requests(self, kept: KeptRequests) -> Self {
-        self.set(|settings| settings.kept_requests = Some(kept)).checked()
+        self.set(|settings| settings.kept_requests = Some(kept))
     }
 }

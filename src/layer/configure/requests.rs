@@ -6,7 +6,8 @@ use http::{HeaderName, Method};
 use tokio::sync::Semaphore;
 
 use crate::{
-    consumer::ConsumerExtractor, fingerprint::Fingerprinter, key::KeySyntax, layer::IdempotencyLayer,
+    consumer::ConsumerExtractor, duration::limit, fingerprint::Fingerprinter, key::KeySyntax,
+    layer::IdempotencyLayer,
 };
 
 /// Requests: which are guarded, whose they are, and how many and how large they may be.
@@ -103,14 +104,11 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If `window` is zero.
+    /// If `window` is shorter than 1 ms.
     #[must_use]
     #[track_caller]
     pub fn with_derived_key(self, window: Duration) -> Self {
-        assert!(
-            !window.is_zero(),
-            "a window of zero derives keys that nothing can match: use at least a second"
-        );
+        let window = limit("a window for derived keys", window);
         self.set(|settings| settings.derived_key = Some(window))
     }
 
@@ -127,11 +125,11 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If the header that it reads would be [kept](Self::with_kept_requests).
+    /// When the layer is used, if the header that it reads would be
+    /// [kept](Self::with_kept_requests).
     #[must_use]
-    #[track_caller]
     pub fn with_consumer(self, extractor: ConsumerExtractor) -> Self {
-        self.set(|settings| settings.consumer = extractor).checked()
+        self.set(|settings| settings.consumer = extractor)
     }
 
     /// Sets the fingerprint, which tells a retry from another request. Default:
@@ -149,16 +147,29 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it covers a header that cannot be kept, and requests are
+    /// When the layer is used, if it covers a header that cannot be kept, and requests are
     /// [kept](Self::with_kept_requests).
     #[must_use]
-    #[track_caller]
     pub fn with_fingerprint(self, fingerprinter: Fingerprinter) -> Self {
-        self.set(|settings| settings.fingerprinter = fingerprinter).checked()
+        self.set(|settings| settings.fingerprinter = fingerprinter)
     }
 
-    /// Limits how many requests with a key are decided and run simultaneously; the others get 503
-    /// `overloaded`. Clones made afterwards share the limit. Default: no limit.
+    /// Limits how many handlers of requests with a key run simultaneously. A request for which
+    /// there is no place gets 503 `overloaded`, and nothing is claimed. Clones made afterwards share
+    /// the limit. Default: 1,024.
+    ///
+    /// A handler goes on when its client disconnects, so a client could start any number of them
+    /// with streams of HTTP/2 that it resets. This limit is the bound. It counts handlers only:
+    /// replays and refusals need no place. A place is taken from the claim until the handler has
+    /// returned, also while it waits for a connection of the database pool or for a limit inside
+    /// this layer.
+    ///
+    /// The default suits handlers that mostly wait. It is far above what a pool of connections
+    /// serves (10 to 100), so that a burst queues there instead of being refused, and low enough
+    /// for the memory of a small server: request bodies have a
+    /// [limit](Self::with_request_buffer_limit) of their own, so that a place costs what its handler
+    /// itself holds. Set it lower if handlers hold much memory, and higher if more of them wait for
+    /// slow services. `usize::MAX` is no limit.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -190,16 +201,19 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is over the limit of all bodies together.
+    /// When the layer is used, if it is over the limit of all bodies together.
     #[must_use]
-    #[track_caller]
     pub fn with_request_body_limit(self, bytes: usize) -> Self {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        self.set(|settings| settings.request_limits.body_limit = bytes).checked()
+        self.set(|settings| settings.request_limits.body_limit = bytes)
     }
 
     /// Limits all buffered request bodies together, in bytes; a body that does not fit gets 503
     /// `overloaded`. Clones made afterwards share the limit. Default: 64 MiB.
+    ///
+    /// Room is taken for what was received, not for what a client announces, and while the handler
+    /// has the body. A client that sends a part and pauses holds the room of that part for at most
+    /// the [time-out](Self::with_request_body_timeout).
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -211,20 +225,21 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is below the limit of one body.
+    /// When the layer is used, if it is below the limit of one body.
     #[must_use]
-    #[track_caller]
     pub fn with_request_buffer_limit(self, bytes: usize) -> Self {
         let free = Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS)));
         self.set(|settings| {
             settings.request_limits.total_limit = bytes;
             settings.request_limits.free = free;
         })
-        .checked()
     }
 
     /// Limits how long the body of a request may take to arrive; a slower one gets 408. Default: 30
     /// s.
+    ///
+    /// The rest of a body that is refused is read and thrown away for at most as long, so that the
+    /// refusal arrives over HTTP/1.1 and the connection can be used again.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
@@ -237,11 +252,11 @@ impl IdempotencyLayer {
     ///
     /// # Panics
     ///
-    /// If it is zero.
+    /// If it is shorter than 1 ms.
     #[must_use]
     #[track_caller]
-    pub fn with_request_body_timeout(self, limit: Duration) -> Self {
-        assert!(!limit.is_zero(), "a time-out of zero for request bodies: none could arrive");
-        self.set(|settings| settings.request_limits.timeout = limit)
+    pub fn with_request_body_timeout(self, timeout: Duration) -> Self {
+        let timeout = limit("a time-out for request bodies", timeout);
+        self.set(|settings| settings.request_limits.timeout = timeout)
     }
 }

@@ -34,6 +34,7 @@ use super::{
     transaction::{StoreTransaction, TransactionLimits},
 };
 use crate::{
+    duration::limit,
     error::StoreError,
     stored::record::{Attempt, Claim, ClaimOutcome, Renewal},
 };
@@ -163,20 +164,26 @@ impl PostgresStore {
         self.with_new_state()
     }
 
-    /// Sets the number of connections that the store opens at most, at least 1. Default: the
+    /// Sets the number of connections that the store opens at most, 1 to 10,000. Default: the
     /// maximum of the given pool, but not more than 16.
     #[must_use]
     pub fn with_max_connections(mut self, connections: u32) -> Self {
-        self.settings.max_connections = Some(connections);
+        self.settings.max_connections = Some(connections.clamp(1, MAX_SET_CONNECTIONS));
         self.with_new_state()
     }
 
     /// Sets the time that a statement may take. At nine tenths of it the server cancels the
     /// statement (not behind a pooler). At the end the connection is closed, and the call fails as
-    /// [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous). Default: 10 s.
+    /// [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous). At most 24 days, as in PostgreSQL.
+    /// Default: 10 s.
+    ///
+    /// # Panics
+    ///
+    /// If it is shorter than 1 ms.
     #[must_use]
+    #[track_caller]
     pub fn with_statement_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.statement_timeout = timeout;
+        self.settings.statement_timeout = limit("a statement time-out", timeout).min(MAX_STATEMENT_TIMEOUT);
         self.with_new_state()
     }
 
@@ -298,3 +305,7 @@ impl IntoStore for PgPool {
 }
 
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest that PostgreSQL takes: a number of milliseconds in 32 bits.
+const MAX_STATEMENT_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
+/// Far above what a server serves: a pool takes memory for each in advance.
+const MAX_SET_CONNECTIONS: u32 = 10_000;
