@@ -13,6 +13,7 @@ use axum::{
     routing::post,
 };
 use bytes::Bytes;
+use tower::Layer;
 use tower_idempotency::{
     Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyLayer, IntentError, KeySyntax,
     MemoryStore, ProblemJson, Rejection, RejectionCode, ResultPolicy, Tx, TxError,
@@ -357,9 +358,9 @@ fn the_layer_can_be_built_outside_a_runtime_and_used_on_several() {
 }
 
 #[test]
-fn impossible_configurations_are_refused_where_they_are_made() {
+fn impossible_configurations_are_refused_where_they_are_made_or_used() {
     let panics = |configure: fn(IdempotencyLayer) -> IdempotencyLayer| {
-        let panic = std::panic::catch_unwind(|| configure(layer())).unwrap_err();
+        let panic = std::panic::catch_unwind(|| configure(layer()).layer(())).unwrap_err();
         panic
             .downcast_ref::<String>()
             .cloned()
