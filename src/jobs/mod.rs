@@ -125,7 +125,8 @@ impl IntentLog {
     ///
     /// # Panics
     ///
-    /// If it is shorter than 100 ms. When the log is used, if it is longer than the retention allows.
+    /// If it is shorter than 100 ms. When the log is used, if it is longer than the retention
+    /// allows.
     #[must_use]
     #[track_caller]
     pub fn with_lease(self, lease: Duration) -> Self {

@@ -4,7 +4,7 @@
 //! | row | situation | here |
 //! |---|---|---|
 //! | 0 | a completer sends the request again, or an outer layer guards it | [`Entrance::of`] |
-//! | 0 | an outer layer with a store of its own over the same table guards it | [`Guarded::decide`] |
+//! | 0 | an outer layer with another store over the same table guards it | [`Guarded::decide`] |
 //! | 1 | the method is not guarded | [`head`], which asks for rows 2 to 5 |
 //! | 2, 3, 4 | there is no key, or a malformed one | [`key_of`] |
 //! | 5 | the consumer cannot be identified | [`consumer_of`] |
@@ -406,7 +406,8 @@ impl Guarded {
 fn overloaded() -> Rejection {
     Rejection::new(
         RejectionCode::Overloaded,
-        "The request was not performed: too many requests are running. Send it again later with the same key.",
+        "The request was not performed: too many requests are running. Send it again later with the same \
+         key.",
     )
 }
 

@@ -23,18 +23,16 @@ use crate::{
     attempt::{Facts, Ownership},
     error::BoxError,
     layer::{
-        answer::refused,
         body::RequestBody,
         buffer::{Collected, collect},
         closing::close,
         future::Answer,
-        readiness::{Unready, until_ready_within},
+        readiness::until_ready_within,
         settings::Settings,
         verdict::{Cause, HandlerEnd, Judge, Performed},
     },
     node::ends::End,
-    redact::{TRACING_TARGET, traced},
-    rejection::{Rejection, RejectionCode},
+    redact::traced,
 };
 
 /// A handler that is about to run for an attempt.
@@ -70,7 +68,7 @@ impl Handler {
         if let Err(unready) = until_ready_within(&mut inner, max_execution.as_mut()).await {
             // Under every policy: the handler did not run.
             close(ownership, End::Release.into()).await;
-            return not_run(&settings, &facts, unready);
+            return unready.answer(&settings, &facts);
         }
         ownership.idempotency().enter(request.extensions_mut());
         request.extensions_mut().extend(ownership.offered.clone());
@@ -89,30 +87,6 @@ impl Handler {
         let closed = close(ownership, judged.outcome).await;
         judge.answer(closed, judged.verdict).await
     }
-}
-
-/// The answer to a request whose handler was not called, because the inner service did not get
-/// ready.
-fn not_run<B, E>(settings: &Settings, facts: &Facts, unready: Unready<E>) -> Answer<B, E> {
-    let (code, detail) = match unready {
-        Unready::Failed(error) => return Err(error),
-        Unready::Panicked => (
-            RejectionCode::Internal,
-            "The request was not performed: the server failed. Send it again with the same key.",
-        ),
-        Unready::Late => (
-            RejectionCode::Overloaded,
-            "The request was not performed: the server found no place for it in time. Send it again later with \
-             the same key.",
-        ),
-    };
-    let attempt = &facts.attempt;
-    tracing::error!(
-        target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, %code,
-        "the handler was not called, and the key is released: the service inside of the layer panicked, or was \
-         not ready within max_execution"
-    );
-    Ok(refused(settings, Rejection::new(code, detail)))
 }
 
 /// Waits for the handler, at most `max_execution`, and at most as long as its transaction may be

@@ -1,5 +1,5 @@
-//! The readiness of the inner service. Only what is performed waits for it: a limit inside the layer
-//! has no say over replays and refusals.
+//! The readiness of the inner service. Only what is performed waits for it: a limit inside the
+//! layer has no say over replays and refusals.
 
 use std::{
     future::{Future, poll_fn},
@@ -10,6 +10,13 @@ use std::{
 };
 
 use tower_service::Service;
+
+use crate::{
+    attempt::Facts,
+    layer::{answer::refused, future::Answer, settings::Settings},
+    redact::TRACING_TARGET,
+    rejection::{Rejection, RejectionCode},
+};
 
 /// The reason why a service was not called.
 pub(crate) enum Unready<E> {
@@ -67,4 +74,30 @@ pub(crate) async fn until_ready_within<S: Service<R>, R>(
         Err(_) => Poll::Ready(Err(Unready::Panicked)),
     })
     .await
+}
+
+impl<E> Unready<E> {
+    /// The answer to a request that was claimed, and whose handler was not called.
+    pub(crate) fn answer<B>(self, settings: &Settings, facts: &Facts) -> Answer<B, E> {
+        let (code, cause, detail) = match self {
+            Self::Failed(error) => return Err(error),
+            Self::Panicked => (
+                RejectionCode::Internal,
+                "it panicked",
+                "The request was not performed: the server failed. Send it again with the same key.",
+            ),
+            Self::Late => (
+                RejectionCode::Overloaded,
+                "it was not ready within max_execution",
+                "The request was not performed: the server found no place for it in time. Send it again \
+                 later with the same key.",
+            ),
+        };
+        let Facts { attempt, .. } = facts;
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %attempt.consumer, attempt = %attempt.id, cause,
+            "the service inside the layer was not called, and the key is released"
+        );
+        Ok(refused(settings, Rejection::new(code, detail)))
+    }
 }

@@ -51,8 +51,8 @@ impl Node {
         if !self.nesting_warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 target: TRACING_TARGET,
-                "an IdempotencyLayer around this one has the same table: this one passes its requests through, at \
-                 the cost of a claim each, and its settings do not apply; remove one of them"
+                "an IdempotencyLayer around this one has the same table: this one passes its requests \
+                 through, at the cost of a claim each, and its settings do not apply; remove one of them"
             );
         }
     }

@@ -84,8 +84,8 @@ impl Tasks {
         wait_for(self.spawn(work), limit).await
     }
 
-    /// Starts a task that runs for as long as the layer does, with the subscriber of its caller. The
-    /// span of the request that happens to start it would never end.
+    /// Starts a task that runs for as long as the layer does, with the subscriber of its caller. It
+    /// has no span: that of the request that happens to start it would never end.
     pub(crate) fn spawn_background<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,

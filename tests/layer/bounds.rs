@@ -93,21 +93,24 @@ async fn streams_that_are_reset_start_no_more_handlers_than_there_are_places() {
         request.header("idempotency-key", key).body(Full::from("2000")).unwrap()
     };
     assert_eq!(client.send(keyed("/done", "done")).await.status(), StatusCode::CREATED);
-    let mut flood = JoinSet::new();
-    for number in 0..3000 {
-        let (mut client, request) = (client.share(), keyed("/charges", &format!("flood-{number}")));
-        flood.spawn(async move { timeout(Duration::from_millis(2), client.start(request)).await.is_err() });
-        if number % 100 == 0 {
-            sleep(Duration::from_millis(2)).await;
+    // 3,000 streams, as many at a time as a connection may have, each reset when it was sent.
+    for round in 0..15 {
+        // The server may close a connection that resets many.
+        let flooding = Client::http2(address).await;
+        let mut flood = JoinSet::new();
+        for number in 0..200 {
+            let mut client = flooding.share();
+            let request = keyed("/charges", &format!("flood-{round}-{number}"));
+            flood.spawn(async move { client.start(request).await.is_ok() });
         }
+        sleep(Duration::from_millis(100)).await;
+        flood.shutdown().await;
     }
     handlers.until(PLACES).await;
-    // In the middle of it, on a connection of its own: the server may close that of the flood.
     let replay = exchange(address, raw_to("/done", "done")).await;
     assert_eq!((replay.status, replay.is_replay()), (201, true), "{}", replay.text());
     let refused = exchange(address, raw_charge("new", &[], "2000")).await;
     assert_eq!((refused.status, &refused.json()["code"]), (503, &"overloaded".into()));
-    flood.join_all().await;
     assert_eq!(handlers.most(), PLACES);
 
     handlers.gate.add_permits(Semaphore::MAX_PERMITS / 2);

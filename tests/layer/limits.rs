@@ -70,13 +70,7 @@ const OF_DURATIONS: [(&str, Set<Duration>, [Becomes; 4]); 19] = [
     ),
     (
         "all that go together",
-        |layer, value| {
-            layer
-                .with_renewal_interval(value / 2)
-                .with_lease(value)
-                .with_max_execution(value)
-                .with_retention(value)
-        },
+        |layer, value| layer.with_lease(value).with_max_execution(value).with_retention(value),
         [No, No, No, Works],
     ),
     ("store time-out", IdempotencyLayer::with_store_timeout, [No, No, Works, Works]),

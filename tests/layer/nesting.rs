@@ -76,6 +76,7 @@ async fn layers_over_one_table_with_other_settings_run_the_handler_once() {
     ];
     for (name, inner) in inner {
         let runs = Count::default();
+        let inner = if name == "another consumer" { inner } else { inner.with_consumer(shared(name)) };
         let app = counted(&runs).layer(inner).layer(outer.clone().with_consumer(shared(name)));
         assert_one_run(&app, &runs, name).await;
     }

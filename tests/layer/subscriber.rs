@@ -4,10 +4,12 @@ use std::time::{Duration, Instant};
 
 use axum::{
     Router,
+    extract::Request,
     http::{Method, StatusCode},
+    middleware::{Next, from_fn},
     routing::post,
 };
-use tokio::{net::TcpListener, time::sleep};
+use tokio::time::sleep;
 use tower_idempotency::Reaper;
 use tracing::{Instrument, instrument::WithSubscriber};
 
@@ -15,7 +17,7 @@ use crate::support::{
     direct::{charge, counting, request, send},
     http::{exchange, post as raw_charge},
     log::Log,
-    served::layer,
+    served::{layer, serve},
 };
 
 /// The subscriber of the server, and not that of the process, gets every event.
@@ -26,11 +28,12 @@ async fn events_of_handler_and_layer_reach_the_subscriber_of_the_server() {
         tracing::info!("in the handler");
         StatusCode::CREATED
     };
-    let app = Router::new().route("/charges", post(handler)).layer(layer());
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let server = async { axum::serve(listener, app).await.unwrap() };
-    tokio::spawn(server.with_subscriber(log.subscriber()));
+    let subscriber = log.subscriber();
+    // Around all that the server does for a request.
+    let subscribed =
+        from_fn(move |request: Request, next: Next| next.run(request).with_subscriber(subscriber.clone()));
+    let app = Router::new().route("/charges", post(handler)).layer(layer()).layer(subscribed);
+    let address = serve(app).await;
     for _ in 0..2 {
         exchange(address, raw_charge("k", &[], "2000")).await;
     }

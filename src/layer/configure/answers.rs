@@ -128,8 +128,8 @@ impl IdempotencyLayer {
     }
 
     /// Limits how long the body of a response is collected. A slower one counts as endless: it
-    /// reaches the first caller, and retries get 409 `response-not-kept`. Default: 10 s. Zero stores
-    /// only bodies that are complete immediately.
+    /// reaches the first caller, and retries get 409 `response-not-kept`. Zero stores only bodies
+    /// that are complete immediately. Default: 10 s.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {

@@ -155,8 +155,8 @@ impl IdempotencyLayer {
     }
 
     /// Limits how many handlers of requests with a key run simultaneously. A request for which
-    /// there is no place gets 503 `overloaded`, and nothing is claimed. Clones made afterwards share
-    /// the limit. Default: 1,024.
+    /// there is no place gets 503 `overloaded`, and its key is not taken. Clones made afterwards
+    /// share the limit. Default: 1,024.
     ///
     /// A handler goes on when its client disconnects, so a client could start any number of them
     /// with streams of HTTP/2 that it resets. This limit is the bound. It counts handlers only:
@@ -167,9 +167,9 @@ impl IdempotencyLayer {
     /// The default suits handlers that mostly wait. It is far above what a pool of connections
     /// serves (10 to 100), so that a burst queues there instead of being refused, and low enough
     /// for the memory of a small server: request bodies have a
-    /// [limit](Self::with_request_buffer_limit) of their own, so that a place costs what its handler
-    /// itself holds. Set it lower if handlers hold much memory, and higher if more of them wait for
-    /// slow services. `usize::MAX` is no limit.
+    /// [limit](Self::with_request_buffer_limit) of their own, so that a place costs what its
+    /// handler itself holds. Set it lower if handlers hold much memory, and higher if more of them
+    /// wait for slow services. `usize::MAX` is no limit.
     ///
     /// ```
     /// # #[cfg(feature = "memory")] {
