@@ -209,7 +209,7 @@ async fn check<V: Copy + fmt::Debug>(
         match app {
             Ok(app) => assert_eq!(performed(&app, name, number).await, expected, "{what}"),
             Err(panic) => {
-                assert!(reason(&*panic).contains(|end: char| end == ':'), "{what}: {}", reason(&*panic))
+                assert!(reason(&*panic).contains(':'), "{what}: {}", reason(&*panic))
             }
         }
     }

@@ -102,7 +102,7 @@ async fn soon<T>(work: impl Future<Output = T>) -> T {
     timeout(Duration::from_secs(5), work).await.expect("nothing waits for a place")
 }
 
-fn limits(inner: Inner) -> Vec<(&'static str, Inner)> {
+fn limits(inner: &Inner) -> Vec<(&'static str, Inner)> {
     let one = || ServiceBuilder::new().concurrency_limit(1).service(inner.clone());
     vec![
         ("a limit", BoxCloneSyncService::new(one())),
@@ -117,10 +117,10 @@ fn limits(inner: Inner) -> Vec<(&'static str, Inner)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn replays_duplicates_and_refusals_never_wait_for_a_place_inside() {
-    let names = limits(Handler::new().service()).into_iter().map(|(name, _)| name);
+    let names = limits(&Handler::new().service()).into_iter().map(|(name, _)| name);
     for (index, name) in names.enumerate() {
         let handler = Handler::new();
-        let (_, inner) = limits(handler.service()).remove(index);
+        let (_, inner) = limits(&handler.service()).remove(index);
         let service = layer().layer(inner);
         send(&service, charge(Some("done"), "1", false)).await.unwrap();
         let holder = start(&service, charge(Some("held"), "1", true));
@@ -154,7 +154,7 @@ async fn replays_duplicates_and_refusals_never_wait_for_a_place_inside() {
 #[tokio::test]
 async fn one_service_that_answers_one_request_after_the_other_never_waits_for_its_own_place() {
     let handler = Handler::new();
-    for (name, inner) in limits(handler.service()) {
+    for (name, inner) in limits(&handler.service()) {
         let mut service = layer().layer(inner);
         for key in [Some("a"), Some("a"), None, Some("a,b"), Some("b"), None, Some("a")] {
             // Polled more often than called, as a balancer does.
