@@ -4,19 +4,24 @@ mod claims;
 pub(crate) mod ends;
 pub(crate) mod errand;
 pub(crate) mod leases;
+pub(crate) mod lookups;
 pub(crate) mod reaper;
 pub(crate) mod running;
 pub(crate) mod tasks;
 
 use std::{
     fmt,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use self::{leases::Renewer, running::Running, tasks::Tasks};
+use self::{leases::Renewer, lookups::Lookups, running::Running, tasks::Tasks};
 use crate::{
     error::{StoreError, StoreErrorKind},
+    redact::KeyLogging,
     retry::Backoff,
     store::{Store, recovery::RecoveryStore},
     stored::codec::Codec,
@@ -29,7 +34,9 @@ pub(crate) struct Node {
     pub(crate) tasks: Tasks,
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
+    pub(crate) lookups: Lookups,
     reaper_runs: AtomicBool,
+    redacts_keys: AtomicBool,
 }
 
 impl Node {
@@ -37,7 +44,29 @@ impl Node {
         let tasks = Tasks::default();
         let running = Arc::<Running>::default();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
-        Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs: AtomicBool::new(false) })
+        Arc::new(Self {
+            store,
+            codec: Codec,
+            tasks,
+            renewer,
+            running,
+            lookups: Lookups::default(),
+            reaper_runs: AtomicBool::new(false),
+            redacts_keys: AtomicBool::new(false),
+        })
+    }
+
+    /// Redacts keys in the log of operators and background tasks, which have no settings, if one of
+    /// the layers redacts them.
+    pub(crate) fn log_keys(&self, logging: KeyLogging) {
+        self.redacts_keys.fetch_or(logging == KeyLogging::Redacted, Ordering::Relaxed);
+    }
+
+    pub(crate) fn key_logging(&self) -> KeyLogging {
+        match self.redacts_keys.load(Ordering::Relaxed) {
+            true => KeyLogging::Redacted,
+            false => KeyLogging::Plain,
+        }
     }
 
     /// The store of intents, phases and kept requests.
