@@ -126,9 +126,11 @@ impl Reconciler {
                     running.spawn(look_up);
                 }
             }
-            match running.join_next().await {
-                Some(outcome) => pass.count(outcome.unwrap_or(Outcome::Failed)),
-                None => break,
+            let Some(ended) = running.join_next().await else { break };
+            pass.count(ended.unwrap_or(Outcome::Failed));
+            // All that have ended, so that one call takes the next ones.
+            while let Some(ended) = running.try_join_next() {
+                pass.count(ended.unwrap_or(Outcome::Failed));
             }
         }
         if let Some(error) = failure {

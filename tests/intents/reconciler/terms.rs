@@ -14,7 +14,6 @@ use tower_idempotency::{
     CallFailure, Consumer, Idempotency, IdempotencyLayer, Intent, IntentError, Lookup, MemoryStore,
     Reconciler, Resource,
     recovery::{Completer, KeptRequests, Refused, Restore},
-    store::Store,
 };
 
 use crate::{
@@ -138,7 +137,7 @@ async fn an_abandoned_request_is_sent_by_one_node_at_a_time() {
     };
     let (one, other) = (layer(), layer());
     direct::send(&app(one.clone()), direct::charge("k")).await;
-    tokio::time::sleep(10 * SECOND).await;
+    tokio::time::sleep(60 * SECOND).await;
     let restored = Arc::new(AtomicUsize::new(0));
     let completer = |layer: &IdempotencyLayer| {
         let slow = Slow(Arc::clone(&restored));
@@ -152,5 +151,4 @@ async fn an_abandoned_request_is_sent_by_one_node_at_a_time() {
     }
     assert_eq!(first.await.unwrap().completed, 1);
     assert_eq!(restored.load(Ordering::SeqCst), 1);
-    assert!(store.recovery().is_some());
 }
