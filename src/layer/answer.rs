@@ -101,7 +101,8 @@ async fn prospect(node: &Node, settings: &Settings, record: &Record) -> Prospect
             );
         }
     }
-    if waits_for_operator || never_taken().any(|intent| intent.dangling) {
+    // Without an intent that may have arrived, the record is held for another reason.
+    if intents.is_empty() || waits_for_operator || never_taken().any(|intent| intent.dangling) {
         Prospect::Operator
     } else if left_alone.clone().next().is_some() {
         Prospect::Unclear
