@@ -98,7 +98,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // What a run leaves behind that was killed is taken over when the lease has run out.
     let log = IntentLog::new(pool).with_lease(Duration::from_secs(3));
     let handle = log.handle();
-    let reconciler = Reconciler::new(bank.clone());
+    let reconciler = Reconciler::new().on("bank.transfer", bank.clone());
     handle.start_reconciler(reconciler.with_interval(TIMEOUT).with_confirmation_after(TIMEOUT))?;
     let mut left = Vec::from(LIST);
     let patience = Instant::now() + Duration::from_secs(60);

@@ -127,16 +127,19 @@ impl Bank {
     }
 }
 
-/// Asks the bank about a call whose outcome is unknown.
+/// Asks the bank about a transfer whose outcome is unknown.
 #[async_trait::async_trait]
 impl Reconcile for Bank {
     async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn StdError + Send + Sync>> {
-        Ok(match (intent.name.as_str(), self.0.lock().await.get(&intent.upstream_key)) {
-            (TRANSFER, Some(id)) => Lookup::Found(id.as_str().into()),
-            (TRANSFER, None) => Lookup::NotFound,
-            _ => Lookup::Unknown,
-        })
+        let transfers = self.0.lock().await;
+        let found = transfers.get(&intent.upstream_key);
+        Ok(found.map_or(Lookup::NotFound, |id| Lookup::Found(id.as_str().into())))
     }
+}
+
+/// A look-up is registered under the name of the intents that it knows.
+fn reconciler(bank: &Bank) -> Reconciler {
+    Reconciler::new().on(TRANSFER, bank.clone())
 }
 
 fn router(database: Database, bank: Bank, idempotency: IdempotencyLayer) -> Router {
@@ -150,7 +153,7 @@ async fn main() -> Result<(), Box<dyn StdError>> {
     let url = std::env::var("DATABASE_URL").unwrap_or("sqlite://example-payments.sqlite?mode=rwc".to_owned());
     let (database, idempotency) = Database::open(&url).await?;
     let (handle, bank) = (idempotency.handle(), Bank::default());
-    handle.start_reconciler(Reconciler::new(bank.clone()).with_interval(LIMIT))?;
+    handle.start_reconciler(reconciler(&bank).with_interval(LIMIT))?;
     println!("http://127.0.0.1:3000/payments waits for payments");
     // Ctrl-C, and what systemd and Kubernetes send.
     let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate())?;
@@ -180,7 +183,7 @@ mod tests {
             assert_eq!(send(&app, iban).await, (status, false));
         }
         tokio::time::sleep(LIMIT * 2).await;
-        handle.reconcile(&Reconciler::new(bank.clone())).await.unwrap();
+        handle.reconcile(&reconciler(&bank)).await.unwrap();
         assert_eq!(send(&app, "LOST").await, (201, false));
         for (iban, status) in [("DE02", 201), ("XX", 402), ("LOST", 201)] {
             assert_eq!(send(&app, iban).await, (status, true));

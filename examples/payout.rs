@@ -119,8 +119,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     handle.prepare().await?;
     // It asks the bank what became of calls whose outcome is unknown.
     let soon = Duration::from_millis(500);
-    handle
-        .start_reconciler(Reconciler::new(bank.clone()).with_interval(soon).with_confirmation_after(soon))?;
+    handle.start_reconciler(
+        Reconciler::new().on("bank.transfer", bank.clone()).with_interval(soon).with_confirmation_after(soon),
+    )?;
     let app = Router::new()
         .route("/payouts", post(pay_out))
         .layer(idempotency)

@@ -1,7 +1,11 @@
 //! Every call that operators and the shutdown of a server need.
 
+mod resolution;
+
 use std::{sync::Arc, time::Duration};
 
+use self::resolution::resolve_intent;
+pub use self::resolution::{IntentResolution, ResolveIntentOutcome};
 use crate::{
     consumer::Consumer,
     error::StoreError,
@@ -13,9 +17,7 @@ use crate::{
     redact::TRACING_TARGET,
     store::{Store, recovery::RecoveryStore},
     stored::{
-        intent::{
-            Intent, IntentCounts, IntentFence, IntentFilter, IntentState, IntentUpdate, Resource, UpstreamKey,
-        },
+        intent::{Intent, IntentCounts, IntentFilter, UpstreamKey},
         record::{Fenced, Record, RecordFilter, RecordId, Resolution, ResolveOutcome},
         request::{KeptRequest, RequestUpdate},
     },
@@ -50,46 +52,6 @@ pub struct DrainTimedOut {
     pub running: usize,
     /// The time that was waited.
     pub limit: Duration,
-}
-
-/// The decision of an operator about an intent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum IntentResolution {
-    /// The upstream has made this resource. The next attempt gets it, without a call.
-    Finalize(Resource),
-    /// The upstream has refused for good, with this reason. The next attempt gets the refusal,
-    /// without a call.
-    Refuse(String),
-    /// The upstream has not made the resource and never will. The next attempt calls again with the
-    /// same upstream key.
-    Absent,
-    /// Nothing is known yet. The intent is looked up again, immediately and as often as one that
-    /// was never looked up.
-    LookAgain,
-    /// The operator has dealt with an intent that is finalized or dead, and it needs no attention
-    /// any more.
-    Acknowledge,
-}
-
-/// The outcome of an [`IntentResolution`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ResolveIntentOutcome {
-    /// The decision is recorded.
-    Resolved,
-    /// The attempt that called last owns the record with a live lease, and may be calling. Nothing
-    /// was changed.
-    InProgress,
-    /// The decision does not fit the state of the intent. Nothing was changed.
-    ///
-    /// The intent is finalized; or the upstream refused it, and it cannot be looked up again; or it
-    /// was to be acknowledged and needs no attention.
-    AlreadySettled,
-    /// The intent was to be acknowledged and is open. Settle it instead. Nothing was changed.
-    StillOpen,
-    /// There is no such intent.
-    Absent,
 }
 
 impl IdempotencyLayer {
@@ -185,11 +147,15 @@ impl IdempotencyHandle {
     /// [`StoreError`]; the record may be deleted. Calling again is harmless.
     pub async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        let running = Arc::clone(&self.node.running);
+        let (running, keys) = (Arc::clone(&self.node.running), self.node.key_logging());
         self.call(|store| async move {
             let evicted = store.evict(&consumer, &key).await?;
             // Not before: while the record exists, a duplicate must not pass beside its attempt.
             running.forget(&consumer, &key);
+            if evicted {
+                let key = keys.shown(&key);
+                tracing::info!(target: TRACING_TARGET, %consumer, %key, "an operator has evicted a record");
+            }
             Ok(evicted)
         })
         .await
@@ -220,12 +186,21 @@ impl IdempotencyHandle {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        let running = Arc::clone(&self.node.running);
+        let (running, keys) = (Arc::clone(&self.node.running), self.node.key_logging());
+        let shown = match resolution {
+            Resolution::Release => "released",
+            Resolution::Complete(_) => "completed",
+        };
         self.call(|store| async move {
             let outcome = store.resolve(&consumer, &key, resolution).await?;
             // Not after other outcomes: the attempt of the record may still be running.
             if outcome == ResolveOutcome::Resolved {
                 running.forget(&consumer, &key);
+                let key = keys.shown(&key);
+                tracing::info!(
+                    target: TRACING_TARGET, %consumer, %key, resolution = shown,
+                    "an operator has resolved a record"
+                );
             }
             Ok(outcome)
         })
@@ -315,8 +290,11 @@ impl IdempotencyHandle {
         intent: UpstreamKey,
         resolution: IntentResolution,
     ) -> Result<ResolveIntentOutcome, StoreError> {
-        self.recover(move |recovery| async move { resolve_intent(&*recovery, intent, resolution).await })
-            .await
+        let keys = self.node.key_logging();
+        self.recover(
+            move |recovery| async move { resolve_intent(&*recovery, intent, resolution, keys).await },
+        )
+        .await
     }
 
     /// Deletes at most `limit` each of settled intents and finished phases that are older than
@@ -341,13 +319,14 @@ impl IdempotencyHandle {
     /// # Errors
     ///
     /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store keeps no
-    /// intents.
+    /// intents, or if the reconciler has [no look-up](Reconciler::on).
     ///
     /// # Panics
     ///
     /// Panics outside of a Tokio runtime.
     pub fn start_reconciler(&self, reconciler: Reconciler) -> Result<(), StoreError> {
         self.node.recovery()?;
+        self.node.lookups.register(reconciler.names()?);
         // A weak reference, so that the task does not keep a dropped layer alive.
         self.node.tasks.spawn_background(reconciler.run(Arc::downgrade(&self.node)));
         Ok(())
@@ -360,7 +339,8 @@ impl IdempotencyHandle {
     ///
     /// # Errors
     ///
-    /// [`StoreError`] if intents could not be taken. Earlier look-ups of the pass are recorded.
+    /// [`StoreError`] if intents could not be taken, or if the reconciler has [no
+    /// look-up](Reconciler::on). Earlier look-ups of the pass are recorded.
     pub async fn reconcile(&self, reconciler: &Reconciler) -> Result<ReconcilerPass, StoreError> {
         let (node, reconciler) = (Arc::clone(&self.node), reconciler.clone());
         end_of(self.node.tasks.spawn_background(async move { reconciler.pass(&node).await })).await
@@ -440,7 +420,14 @@ impl IdempotencyHandle {
         let update = RequestUpdate::SendAgain { after: Duration::ZERO, tried: false };
         let sent =
             self.recover(move |recovery| async move { recovery.update_request(record, None, &update).await });
-        Ok(sent.await? == Fenced::Applied)
+        let applied = sent.await? == Fenced::Applied;
+        if applied {
+            tracing::info!(
+                target: TRACING_TARGET, %record,
+                "an operator has an abandoned request sent again"
+            );
+        }
+        Ok(applied)
     }
 }
 
@@ -461,39 +448,4 @@ impl IdempotencyHandle {
         let recovery = self.node.recovery()?;
         self.node.tasks.run_to_end(work(recovery)).await
     }
-}
-
-async fn resolve_intent(
-    recovery: &dyn RecoveryStore,
-    intent: UpstreamKey,
-    resolution: IntentResolution,
-) -> Result<ResolveIntentOutcome, StoreError> {
-    let acknowledged = resolution == IntentResolution::Acknowledge;
-    let (fence, update) = match resolution {
-        IntentResolution::Finalize(resource) => (IntentFence::Operator, IntentUpdate::Finalize(resource)),
-        IntentResolution::Refuse(reason) => (IntentFence::Operator, IntentUpdate::Refuse(reason)),
-        IntentResolution::Absent => (IntentFence::Operator, IntentUpdate::Absent(None)),
-        IntentResolution::LookAgain => {
-            (IntentFence::Operator, IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 })
-        }
-        IntentResolution::Acknowledge => (IntentFence::Attention, IntentUpdate::Close),
-    };
-    if recovery.update_intent(intent, fence, &update, None).await? == Fenced::Applied {
-        tracing::info!(
-            target: TRACING_TARGET, upstream_key = %intent, ?update,
-            "an operator has resolved an intent"
-        );
-        return Ok(ResolveIntentOutcome::Resolved);
-    }
-    // The fence did not hold; the state of the intent says why.
-    let found = recovery.get_intent(intent).await?;
-    Ok(match found.map(|found| found.state) {
-        None => ResolveIntentOutcome::Absent,
-        Some(IntentState::Finalized(_) | IntentState::Dead { absent: false, .. }) => {
-            ResolveIntentOutcome::AlreadySettled
-        }
-        Some(IntentState::Open { .. }) if acknowledged => ResolveIntentOutcome::StillOpen,
-        Some(IntentState::Dead { .. }) if acknowledged => ResolveIntentOutcome::AlreadySettled,
-        Some(IntentState::Open { .. } | IntentState::Dead { .. }) => ResolveIntentOutcome::InProgress,
-    })
 }

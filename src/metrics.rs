@@ -13,6 +13,7 @@ mod names {
     pub(super) const DANGLING: &str = "idempotency_intents_dangling";
     pub(super) const NEED_ATTENTION: &str = "idempotency_intents_need_attention";
     pub(super) const OLDEST: &str = "idempotency_intents_oldest_seconds";
+    pub(super) const OVERLOOKED: &str = "idempotency_intents_overlooked";
     pub(super) const SENT_AGAIN: &str = "idempotency_requests_sent_again_total";
     pub(super) const PURGED: &str = "idempotency_purged_total";
 }
@@ -60,6 +61,14 @@ pub(crate) fn intents(open: u64, dangling: u64, need_attention: u64, oldest: Dur
     }
     #[cfg(not(feature = "metrics"))]
     let _ = (open, dangling, need_attention, oldest);
+}
+
+/// Sets the gauge of overdue intents that no reconciler of this process looks up.
+pub(crate) fn overlooked(intents: u64) {
+    #[cfg(feature = "metrics")]
+    metrics::gauge!(names::OVERLOOKED).set(float(intents));
+    #[cfg(not(feature = "metrics"))]
+    let _ = intents;
 }
 
 /// Counts deleted rows.

@@ -31,6 +31,8 @@ pub struct Rejection {
     code: RejectionCode,
     detail: Cow<'static, str>,
     retryable: bool,
+    /// It is known when a retry makes sense.
+    paced: bool,
     original: Option<OriginalResponse>,
 }
 
@@ -46,7 +48,7 @@ pub struct OriginalResponse {
 
 impl Rejection {
     pub(crate) fn new(code: RejectionCode, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { code, detail: detail.into(), retryable: code.is_retryable(), original: None }
+        Self { code, detail: detail.into(), retryable: code.is_retryable(), paced: true, original: None }
     }
 
     /// Not retryable if the key is held: the same request would be refused.
@@ -63,12 +65,26 @@ impl Rejection {
         )
     }
 
-    /// The outcome is unknown until a call to an upstream service is looked up.
+    /// The outcome is unknown, and may be found out later.
     pub(crate) fn outcome_unknown_for_now() -> Self {
+        let detail = "It is not known whether a call of this request to another service was performed. The \
+                      request is not performed again until that is found out. Send it again later with the \
+                      same key: with a new key the call might be made twice.";
+        Self { retryable: true, ..Self::new(RejectionCode::OutcomeUnknown, detail) }
+    }
+
+    /// The outcome is unknown until a call to an upstream service is looked up.
+    pub(crate) fn outcome_looked_up() -> Self {
         let detail = "It is not known yet whether a call of this request to another service was performed. \
                       It is being looked up. Send the request again later with the same key: with a new key \
                       the call might be made twice.";
         Self { retryable: true, ..Self::new(RejectionCode::OutcomeUnknown, detail) }
+    }
+
+    /// No time can be named for the next try.
+    pub(crate) fn at_any_time(mut self) -> Self {
+        self.paced = false;
+        self
     }
 
     /// The refusal of a handler that needs a key, for a request without one.
@@ -116,7 +132,7 @@ impl Rejection {
         let later = matches!(self.status(), StatusCode::CONFLICT | StatusCode::SERVICE_UNAVAILABLE);
         let looked_up = self.code == RejectionCode::OutcomeUnknown;
         let delay = if looked_up { UNTIL_LOOKED_UP } else { Duration::from_secs(1) };
-        (self.retryable && later).then_some(delay)
+        (self.retryable && self.paced && later).then_some(delay)
     }
 
     /// The status and `Location` of a response that was not kept.

@@ -82,7 +82,8 @@ impl Bank {
     }
 }
 
-/// Asks the bank what became of a call whose outcome is unknown. Twice, if it does not know it.
+/// Asks the bank what became of a transfer whose outcome is unknown. Twice, if it does not know it. It is registered under
+/// the name of transfers, and is asked for nothing else.
 #[async_trait::async_trait]
 impl Reconcile for Bank {
     async fn reconcile(&self, intent: &Intent) -> Result<Lookup, Box<dyn Error + Send + Sync>> {

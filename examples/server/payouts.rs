@@ -81,7 +81,10 @@ impl Payouts {
 
     /// Asks the bank what became of transfers whose outcome is unknown.
     pub(crate) fn reconciler(&self) -> Reconciler {
-        Reconciler::new(self.bank.clone()).with_interval(self.timeout).with_confirmation_after(self.timeout)
+        Reconciler::new()
+            .on("bank.transfer", self.bank.clone())
+            .with_interval(self.timeout)
+            .with_confirmation_after(self.timeout)
     }
 
     /// Writes the payout down before anybody is asked to pay. Returns its id: every attempt gets that of the first.

@@ -103,7 +103,8 @@ impl IntentBuilder {
     /// Sets the arguments of the call. A digest of them is stored. A later attempt that asks for
     /// the same intent with other arguments is refused
     /// ([`OtherArguments`](IntentError::OtherArguments)), instead of getting the result of another
-    /// call. Arguments are compared as JSON: the order of the members of an object does not count.
+    /// call. Only if no call of the intent was ever sent, it is called with the new ones. Arguments
+    /// are compared as JSON: the order of the members of an object does not count.
     ///
     /// ```
     /// # use tower_idempotency::Idempotency;

@@ -13,7 +13,7 @@ pub(crate) mod tx;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod tx_error;
 
-use std::{error::Error, fmt, ops::Deref, sync::Arc};
+use std::{error::Error, fmt, ops::Deref, sync::Arc, time::Duration};
 
 use http::Extensions;
 use tokio::time::{Instant, sleep};
@@ -41,6 +41,8 @@ pub(crate) struct Won {
     pub(crate) claim: Claim,
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
+    /// The time since the record was first claimed.
+    pub(crate) age: Duration,
     /// When the claim was sent: the lease begins then or later.
     pub(crate) claimed_at: Instant,
 }
@@ -90,8 +92,8 @@ pub(crate) enum Ended {
 impl Ownership {
     /// Begins the attempt whose claim was won: renews its lease and offers it a transaction.
     pub(crate) fn begin(node: &Arc<Node>, settings: &Arc<AttemptSettings>, won: Won) -> Self {
-        let Won { claim: Claim { attempt, fingerprint, lease, .. }, record_id, attempt_number, claimed_at } =
-            won;
+        let Won { claim, record_id, attempt_number, age, claimed_at } = won;
+        let Claim { attempt, fingerprint, lease, .. } = claim;
         let record = Record::won(&attempt, &fingerprint, lease, record_id, attempt_number);
         let entered = node.running.enter(attempt.clone(), record);
         let (cancelled, interval) = (CancellationToken::new(), settings.timing.renewal_interval());
@@ -111,6 +113,7 @@ impl Ownership {
             offered,
             cancelled,
         };
+        facts.log_takeover(age);
         Self { facts: Arc::new(facts), lease, _entered: entered }
     }
 
@@ -169,12 +172,19 @@ impl Deref for Ownership {
 
 impl Facts {
     /// Completes when the attempt has run for `max_execution`. Shortly before, it tells the
-    /// handler.
+    /// handler. Meanwhile, the log says that the attempt still runs, after pauses that double.
     pub(crate) async fn max_execution_over(&self) {
-        let limit = self.settings.timing.max_execution;
-        sleep(limit * 9 / 10).await;
-        self.cancelled.cancel();
-        sleep(limit / 10).await;
+        let (begun, limit) = (Instant::now(), self.settings.timing.max_execution);
+        let mut report_after = FIRST_REPORT;
+        for until in [limit / 10 * 9, limit] {
+            while report_after < until {
+                sleep(report_after.saturating_sub(begun.elapsed())).await;
+                self.log_still_running(report_after);
+                report_after = report_after.saturating_mul(2);
+            }
+            sleep(until.saturating_sub(begun.elapsed())).await;
+            self.cancelled.cancel();
+        }
     }
 
     /// Logs what went wrong with the attempt.
@@ -182,6 +192,26 @@ impl Facts {
         tracing::error!(
             target: TRACING_TARGET, consumer = %self.attempt.consumer,
             key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id, error, "{what}"
+        );
+    }
+
+    fn log_takeover(&self, age: Duration) {
+        let Self { attempt, attempt_number, .. } = self;
+        if *attempt_number > 1 {
+            tracing::info!(
+                target: TRACING_TARGET, consumer = %attempt.consumer,
+                key = %self.settings.shown(&attempt.key), attempt = %attempt.id, attempt_number,
+                taken_over = attempt_number - 1, ?age,
+                "takeover: an earlier attempt of this request has ended or died without a stored result"
+            );
+        }
+    }
+
+    fn log_still_running(&self, after: Duration) {
+        let Self { attempt, attempt_number, .. } = self;
+        tracing::warn!(
+            target: TRACING_TARGET, consumer = %attempt.consumer, key = %self.settings.shown(&attempt.key),
+            attempt = %attempt.id, attempt_number, "still running after {after:?}"
         );
     }
 
@@ -210,3 +240,6 @@ impl fmt::Debug for Facts {
             .finish_non_exhaustive()
     }
 }
+
+/// The time after which the log says that an attempt still runs.
+const FIRST_REPORT: Duration = Duration::from_secs(30);

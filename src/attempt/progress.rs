@@ -160,7 +160,7 @@ impl Drop for InPhase {
 }
 
 /// Refuses names that not every database can store.
-pub(super) fn check_name(name: &str) -> Result<(), IntentError> {
+pub(crate) fn check_name(name: &str) -> Result<(), IntentError> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.contains('\0') {
         return Err(IntentError::Misused(
             "names of intents and phases, and discriminators, have 1 to 255 bytes, without NUL",

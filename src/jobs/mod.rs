@@ -291,8 +291,8 @@ impl IntentLog {
     async fn begin(self, claim: Claim) -> Result<LogOutcome, IntentLogError> {
         let claimed_at = Instant::now();
         match self.node.claim(&claim, self.settings.store_timeout).await? {
-            ClaimOutcome::Won { record_id, attempt_number } => {
-                let won = Won { claim, record_id, attempt_number, claimed_at };
+            ClaimOutcome::Won { record_id, attempt_number, age } => {
+                let won = Won { claim, record_id, attempt_number, age, claimed_at };
                 Ok(LogOutcome::Run(LogAttempt::new(Ownership::begin(&self.node, &self.settings, won))))
             }
             ClaimOutcome::Contended => Ok(LogOutcome::InProgress),

@@ -10,13 +10,14 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     consumer::Consumer,
-    error::BoxError,
+    error::{BoxError, StoreError},
     key::IdempotencyKey,
     layer::{body::ResponseBody, settings::Settings},
     node::Node,
     redact::{TRACING_TARGET, traced},
     rejection::{OriginalResponse, Rejection, RejectionCode, render_again},
     stored::{
+        intent::{Intent, IntentFilter, IntentState},
         record::{Record, RecordState},
         response::{StoredBody, StoredRepresentation, StoredResponse},
     },
@@ -32,7 +33,7 @@ pub(crate) async fn response_of_record(
         // Row 9.
         RecordState::InProgress { .. } => Err(in_progress(settings, &record.consumer, &record.key)),
         // Row 10.
-        RecordState::Held => Err(outcome_unknown(settings, record)),
+        RecordState::Held => Err(outcome_unknown(node, settings, record).await),
         // Rows 11 and 12.
         RecordState::Completed { response } => stored_answer(node, settings, record, response).await,
     }
@@ -49,18 +50,77 @@ pub(crate) fn in_progress(settings: &Settings, consumer: &Consumer, key: &Idempo
     )
 }
 
-fn outcome_unknown(settings: &Settings, record: &Record) -> Rejection {
+async fn outcome_unknown(node: &Node, settings: &Settings, record: &Record) -> Rejection {
     let (consumer, key) = (&record.consumer, settings.attempts.shown(&record.key));
-    tracing::warn!(target: TRACING_TARGET, %consumer, %key, "conflict: held, the outcome is unknown");
-    if record.unresolved > 0 {
-        return Rejection::outcome_unknown_for_now();
+    let what = "conflict: held, the outcome is unknown";
+    // Clients may retry for ever.
+    match node.lookups.is_first_refusal(record.id) {
+        true => tracing::warn!(target: TRACING_TARGET, %consumer, %key, "{what}"),
+        false => tracing::debug!(target: TRACING_TARGET, %consumer, %key, "{what}"),
     }
-    Rejection::new(
-        RejectionCode::OutcomeUnknown,
-        "It is not known whether an earlier request with this key was performed. It is not performed again \
-         until the operator of the API has found that out. Do not send the request with a new key.",
-    )
+    match prospect(node, settings, record).await {
+        Prospect::LookUp => Rejection::outcome_looked_up(),
+        Prospect::Unclear => Rejection::outcome_unknown_for_now().at_any_time(),
+        Prospect::Operator => Rejection::new(
+            RejectionCode::OutcomeUnknown,
+            "It is not known whether an earlier request with this key was performed. It is not performed \
+             again until the operator of the API has found that out. Do not send the request with a new key.",
+        ),
+    }
 }
+
+/// The way in which the outcome of a held record is found out.
+enum Prospect {
+    /// This process looks it up.
+    LookUp,
+    /// Another process may look it up.
+    Unclear,
+    /// Only an operator can find it out.
+    Operator,
+}
+
+/// Tells what the open intents of a held record can expect.
+async fn prospect(node: &Node, settings: &Settings, record: &Record) -> Prospect {
+    if record.unresolved == 0 {
+        return Prospect::Operator;
+    }
+    let Ok(intents) = open_intents(node, settings, record).await else { return Prospect::Unclear };
+    let waits_for_operator = intents.iter().any(|intent| intent.attention.is_some());
+    let left_alone = intents.iter().filter(|intent| !node.lookups.has(&intent.name));
+    let never_taken = || left_alone.clone().filter(|intent| intent.attention.is_none() && intent.takes == 0);
+    for intent in never_taken() {
+        if node.lookups.is_first_unregistered(&intent.name) {
+            tracing::error!(
+                target: TRACING_TARGET, consumer = %intent.consumer,
+                key = %settings.attempts.shown(&intent.key), attempt = %intent.attempt, intent = intent.name,
+                upstream_key = %intent.upstream_key,
+                "a key is held, and no reconciler of this process looks up the call that holds it: unless \
+                 another process does, the key stays held until an operator resolves the intent; see \
+                 IdempotencyHandle::start_reconciler"
+            );
+        }
+    }
+    // Without an intent that may have arrived, the record is held for another reason.
+    if intents.is_empty() || waits_for_operator || never_taken().any(|intent| intent.dangling) {
+        Prospect::Operator
+    } else if left_alone.clone().next().is_some() {
+        Prospect::Unclear
+    } else {
+        Prospect::LookUp
+    }
+}
+
+/// The intents of a record whose call may have arrived.
+async fn open_intents(node: &Node, settings: &Settings, record: &Record) -> Result<Vec<Intent>, StoreError> {
+    let (recovery, filter) = (node.recovery()?, IntentFilter::OfRecord(record.id));
+    let listed = async move { recovery.list_intents(filter, MOST_INTENTS).await };
+    let mut intents = node.tasks.call(settings.attempts.store_timeout, listed).await?;
+    intents.retain(|intent| intent.state == IntentState::Open { sent: true });
+    Ok(intents)
+}
+
+/// The number of intents of a record that are looked at for an answer.
+const MOST_INTENTS: u32 = 1000;
 
 /// The response of a completed record, as the client gets it.
 async fn stored_answer(

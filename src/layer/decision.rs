@@ -223,8 +223,8 @@ impl Guarded {
             let claimed_at = Instant::now();
             let record = match self.node.claim(&claim, self.settings.attempts.store_timeout).await {
                 Err(error) => return self.without_store(&claim.attempt, &error),
-                Ok(ClaimOutcome::Won { record_id, attempt_number }) => {
-                    let won = Won { claim, record_id, attempt_number, claimed_at };
+                Ok(ClaimOutcome::Won { record_id, attempt_number, age }) => {
+                    let won = Won { claim, record_id, attempt_number, age, claimed_at };
                     return self.begin(won, parts, body).await.map(Decision::Run);
                 }
                 // Row 9: another request is claiming the key at this very moment.

@@ -4,6 +4,7 @@ mod claims;
 pub(crate) mod ends;
 pub(crate) mod errand;
 pub(crate) mod leases;
+pub(crate) mod lookups;
 pub(crate) mod reaper;
 pub(crate) mod running;
 pub(crate) mod tasks;
@@ -17,10 +18,10 @@ use std::{
     time::Duration,
 };
 
-use self::{leases::Renewer, running::Running, tasks::Tasks};
+use self::{leases::Renewer, lookups::Lookups, running::Running, tasks::Tasks};
 use crate::{
     error::{StoreError, StoreErrorKind},
-    redact::TRACING_TARGET,
+    redact::{KeyLogging, TRACING_TARGET},
     retry::Backoff,
     store::{Store, recovery::RecoveryStore},
     stored::codec::Codec,
@@ -33,8 +34,10 @@ pub(crate) struct Node {
     pub(crate) tasks: Tasks,
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
+    pub(crate) lookups: Lookups,
     reaper_runs: AtomicBool,
     nesting_warned: AtomicBool,
+    redacts_keys: AtomicBool,
 }
 
 impl Node {
@@ -42,8 +45,17 @@ impl Node {
         let tasks = Tasks::default();
         let running = Arc::<Running>::default();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
-        let (reaper_runs, nesting_warned) = (AtomicBool::default(), AtomicBool::default());
-        Arc::new(Self { store, codec: Codec, tasks, renewer, running, reaper_runs, nesting_warned })
+        Arc::new(Self {
+            store,
+            codec: Codec,
+            tasks,
+            renewer,
+            running,
+            lookups: Lookups::default(),
+            reaper_runs: AtomicBool::new(false),
+            nesting_warned: AtomicBool::new(false),
+            redacts_keys: AtomicBool::new(false),
+        })
     }
 
     /// Tells once that a layer around guards the same requests with the same records.
@@ -54,6 +66,19 @@ impl Node {
                 "an IdempotencyLayer around this one has the same table: this one passes its requests \
                  through, at the cost of a claim each, and its settings do not apply; remove one of them"
             );
+        }
+    }
+
+    /// Redacts keys in the log of operators and background tasks, which have no settings, if one of
+    /// the layers redacts them.
+    pub(crate) fn log_keys(&self, logging: KeyLogging) {
+        self.redacts_keys.fetch_or(logging == KeyLogging::Redacted, Ordering::Relaxed);
+    }
+
+    pub(crate) fn key_logging(&self) -> KeyLogging {
+        match self.redacts_keys.load(Ordering::Relaxed) {
+            true => KeyLogging::Redacted,
+            false => KeyLogging::Plain,
         }
     }
 

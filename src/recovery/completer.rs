@@ -74,6 +74,10 @@ impl Refused {
 /// policy that [holds abandoned attempts](crate::layer::AbandonedAttempts::Hold). A request that
 /// failed before any intent or phase is not sent either: nothing of it is left to complete.
 ///
+/// A request is taken for 45 s, or for the first pause of the [backoff](Completer::with_backoff) if
+/// that is shorter. While it is sent, that is extended every 15 s. So the requests of a node that
+/// dies are taken by another one within a minute, or once the lease of the attempt is over.
+///
 /// # When an operator is needed
 ///
 /// A request waits in [`list_requests`](crate::IdempotencyHandle::list_requests) if:

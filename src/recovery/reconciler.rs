@@ -1,19 +1,25 @@
 //! Finds out whether the calls of dangling intents arrived.
 
+mod decision;
 mod pass;
 
-use std::{error::Error, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, error::Error, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
 pub use self::pass::ReconcilerPass;
 use crate::{
+    attempt::progress::check_name,
     duration::{capped, limit},
+    error::{StoreError, StoreErrorKind},
     retry::Backoff,
     stored::intent::{Intent, Resource},
 };
 
-/// Asks upstream services about calls whose outcome is unknown.
+/// Asks an upstream service about calls whose outcome is unknown.
+///
+/// Register it with [`Reconciler::on`] under the name of the intents that it knows: it gets no
+/// others.
 ///
 /// ```
 /// # use tower_idempotency::{Intent, Lookup, Reconcile, Resource};
@@ -23,24 +29,18 @@ use crate::{
 /// #         Ok(None)
 /// #     }
 /// # }
-/// struct Upstreams {
-///     bank: Bank,
-/// }
+/// struct Transfers(Bank);
 ///
 /// #[async_trait::async_trait]
-/// impl Reconcile for Upstreams {
+/// impl Reconcile for Transfers {
 ///     async fn reconcile(
 ///         &self,
 ///         intent: &Intent,
 ///     ) -> Result<Lookup, Box<dyn std::error::Error + Send + Sync>> {
-///         Ok(match intent.name.as_str() {
-///             "bank.transfer" => {
-///                 match self.bank.transfer_by_reference(intent.upstream_key.to_string()).await? {
-///                     Some(id) => Lookup::Found(Resource::new(id)),
-///                     None => Lookup::NotFound,
-///                 }
-///             }
-///             _ => Lookup::Unknown,
+///         let reference = intent.upstream_key.to_string();
+///         Ok(match self.0.transfer_by_reference(reference).await? {
+///             Some(id) => Lookup::Found(Resource::new(id)),
+///             None => Lookup::NotFound,
 ///         })
 ///     }
 /// }
@@ -94,6 +94,10 @@ pub enum Lookup {
 /// Start it with [`start_reconciler`](crate::IdempotencyHandle::start_reconciler). Every node may
 /// run one: each intent is taken by one node at a time.
 ///
+/// A look-up is registered under the name of the intents that it knows. Intents with other names
+/// are never taken, because another service in the same database may look them up. If none does,
+/// they stay due: see [`with_overlooked_after`](Self::with_overlooked_after).
+///
 /// | answer of the look-up | effect on the intent |
 /// |---|---|
 /// | [`Found`] | finalized: the next attempt gets the resource without a call |
@@ -117,8 +121,10 @@ pub enum Lookup {
 /// [`list_intents`](crate::IdempotencyHandle::list_intents) and
 /// [`resolve_intent`](crate::IdempotencyHandle::resolve_intent).
 ///
-/// If a node dies or is drained, another node takes its remaining intents after the time that a
-/// whole batch may take, about 8 min with the defaults.
+/// An intent is taken when its look-up begins, and for 45 s. While a longer look-up runs, that is
+/// extended every 15 s. So the intents of a node that dies are taken by another one within a
+/// minute. Only a process that is frozen for longer than that may still be looking one up then:
+/// of the two answers, the one of the first process is not recorded.
 ///
 /// ```
 /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, StoreError};
@@ -127,13 +133,15 @@ pub enum Lookup {
 /// use tower_idempotency::{Intent, Lookup, Reconciler};
 ///
 /// let ask = |intent: Intent| async move { Ok(Lookup::Unknown) };
-/// let reconciler = Reconciler::new(ask).with_timeout(Duration::from_secs(10));
+/// let reconciler = Reconciler::new()
+///     .on("bank.transfer", ask)
+///     .with_timeout(Duration::from_secs(10));
 /// layer.handle().start_reconciler(reconciler)?;
 /// # Ok(()) }
 /// ```
 #[derive(Clone)]
 pub struct Reconciler {
-    upstreams: Arc<dyn Reconcile>,
+    upstreams: Arc<BTreeMap<String, Arc<dyn Reconcile>>>,
     settings: Settings,
 }
 
@@ -147,6 +155,7 @@ struct Settings {
     backoff: Backoff,
     max_lookups: u32,
     recheck_after: Duration,
+    overlooked_after: Duration,
 }
 
 impl Default for Settings {
@@ -160,15 +169,53 @@ impl Default for Settings {
             backoff: Backoff::new(Duration::from_secs(30), Duration::from_secs(60 * 60)),
             max_lookups: 10,
             recheck_after: Duration::from_secs(60 * 60),
+            overlooked_after: Duration::from_secs(15 * 60),
         }
     }
 }
 
+impl Default for Reconciler {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Reconciler {
-    /// Makes a reconciler that asks these upstreams.
+    /// Makes a reconciler that looks up nothing yet. Add look-ups with [`on`](Self::on): without
+    /// one it is refused when it is started.
     #[must_use]
-    pub fn new(upstreams: impl Reconcile) -> Self {
-        Self { upstreams: Arc::new(upstreams), settings: Settings::default() }
+    pub fn new() -> Self {
+        Self { upstreams: Arc::default(), settings: Settings::default() }
+    }
+
+    /// Registers the look-up of the intents with this name, as given to
+    /// [`intent`](crate::Idempotency::intent). Call it once for each name.
+    ///
+    /// ```
+    /// # use tower_idempotency::{Reconcile, Reconciler};
+    /// # fn set(bank: impl Reconcile, provider: impl Reconcile) -> Reconciler {
+    /// Reconciler::new().on("bank.transfer", bank).on("provider.charge", provider)
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// Panics if the name is registered already, if it has not 1 to 255 bytes, or if it has a NUL.
+    #[must_use]
+    #[track_caller]
+    pub fn on(mut self, name: impl Into<String>, lookup: impl Reconcile) -> Self {
+        let name = name.into();
+        assert!(
+            check_name(&name).is_ok(),
+            "{name:?} is the name of no intent: a name has 1 to 255 bytes, without NUL"
+        );
+        let upstreams = Arc::make_mut(&mut self.upstreams);
+        assert!(
+            !upstreams.contains_key(&name),
+            "intents with the name {name:?} have a look-up already: register each name once"
+        );
+        upstreams.insert(name, Arc::new(lookup));
+        self
     }
 
     /// Sets the pause between two passes, with a jitter of a quarter. Default: 30 s. The pause
@@ -191,7 +238,8 @@ impl Reconciler {
         self
     }
 
-    /// Sets the greatest number of intents that one call of the store takes. Default: 100.
+    /// Sets the greatest number of intents that one call of the store takes. It never takes more
+    /// than can be looked up [simultaneously](Self::with_concurrency). Default: 100.
     ///
     /// ```
     /// # use tower_idempotency::Reconciler;
@@ -334,39 +382,45 @@ impl Reconciler {
         self
     }
 
+    /// Sets the time for which the look-up of an intent with another name must be overdue before it
+    /// is reported. Default: 15 min.
+    ///
+    /// Then nothing looks it up, and its key may be held for ever. The log has an ERROR, once for
+    /// each name. Set a longer time if a service that shares the database may be down for longer
+    /// than this.
+    ///
+    /// ```
+    /// # use tower_idempotency::Reconciler;
+    /// # fn set(reconciler: Reconciler) -> Reconciler {
+    /// reconciler.with_overlooked_after(std::time::Duration::from_secs(60 * 60))
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_overlooked_after(mut self, overdue: Duration) -> Self {
+        self.settings.overlooked_after = overdue;
+        self
+    }
+
     pub(super) fn interval(&self) -> Duration {
         self.settings.interval
+    }
+
+    /// The names of the intents that it looks up. An error if there are none.
+    pub(crate) fn names(&self) -> Result<Vec<String>, StoreError> {
+        if self.upstreams.is_empty() {
+            let message = "this reconciler looks up nothing: register a look-up for the name of each intent \
+                           with Reconciler::on";
+            return Err(StoreError::new(StoreErrorKind::Misconfigured, message));
+        }
+        Ok(self.upstreams.keys().cloned().collect())
     }
 }
 
 impl fmt::Debug for Reconciler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reconciler").field("settings", &self.settings).finish_non_exhaustive()
-    }
-}
-
-impl Settings {
-    /// The time for which no other node may take a batch: until its last look-up has ended and is
-    /// recorded.
-    fn taken_for(&self) -> Duration {
-        let rounds = self.batch.div_ceil(self.concurrency);
-        self.timeout.saturating_mul(rounds.saturating_add(1)).saturating_add(TO_RECORD)
-    }
-}
-
-/// The time for which the outcome of a look-up is tried to be recorded.
-const TO_RECORD: Duration = Duration::from_secs(15);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_batch_is_taken_for_as_long_as_all_of_its_lookups_may_take() {
-        let mut settings = Settings { timeout: Duration::from_secs(10), ..Settings::default() };
-        let rounds = settings.batch.div_ceil(settings.concurrency);
-        assert!(settings.taken_for() >= settings.timeout * rounds + TO_RECORD);
-        settings.timeout = Duration::MAX;
-        assert_eq!(settings.taken_for(), Duration::MAX);
+        f.debug_struct("Reconciler")
+            .field("names", &self.upstreams.keys())
+            .field("settings", &self.settings)
+            .finish()
     }
 }

@@ -1,8 +1,11 @@
-//! Reconciler and completer as background tasks.
+//! Reconciler and completer as background tasks, and the time for which they take their work.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
 use super::{Completer, Reconciler};
@@ -68,3 +71,10 @@ impl Completer {
 
 /// The pause of a reconciler grows up to eight times its interval.
 const MAX_DOUBLINGS: u32 = 3;
+
+/// The time for which an intent or a request is taken. If its process dies, another one takes it
+/// after that.
+pub(super) const TERM: Duration = Duration::from_secs(45);
+
+/// The time after which the term of work that still runs is extended.
+pub(super) const EXTEND_AFTER: Duration = Duration::from_secs(15);

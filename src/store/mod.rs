@@ -43,7 +43,7 @@ pub use crate::{
     error::{StoreError, StoreErrorKind},
     fingerprint::Fingerprint,
     stored::{
-        intent::{CallId, IntentFence, IntentUpdate, OpenOutcome, Opening},
+        intent::{CallId, IntentFence, IntentUpdate, OpenOutcome, Opening, Overlooked},
         record::{
             Attempt, AttemptId, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordId,
             RecordState, RenewOutcome, Renewal, Resolution, ResolveOutcome,

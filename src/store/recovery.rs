@@ -11,7 +11,8 @@ use crate::{
     key::IdempotencyKey,
     stored::{
         intent::{
-            Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate, OpenOutcome, Opening, UpstreamKey,
+            Intent, IntentCounts, IntentFence, IntentFilter, IntentUpdate, OpenOutcome, Opening, Overlooked,
+            UpstreamKey,
         },
         record::{Attempt, Fenced, RecordId},
         request::{KeptRequest, RequestUpdate},
@@ -43,7 +44,8 @@ use crate::{
 ///   the record, the intent is **in flight**.
 /// * **Callable** is an intent that is new; that is open and was certainly not sent; that is open
 ///   and whose key the upstream still recognizes; or that is dead because the upstream does not
-///   know it. An intent is never callable with other arguments.
+///   know it. With other arguments it is callable only if none of its calls was ever sent: then the
+///   new arguments replace the old ones.
 /// * **Intents outlive their record.** An intent whose record is gone is settled alone.
 /// * **Kept requests do not outlive their record.** A request is sent again only while its record
 ///   is **abandoned**, which means that it waits for the next attempt. It is purged once its record
@@ -75,15 +77,37 @@ pub trait RecoveryStore: Debug + Send + Sync {
         attention: Option<&str>,
     ) -> Result<Fenced, StoreError>;
 
-    /// Takes intents that are due for a look-up, at most `limit`, the most overdue first.
+    /// Takes intents with one of these names that are due for a look-up, at most `limit`, the most
+    /// overdue first.
     ///
     /// Only intents whose attempt does not own their record any more are taken. No other call takes
-    /// them for `pause`, and each take counts as one more look-up.
+    /// them for `pause`, and each take counts as one more look-up. Intents with other names stay as
+    /// they are, because another service may look them up.
     ///
     /// # Errors
     ///
     /// After any error, some may be taken.
-    async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError>;
+    async fn take_dangling(
+        &self,
+        names: &[String],
+        limit: u32,
+        pause: Duration,
+    ) -> Result<Vec<Intent>, StoreError>;
+
+    /// Counts open intents with other names than these whose look-up has been due for longer than
+    /// `overdue`, by name. At most `limit` intents are counted.
+    ///
+    /// Intents whose attempt owns their record are not due.
+    ///
+    /// # Errors
+    ///
+    /// After any error, nothing is changed.
+    async fn count_overlooked(
+        &self,
+        names: &[String],
+        overdue: Duration,
+        limit: u32,
+    ) -> Result<Vec<Overlooked>, StoreError>;
 
     /// Looks up one intent.
     ///

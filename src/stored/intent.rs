@@ -1,5 +1,7 @@
 //! Intents: records of calls to upstream services.
 
+mod overview;
+
 use std::{
     error::Error,
     fmt,
@@ -10,6 +12,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use uuid::{Builder, Uuid};
 
+pub use self::overview::{IntentCounts, IntentFilter, Overlooked};
 use crate::{
     consumer::Consumer,
     key::IdempotencyKey,
@@ -261,34 +264,6 @@ pub enum IntentState {
         /// with the same key. `false` if the upstream refused.
         absent: bool,
     },
-}
-
-/// Selects the intents to list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "a store must handle every one")]
-pub enum IntentFilter {
-    /// Open intents, the oldest first.
-    Open,
-    /// Open intents past their grace period, the oldest first.
-    Dangling,
-    /// Intents that wait for an operator, the oldest first.
-    NeedsAttention,
-    /// Dead intents, the newest first.
-    Dead,
-}
-
-/// The numbers of intents that are not settled or that need attention.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct IntentCounts {
-    /// Open intents, also those whose call is being made.
-    pub open: u64,
-    /// Open intents past their grace period.
-    pub dangling: u64,
-    /// Intents that wait for an operator.
-    pub need_attention: u64,
-    /// The time since the oldest open intent was first opened.
-    pub oldest: Option<Duration>,
 }
 
 /// The opening of an intent, before its call is made.

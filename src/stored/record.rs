@@ -152,6 +152,8 @@ pub enum ClaimOutcome {
         record_id: RecordId,
         /// 1 for the first attempt of a record, then counting up.
         attempt_number: u32,
+        /// The time since the record was first claimed; zero for the first attempt.
+        age: Duration,
     },
     /// The key is taken. This is its record, which the claim left unchanged, with one exception: a
     /// record whose last permitted attempt was abandoned has become held.
@@ -161,10 +163,16 @@ pub enum ClaimOutcome {
 }
 
 impl ClaimOutcome {
-    /// Makes the outcome of a claim that won the key.
+    /// Makes the outcome of a claim that won a new record.
     #[must_use]
     pub fn won(record_id: RecordId, attempt_number: u32) -> Self {
-        Self::Won { record_id, attempt_number }
+        Self::taken_over(record_id, attempt_number, Duration::ZERO)
+    }
+
+    /// Makes the outcome of a claim that won a record of this age.
+    #[must_use]
+    pub fn taken_over(record_id: RecordId, attempt_number: u32, age: Duration) -> Self {
+        Self::Won { record_id, attempt_number, age }
     }
 }
 

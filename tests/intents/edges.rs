@@ -15,8 +15,8 @@ use axum::{
 use sqlx::Sqlite;
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
-    CallFailure, Idempotency, IdempotencyKey, IdempotencyLayer, Intent, IntentError, Reaper, RejectionCode,
-    Resource, ResultPolicy, Tx, TxError,
+    CallFailure, Idempotency, IdempotencyKey, IdempotencyLayer, Intent, IntentError, Lookup, Reaper,
+    Reconciler, RejectionCode, Resource, ResultPolicy, Tx, TxError,
     intent::{IntentFilter, Opened},
     store::{IntentFence, IntentUpdate, Resolution, ResolveOutcome},
 };
@@ -76,6 +76,8 @@ async fn what_is_settled_after_the_expiry_is_not_called_for_again<DB: Db>(site: 
     };
     let node = site.node_with(handler, short);
     node.send().await.assert_refused(RejectionCode::OutcomeUnknown);
+    let looks_up = Reconciler::new().on("charge", |_| async { Ok(Lookup::Unknown) });
+    node.handle.start_reconciler(looks_up).unwrap();
     sleep(RETENTION + Duration::from_millis(100)).await;
     // Past its expiry the key is still held, and the client may ask again.
     let held = node.send().await;

@@ -76,7 +76,7 @@ struct HookedRecovery {
 #[async_trait::async_trait]
 impl RecoveryStore for HookedRecovery {
     forward!(store:
-        take_dangling get_intent list_intents count_intents
+        take_dangling count_overlooked get_intent list_intents count_intents
         find_phase keep_request retain_record take_abandoned update_request
         list_requests purge_settled
     );

@@ -340,10 +340,10 @@ async fn a_last_look_does_not_bring_an_expired_request_back() {
     shop.abandon(Act::HangInCall, charge("alice", "k")).await;
     let node = shop.node();
     let ms = Duration::from_millis(1);
-    let reconciler =
-        tower_idempotency::Reconciler::new(|_| async { Ok(tower_idempotency::Lookup::NotFound) })
-            .with_confirmation_after(ms)
-            .with_recheck_after(ms);
+    let reconciler = tower_idempotency::Reconciler::new()
+        .on("transfer", |_| async { Ok(tower_idempotency::Lookup::NotFound) })
+        .with_confirmation_after(ms)
+        .with_recheck_after(ms);
     until("the lease to be over", async || {
         node.record("alice", "k").await.unwrap().state == RecordState::Held
     })

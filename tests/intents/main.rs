@@ -7,6 +7,7 @@ mod support;
 #[allow(dead_code, unused_imports, unused_macros, reason = "the tests of transactions use the rest of it")]
 mod bank;
 
+mod arguments;
 mod cases;
 mod completer;
 mod edges;
@@ -22,6 +23,7 @@ mod phases;
 mod races;
 mod reconciler;
 mod records_alone;
+mod reports;
 mod resumed;
 mod shop;
 mod site;

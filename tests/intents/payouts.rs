@@ -63,6 +63,15 @@ impl<DB: Db> World<DB> {
         self.age("intents", &["look_at", "dangling_at", "created_at", "opened_at", "repeatable_until"]).await;
     }
 
+    /// Seconds pass for intents that wait to be looked up.
+    pub(crate) async fn age_intents_by_seconds(&self, seconds: u32) {
+        let past = match DB::NAME == Sqlite::NAME {
+            true => format!("{seconds}000"),
+            false => format!("interval '{seconds} seconds'"),
+        };
+        self.run(&format!("UPDATE idempotency_intents SET look_at = look_at - {past}")).await;
+    }
+
     pub(crate) async fn end_leases(&self) {
         self.age("records", &["lease_until"]).await;
     }
@@ -241,7 +250,7 @@ impl Bank {
     }
 
     pub(crate) fn reconciler(&self) -> Reconciler {
-        Reconciler::new(self.clone())
+        Reconciler::new().on("bank.transfer", self.clone())
     }
 }
 

@@ -53,7 +53,8 @@ async fn a_late_lookup_does_not_count_after_an_operator_wants_it_looked_up_again
     lose_a_charge(&site).await;
     let recovery = site.store.recovery().unwrap();
     // This reconciler has asked in the wrong place, was told that there is no charge, and is frozen.
-    let late = recovery.take_dangling(10, Duration::from_secs(60)).await.unwrap().remove(0);
+    let late =
+        recovery.take_dangling(&["charge".to_owned()], 10, Duration::from_secs(60)).await.unwrap().remove(0);
     let again = IntentUpdate::LookAgain { after: Duration::ZERO, absences: 0 };
     let key = late.upstream_key;
     assert_eq!(
@@ -61,7 +62,8 @@ async fn a_late_lookup_does_not_count_after_an_operator_wants_it_looked_up_again
         Fenced::Applied
     );
     sleep(Duration::from_millis(20)).await;
-    let taken = recovery.take_dangling(10, Duration::from_secs(60)).await.unwrap().remove(0);
+    let taken =
+        recovery.take_dangling(&["charge".to_owned()], 10, Duration::from_secs(60)).await.unwrap().remove(0);
     assert_eq!((taken.looks, taken.absences), (1, 0));
     let absent = IntentUpdate::Absent(None);
     let fenced = recovery.update_intent(key, late.lookup_fence(), &absent, None).await.unwrap();

@@ -283,7 +283,8 @@ pub(crate) async fn reconcile(store: &Arc<dyn Store>, upstream: &Upstream) {
             Ok(found.map_or(Lookup::NotFound, |id| Lookup::Found(Resource::new(id))))
         }
     };
-    let reconciler = Reconciler::new(look_up).with_confirmation_after(soon).with_backoff(soon, soon);
+    let reconciler =
+        Reconciler::new().on("bank.transfer", look_up).with_confirmation_after(soon).with_backoff(soon, soon);
     layer(store).handle().reconcile(&reconciler).await.unwrap();
 }
 

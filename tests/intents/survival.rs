@@ -36,6 +36,7 @@ on_both_stores!(
     two_intents_of_one_name_at_once_are_refused,
     intents_told_apart_may_be_called_at_once,
     other_arguments_hold_the_key,
+    other_arguments_are_called_after_a_call_that_was_turned_away,
     an_intent_inside_a_transaction_is_refused,
     a_loop_does_not_call_again_what_may_have_arrived,
     a_loop_calls_again_what_an_upstream_recognizes,
@@ -183,14 +184,9 @@ async fn intents_told_apart_may_be_called_at_once<DB: Db>() {
     assert_eq!((site.upstream.calls(), node.runs.get()), (2, 2));
 }
 
-/// Whatever became of the first call, and whatever the handler makes of the error.
+/// Whatever became of the first call, unless it was turned away, and whatever the handler makes of the error.
 async fn other_arguments_hold_the_key<DB: Db>() {
-    for act in [
-        Act::WORK,
-        Act::after(Ending::Reset),
-        Act::before(Ending::Status(429)),
-        Act::before(Ending::Status(402)),
-    ] {
+    for act in [Act::WORK, Act::after(Ending::Reset), Act::before(Ending::Status(402))] {
         for swallow in [false, true] {
             let site = Site::<DB>::open(Upstream::deduplicating().await).await;
             site.upstream.then(act);
@@ -201,6 +197,18 @@ async fn other_arguments_hold_the_key<DB: Db>() {
             node.send("k").await.assert_refused(RejectionCode::OutcomeUnknown);
             assert_eq!((node.runs.get(), site.upstream.calls()), (2, 1), "{act:?}");
         }
+    }
+}
+
+/// The upstream has processed nothing: the next attempt may ask for something else.
+async fn other_arguments_are_called_after_a_call_that_was_turned_away<DB: Db>() {
+    for status in [425, 429] {
+        let site = Site::<DB>::open(Upstream::not_deduplicating().await).await;
+        site.upstream.then(Act::before(Ending::Status(status)));
+        let node = paying_another(&site, false);
+        assert_answer(&node.send("k").await, 500);
+        assert_answer(&node.send("k").await, 201);
+        assert_eq!((node.runs.get(), site.upstream.calls(), site.upstream.transfers().len()), (2, 2, 1));
     }
 }
 

@@ -86,7 +86,12 @@ macro_rules! forward_call {
         ) -> tower_idempotency::store::Fenced
     } };
     (take_dangling $field:ident) => { $crate::support::forward::forward_signature! { $field
-        take_dangling<>(limit: u32, pause: std::time::Duration) -> Vec<tower_idempotency::Intent>
+        take_dangling<'a>(names: &'a [String], limit: u32, pause: std::time::Duration)
+            -> Vec<tower_idempotency::Intent>
+    } };
+    (count_overlooked $field:ident) => { $crate::support::forward::forward_signature! { $field
+        count_overlooked<'a>(names: &'a [String], overdue: std::time::Duration, limit: u32)
+            -> Vec<tower_idempotency::store::Overlooked>
     } };
     (get_intent $field:ident) => { $crate::support::forward::forward_signature! { $field
         get_intent<>(intent: tower_idempotency::UpstreamKey) -> Option<tower_idempotency::Intent>

@@ -6,6 +6,7 @@ pub mod app;
 pub mod database;
 pub mod db;
 pub mod direct;
+pub mod events;
 pub mod forward;
 pub mod http;
 pub mod log;

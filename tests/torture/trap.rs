@@ -193,7 +193,7 @@ impl<S: Store> Store for Trapped<S> {
 #[async_trait::async_trait]
 impl RecoveryStore for Trapped<Arc<dyn RecoveryStore>> {
     forward!(inner:
-        update_intent take_dangling get_intent list_intents count_intents
+        update_intent take_dangling count_overlooked get_intent list_intents count_intents
         find_phase keep_request retain_record take_abandoned update_request
         list_requests purge_settled
     );

@@ -300,7 +300,11 @@ pub fn reconciler(upstream: &Upstream) -> Reconciler {
         }
     };
     let soon = Duration::from_millis(50);
-    Reconciler::new(look_up).with_interval(soon).with_confirmation_after(soon).with_backoff(soon, soon)
+    Reconciler::new()
+        .on("bank.transfer", look_up)
+        .with_interval(soon)
+        .with_confirmation_after(soon)
+        .with_backoff(soon, soon)
 }
 
 const LANES: usize = 8;

@@ -152,6 +152,7 @@ impl IdempotencyLayer {
     /// ```
     #[must_use]
     pub fn with_key_logging(self, logging: KeyLogging) -> Self {
+        self.node().log_keys(logging);
         self.set_attempts(|attempts| attempts.key_logging = logging)
     }
 

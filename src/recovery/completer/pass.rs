@@ -1,15 +1,18 @@
 //! One pass of the completer over abandoned requests.
 
-use std::sync::Arc;
+use std::{pin::pin, sync::Arc};
 
 use http::StatusCode;
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::timeout};
 
 use crate::{
     error::StoreError,
     metrics,
     node::Node,
-    recovery::completer::{Completer, send::Passed},
+    recovery::{
+        completer::{Completer, send::Passed},
+        schedule::{EXTEND_AFTER, TERM},
+    },
     redact::{TRACING_TARGET, subscribed},
     rejection::RejectionCode,
     stored::{
@@ -84,14 +87,14 @@ impl Completer {
     }
 
     async fn take(&self, node: &Arc<Node>, limit: u32) -> Result<Vec<KeptRequest>, StoreError> {
-        let (recovery, pause) = (node.recovery()?, self.backoff.first());
+        let (recovery, pause) = (node.recovery()?, self.backoff.first().min(TERM));
         node.tasks.run_to_end(async move { recovery.take_abandoned(limit, pause).await }).await
     }
 
     /// Sends one request and records the outcome. `None` after an error of the store: the request
     /// is then taken again later.
     async fn complete(&self, node: &Arc<Node>, request: &KeptRequest) -> Option<Fate> {
-        let completed = match self.fate(node, request).await {
+        let completed = match self.fate_while_taken(node, request).await {
             Ok(fate) => self.note(node, request, &fate).await.map(|()| fate),
             Err(error) => Err(error),
         };
@@ -104,6 +107,28 @@ impl Completer {
                 );
             })
             .ok()
+    }
+
+    /// Sends a request, and keeps it from other nodes until its outcome is known. Its record does
+    /// that only while the attempt runs.
+    async fn fate_while_taken(&self, node: &Arc<Node>, request: &KeptRequest) -> Result<Fate, StoreError> {
+        let mut fate = pin!(self.fate(node, request));
+        loop {
+            if let Ok(fate) = timeout(EXTEND_AFTER, &mut fate).await {
+                return fate;
+            }
+            let (recovery, record, tries) = (node.recovery()?, request.record_id, request.tries);
+            let extend = RequestUpdate::SendAgain { after: TERM, tried: true };
+            let extended = node
+                .tasks
+                .run_to_end(async move { recovery.update_request(record, Some(tries), &extend).await })
+                .await;
+            // After an error the term may run out. Then another node sends the request as well, and
+            // its record lets one attempt run.
+            if let Ok(Fenced::Lost) = extended {
+                return fate.await;
+            }
+        }
     }
 
     async fn fate(&self, node: &Arc<Node>, request: &KeptRequest) -> Result<Fate, StoreError> {

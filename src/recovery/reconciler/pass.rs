@@ -1,6 +1,7 @@
 //! One pass of the reconciler: takes intents, looks them up and records the answers.
 
 use std::{
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,21 +11,24 @@ use std::{
 
 use tokio::{
     task::JoinSet,
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    attempt::settle::{TURNED_UP, report_turned_up},
+    attempt::settle::report_turned_up,
     error::{BoxError, StoreError, StoreErrorKind},
     metrics,
     node::Node,
-    recovery::reconciler::{Lookup, Reconciler, Settings, TO_RECORD},
-    redact::{TRACING_TARGET, subscribed},
+    recovery::{
+        reconciler::{Lookup, Reconciler, decision::Decision},
+        schedule::{EXTEND_AFTER, TERM},
+    },
+    redact::{KeyLogging, TRACING_TARGET, subscribed},
     retry::{Backoff, retry_until},
     store::recovery::RecoveryStore,
     stored::{
-        intent::{Intent, IntentState, IntentUpdate},
+        intent::{Intent, IntentState, IntentUpdate, Overlooked},
         record::Fenced,
     },
 };
@@ -33,8 +37,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ReconcilerPass {
-    /// Intents that were taken. Those that the pass did not reach are in no other count and are
-    /// taken again later.
+    /// Intents that were taken.
     pub taken: u64,
     /// Intents whose resource was found: they are finalized.
     pub found: u64,
@@ -52,11 +55,14 @@ pub struct ReconcilerPass {
     /// Intents whose look-up could not be recorded because the store failed. They are looked up
     /// again later.
     pub failed: u64,
+    /// Overdue intents with names that no reconciler of this process looks up, at most 1000. They
+    /// are not taken.
+    pub overlooked: u64,
 }
 
 /// The outcome of a look-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+pub(super) enum Outcome {
     Found,
     TurnedUp,
     Absent,
@@ -101,24 +107,36 @@ impl ReconcilerPass {
 
 impl Reconciler {
     pub(crate) async fn pass(&self, node: &Node) -> Result<ReconcilerPass, StoreError> {
-        let recovery = node.recovery()?;
-        let mut pass = ReconcilerPass::default();
-        let pause = self.settings.taken_for();
-        while !node.tasks.is_draining() {
-            // Before the call: the store starts `pause` at some moment after this.
-            let begun = Instant::now();
-            let taken = recovery.take_dangling(self.settings.batch, pause).await?;
-            pass.taken += taken.len() as u64;
-            let last = u32::try_from(taken.len()).is_ok_and(|taken| taken < self.settings.batch);
-            // After `pause` another node may take the rest: no look-up begins too late to be recorded.
-            let in_time =
-                || pause.saturating_sub(begun.elapsed()) >= self.settings.timeout.saturating_add(TO_RECORD);
-            let may_begin = || !node.tasks.is_draining() && in_time();
-            self.look_up_all(&recovery, taken, may_begin, &mut pass).await;
-            if last {
-                break;
+        let (recovery, names, keys) = (node.recovery()?, self.names()?, node.key_logging());
+        let (mut pass, mut failure) = (ReconcilerPass::default(), None);
+        let (mut running, mut some_left) = (JoinSet::new(), true);
+        loop {
+            let free = self.free_beside(running.len());
+            if some_left && free > 0 && !node.tasks.is_draining() {
+                // As many as can be looked up immediately: the others stay free for other nodes.
+                let taken_at = Instant::now();
+                let taken = recovery.take_dangling(&names, free, TERM).await.unwrap_or_else(|error| {
+                    failure = Some(error);
+                    Vec::new()
+                });
+                pass.taken += taken.len() as u64;
+                some_left = taken.len() == free as usize;
+                for intent in taken {
+                    let look_up = self.clone().look_up(Arc::clone(&recovery), intent, taken_at, keys);
+                    running.spawn(subscribed(look_up));
+                }
+            }
+            let Some(ended) = running.join_next().await else { break };
+            pass.count(ended.unwrap_or(Outcome::Failed));
+            // All that have ended, so that one call takes the next ones.
+            while let Some(ended) = running.try_join_next() {
+                pass.count(ended.unwrap_or(Outcome::Failed));
             }
         }
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        pass.overlooked = self.count_overlooked(node, &*recovery, names).await;
         // Without the feature, the query would be made in vain.
         if metrics::ENABLED
             && let Ok(counts) = recovery.count_intents().await
@@ -133,46 +151,53 @@ impl Reconciler {
         Ok(pass)
     }
 
-    async fn look_up_all(
-        &self,
-        recovery: &Arc<dyn RecoveryStore>,
-        intents: Vec<Intent>,
-        may_begin: impl Fn() -> bool,
-        pass: &mut ReconcilerPass,
-    ) {
-        let concurrency = usize::try_from(self.settings.concurrency).unwrap_or(usize::MAX);
-        let mut waiting = intents.into_iter();
-        let mut running = JoinSet::new();
-        loop {
-            while running.len() < concurrency
-                && may_begin()
-                && let Some(intent) = waiting.next()
-            {
-                let (reconciler, recovery) = (self.clone(), Arc::clone(recovery));
-                running.spawn(subscribed(async move { reconciler.look_up(&*recovery, intent).await }));
-            }
-            match running.join_next().await {
-                Some(outcome) => pass.count(outcome.unwrap_or(Outcome::Failed)),
-                None => return,
-            }
-        }
+    /// The number of look-ups that may begin.
+    fn free_beside(&self, running: usize) -> u32 {
+        let running = u32::try_from(running).unwrap_or(u32::MAX);
+        self.settings.concurrency.saturating_sub(running).min(self.settings.batch)
     }
 
-    async fn look_up(&self, recovery: &dyn RecoveryStore, intent: Intent) -> Outcome {
-        let intent = Arc::new(intent);
+    /// Counts the overdue intents that no reconciler of this process looks up. Reports each name
+    /// once.
+    async fn count_overlooked(
+        &self,
+        node: &Node,
+        recovery: &dyn RecoveryStore,
+        mut names: Vec<String>,
+    ) -> u64 {
+        names.extend(node.lookups.names());
+        let overdue = self.settings.overlooked_after;
+        // The next pass tries again.
+        let counts = recovery.count_overlooked(&names, overdue, MOST_OVERLOOKED).await.unwrap_or_default();
+        for Overlooked { name, intents } in &counts {
+            if node.lookups.is_first_report(name) {
+                tracing::error!(
+                    target: TRACING_TARGET, intent = name, intents, ?overdue,
+                    "calls whose outcome is unknown are looked up by no process, and their keys may stay \
+                     held: register a look-up for intents of this name with Reconciler::on, or resolve them \
+                     by hand"
+                );
+            }
+        }
+        let overlooked = counts.iter().map(|counted| counted.intents).sum();
+        metrics::overlooked(overlooked);
+        overlooked
+    }
+
+    async fn look_up(
+        self,
+        recovery: Arc<dyn RecoveryStore>,
+        intent: Intent,
+        taken_at: Instant,
+        keys: KeyLogging,
+    ) -> Outcome {
+        let (recovery, intent) = (&*recovery, Arc::new(intent));
         let decision = match self.settings.without_asking(&intent) {
             Some(decision) => decision,
-            None => {
-                let lookup = self.ask(&intent).await.unwrap_or_else(|error| {
-                    tracing::warn!(
-                        target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
-                        looks = intent.looks, error = &*error as &dyn std::error::Error,
-                        "a look-up failed; the outcome of the call stays unknown"
-                    );
-                    Lookup::Unknown
-                });
-                self.settings.decide(&intent, lookup)
-            }
+            None => match self.ask_while_taken(recovery, &intent, taken_at).await {
+                Ok(lookup) => self.settings.decide(&intent, lookup),
+                Err(outcome) => return outcome,
+            },
         };
         let outcome = match record(recovery, &intent, &decision).await {
             Ok(Fenced::Applied) => decision.outcome,
@@ -186,87 +211,64 @@ impl Reconciler {
                 Outcome::Failed
             }
         };
-        log(&intent, outcome, &decision);
+        log(&intent, outcome, &decision, keys);
         outcome
+    }
+
+    /// Asks, and keeps the intent from other nodes until there is an answer. An error if another
+    /// node may have it.
+    async fn ask_while_taken(
+        &self,
+        recovery: &dyn RecoveryStore,
+        intent: &Arc<Intent>,
+        taken_at: Instant,
+    ) -> Result<Lookup, Outcome> {
+        let mut asked = pin!(self.ask(intent));
+        let mut extend_at = taken_at + EXTEND_AFTER;
+        loop {
+            if let Ok(answer) = timeout_at(extend_at, &mut asked).await {
+                return Ok(answer.unwrap_or_else(|error| {
+                    tracing::warn!(
+                        target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
+                        looks = intent.looks, error = &*error as &dyn std::error::Error,
+                        "a look-up failed; the outcome of the call stays unknown"
+                    );
+                    Lookup::Unknown
+                }));
+            }
+            // Not cut off by an answer: a write that arrives later would undo what was found.
+            let began_at = Instant::now();
+            match keep(recovery, intent).await {
+                Ok(Fenced::Applied) => extend_at = began_at + EXTEND_AFTER,
+                Ok(Fenced::Lost) => return Err(Outcome::Lost),
+                Err(error) => {
+                    tracing::warn!(
+                        target: TRACING_TARGET, intent = intent.name, upstream_key = %intent.upstream_key,
+                        error = &error as &dyn std::error::Error,
+                        "a look-up is given up because the store failed; the intent is looked up again later"
+                    );
+                    return Err(Outcome::Failed);
+                }
+            }
+        }
     }
 
     /// Calls the application's code in a task of its own, because it may panic.
     async fn ask(&self, intent: &Arc<Intent>) -> Result<Lookup, BoxError> {
-        let (upstreams, intent) = (Arc::clone(&self.upstreams), Arc::clone(intent));
-        let asked = tokio::spawn(subscribed(async move { upstreams.reconcile(&intent).await }));
+        let upstream = self.upstreams.get(&intent.name).ok_or("no look-up is registered under this name")?;
+        let (upstream, intent) = (Arc::clone(upstream), Arc::clone(intent));
+        let asked = tokio::spawn(subscribed(async move { upstream.reconcile(&intent).await }));
         // A look-up changes nothing, so one that is too slow can be cut off.
         timeout(self.settings.timeout, AbortOnDropHandle::new(asked)).await??
     }
 }
 
-/// The change that a look-up makes to its intent.
-#[derive(Debug)]
-struct Decision {
-    update: IntentUpdate,
-    attention: Option<String>,
-    outcome: Outcome,
-}
-
-impl Decision {
-    fn new(update: IntentUpdate, outcome: Outcome) -> Self {
-        Self { update, attention: None, outcome }
-    }
-
-    fn attention(update: IntentUpdate, attention: impl Into<String>, outcome: Outcome) -> Self {
-        Self { update, attention: Some(attention.into()), outcome }
-    }
-}
-
-impl Settings {
-    /// Decides without a look-up: for a call that was not sent, and for an intent whose look-ups
-    /// are used up.
-    fn without_asking(&self, intent: &Intent) -> Option<Decision> {
-        if intent.state == (IntentState::Open { sent: false }) {
-            return Some(Decision::new(IntentUpdate::Absent(None), Outcome::Absent));
-        }
-        // One more to confirm an absence, and one more for the last look at what was declared absent.
-        let last = if matches!(intent.state, IntentState::Open { .. }) { 1 } else { 2 };
-        let permitted = self.max_lookups.saturating_add(last);
-        (intent.looks > permitted).then(|| self.nothing_learned(intent))
-    }
-
-    fn decide(&self, intent: &Intent, lookup: Lookup) -> Decision {
-        let open = matches!(intent.state, IntentState::Open { .. });
-        match lookup {
-            Lookup::Found(resource) if open => {
-                Decision::new(IntentUpdate::Finalize(resource), Outcome::Found)
-            }
-            // It was declared absent, so a retry may have called again and made a second resource.
-            Lookup::Found(resource) => {
-                Decision::attention(IntentUpdate::Finalize(resource), TURNED_UP, Outcome::TurnedUp)
-            }
-            Lookup::NotFound if !open => Decision::new(IntentUpdate::Close, Outcome::Closed),
-            // Not found twice, with a pause in between: the first may have come before the call arrived.
-            Lookup::NotFound if intent.absences > 0 => {
-                let recheck = Some(self.recheck_after).filter(|pause| !pause.is_zero());
-                Decision::new(IntentUpdate::Absent(recheck), Outcome::Absent)
-            }
-            Lookup::NotFound => {
-                let update = IntentUpdate::LookAgain { after: self.confirm_after, absences: 1 };
-                Decision::new(update, Outcome::Again)
-            }
-            Lookup::Unknown if intent.looks >= self.max_lookups => self.nothing_learned(intent),
-            Lookup::Unknown => {
-                let after = self.backoff.jittered_after(intent.looks);
-                Decision::new(IntentUpdate::LookAgain { after, absences: 0 }, Outcome::Again)
-            }
-        }
-    }
-
-    /// Never guesses: asks for attention. An intent that was declared absent stays absent.
-    fn nothing_learned(&self, intent: &Intent) -> Decision {
-        if matches!(intent.state, IntentState::Dead { .. }) {
-            return Decision::new(IntentUpdate::Close, Outcome::Closed);
-        }
-        let attention = format!("looked up {} times without an answer", self.max_lookups.min(intent.looks));
-        let update = IntentUpdate::LookAgain { after: Duration::ZERO, absences: intent.absences };
-        Decision::attention(update, attention, Outcome::Attention)
-    }
+/// Takes an intent for another term, while it is looked up.
+async fn keep(recovery: &dyn RecoveryStore, intent: &Intent) -> Result<Fenced, StoreError> {
+    let update = IntentUpdate::LookAgain { after: TERM, absences: intent.absences };
+    let (key, fence) = (intent.upstream_key, intent.lookup_fence());
+    let extend = || recovery.update_intent(key, fence, &update, None);
+    retry_until(Instant::now() + TO_RECORD, Backoff::new(PAUSE, PAUSE), extend, |_| {}).await
 }
 
 /// Records the decision, unless the intent was called again, settled or looked up by others in the
@@ -302,9 +304,17 @@ fn is_recorded(found: &Intent, taken: &Intent, update: &IntentUpdate) -> bool {
     says_so && (found.call, found.takes) == (taken.call, taken.takes)
 }
 
-fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {
+fn log(intent: &Intent, outcome: Outcome, decision: &Decision, keys: KeyLogging) {
     let (name, key, consumer) = (&intent.name, intent.upstream_key, &intent.consumer);
     match (outcome, &decision.attention, &decision.update) {
+        (Outcome::Again, _, IntentUpdate::LookAgain { after, absences }) => {
+            tracing::info!(
+                target: TRACING_TARGET, intent = name, upstream_key = %key, %consumer,
+                key = %keys.shown(&intent.key), attempt = %intent.attempt, looks = intent.looks, absences,
+                next_after = ?after,
+                "a look-up has not settled its intent; it is looked up again"
+            );
+        }
         (Outcome::TurnedUp, _, IntentUpdate::Finalize(resource)) => {
             report_turned_up(intent, resource);
         }
@@ -331,5 +341,12 @@ fn log(intent: &Intent, outcome: Outcome, decision: &Decision) {
     }
 }
 
-/// The pause between two tries to record a look-up.
+/// The time for which a write is tried again. With the time to the next extension, it is shorter
+/// than the term: what was found is recorded while the intent is taken.
+const TO_RECORD: Duration = Duration::from_secs(15);
+
+/// The pause between two tries of a write.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// The number of overlooked intents that one pass counts.
+const MOST_OVERLOOKED: u32 = 1000;

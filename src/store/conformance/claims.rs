@@ -232,7 +232,7 @@ pub(super) async fn race(handles: &[Handle; 2], claims: Vec<Claim>) -> Vec<(Atte
         async move {
             barrier.wait().await;
             match store.claim(&claim).await {
-                ClaimOutcome::Won { record_id, attempt_number } => {
+                ClaimOutcome::Won { record_id, attempt_number, .. } => {
                     Some((claim.attempt.id, record_id, attempt_number))
                 }
                 ClaimOutcome::Exists(_) | ClaimOutcome::Contended => None,

@@ -70,9 +70,13 @@ impl Recovery {
         assert_eq!(self.get(intent).await.state, before.state, "after {shown} with {fence:?}");
     }
 
-    /// Takes the intents that are due, at most 100, for an hour.
+    /// Takes the intents of these rules that are due, at most 100, for an hour.
     pub(super) async fn take(&self) -> Vec<Intent> {
-        expected(self.inner.take_dangling(100, LONG).await, "take_dangling")
+        self.take_named(NAMES, 100).await
+    }
+
+    pub(super) async fn take_named(&self, names: &[&str], limit: u32) -> Vec<Intent> {
+        expected(self.inner.take_dangling(&owned(names), limit, LONG).await, "take_dangling")
     }
 }
 
@@ -84,6 +88,13 @@ pub(super) fn opening_of(claim: &Claim, name: &str) -> Opening {
     opening.arguments = Bytes::from_static(b"arguments");
     opening.dangling_after = Duration::from_millis(1);
     opening
+}
+
+/// The names of intents that the rules look up.
+const NAMES: &[&str] = &["a", "attention", "dangling", "dead", "due", "finalized", "later", "open"];
+
+pub(super) fn owned(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
 }
 
 /// Another call of the same intent.
@@ -167,21 +178,65 @@ pub(super) async fn an_opening_needs_the_record_and_a_live_lease(fixture: &dyn F
     }
 }
 
-/// An intent with other arguments is another call. It is not opened, and it does not get the
-/// outcome of the first.
-pub(super) async fn an_opening_with_other_arguments_is_never_opened(fixture: &dyn Fixture) {
+/// An intent with other arguments is another call. Once a call may have been sent, it is not
+/// opened, and it does not get the outcome of the first: not while its upstream recognizes it, not
+/// if the upstream did not know it, and not if a later call was not sent.
+pub(super) async fn an_opening_with_other_arguments_is_not_opened_once_a_call_may_have_been_sent(
+    fixture: &dyn Fixture,
+) {
     let Some(recovery) = Recovery::of(fixture).await else { return };
     let claim = claim_of("k");
     recovery.store.win(&claim, "first claim").await;
-    let opening = opening_of(&claim, "a");
-    recovery.must_open(&opening, "a new intent").await;
-    let key = opening.upstream_key;
-    let other = Opening { arguments: Bytes::from_static(b"others"), ..next_call(&opening) };
-    for update in [IntentUpdate::NotSent, IntentUpdate::Absent(None)] {
-        recovery.must_update(key, IntentFence::Call(opening.call), update).await;
-        let shown = recovery.must_not_call(&other, "other arguments").await;
-        assert_eq!((shown.arguments, shown.calls), (opening.arguments.clone(), 1), "what is shown");
+    let first = Opening { repeatable_for: LONG, ..opening_of(&claim, "a") };
+    let refused = async |why, calls| {
+        let other = Opening { arguments: OTHERS, ..next_call(&first) };
+        let shown = recovery.must_not_call(&other, why).await;
+        assert_eq!((shown.arguments, shown.calls), (first.arguments.clone(), calls), "what is shown");
+    };
+    recovery.must_open(&first, "a new intent").await;
+    refused("it is open", 1).await;
+    let (key, second) = (first.upstream_key, next_call(&first));
+    recovery.must_open(&second, "the upstream deduplicates").await;
+    recovery.must_update(key, IntentFence::Call(second.call), IntentUpdate::NotSent).await;
+    refused("the first call may have been sent", 2).await;
+    recovery.must_update(key, IntentFence::Call(second.call), IntentUpdate::Absent(None)).await;
+    refused("the upstream did not know it", 2).await;
+    for calls in [3, 4] {
+        let next = next_call(&first);
+        recovery.must_open(&next, "the upstream did not know it").await;
+        recovery.must_update(key, IntentFence::Call(next.call), IntentUpdate::NotSent).await;
+        refused("an earlier call was sent, and not found", calls).await;
+        recovery.must_update(key, IntentFence::Call(next.call), IntentUpdate::Absent(None)).await;
+        refused("an earlier call was sent, and not found, and the later one was not sent", calls).await;
     }
+}
+
+/// An intent of which no call was ever sent is opened with other arguments. They replace the first
+/// ones, and count from then on.
+pub(super) async fn an_opening_with_other_arguments_replaces_those_of_calls_that_were_not_sent(
+    fixture: &dyn Fixture,
+) {
+    let Some(recovery) = Recovery::of(fixture).await else { return };
+    let claim = claim_of("k");
+    recovery.store.win(&claim, "first claim").await;
+    let first = opening_of(&claim, "a");
+    let (key, fence) = (first.upstream_key, |opening: &Opening| IntentFence::Call(opening.call));
+    recovery.must_open(&first, "a new intent").await;
+    recovery.must_update(key, fence(&first), IntentUpdate::NotSent).await;
+    let second = Opening { arguments: OTHERS, ..next_call(&first) };
+    recovery.must_open(&second, "the first call was not sent").await;
+    recovery.must_update(key, fence(&second), IntentUpdate::NotSent).await;
+    recovery.must_update(key, fence(&second), IntentUpdate::Absent(None)).await;
+    let third = next_call(&first);
+    recovery.must_open(&third, "no call was sent, and no look-up was needed to know").await;
+    let shown = recovery.get(key).await;
+    assert_eq!((shown.arguments, shown.calls), (first.arguments.clone(), 3), "what is recorded");
+    recovery
+        .must_not_call(&Opening { arguments: OTHERS, ..next_call(&first) }, "it may have been sent")
+        .await;
+    recovery.must_update(key, fence(&third), IntentUpdate::NotSent).await;
+    recovery.must_open(&Opening { arguments: OTHERS, ..next_call(&first) }, "it was not sent").await;
+    assert_eq!(recovery.store.get(&claim, "it is in progress").await.unresolved, 1, "open intents");
 }
 
 /// An open intent is called again only as long as its upstream recognizes it. That time counts from
@@ -307,3 +362,5 @@ pub(super) async fn an_update_is_fenced_by_its_call(fixture: &dyn Fixture) {
     recovery.must_update(dead.upstream_key, IntentFence::Call(dead.call), refused()).await;
     recovery.must_not_update(dead.upstream_key, IntentFence::AbsentCall(dead.call), finalize()).await;
 }
+
+const OTHERS: Bytes = Bytes::from_static(b"others");

@@ -156,7 +156,8 @@ macro_rules! __conformance_rules {
             an_intent_is_kept_as_it_was_opened
             a_repeated_opening_by_the_same_call_is_opened_again
             an_opening_needs_the_record_and_a_live_lease
-            an_opening_with_other_arguments_is_never_opened
+            an_opening_with_other_arguments_is_not_opened_once_a_call_may_have_been_sent
+            an_opening_with_other_arguments_replaces_those_of_calls_that_were_not_sent
             an_open_intent_is_called_again_while_its_upstream_recognizes_it
             an_intent_that_was_not_sent_is_called_again
             a_settled_intent_is_not_called_again
@@ -173,6 +174,8 @@ macro_rules! __conformance_rules {
             a_purge_spares_records_with_open_intents
             an_intent_is_settled_after_its_record_has_gone
             intents_are_taken_once_they_are_due_and_their_attempt_has_ended
+            only_intents_with_the_given_names_are_taken
+            overlooked_intents_are_counted_by_name
             an_intent_is_taken_by_one_at_a_time
             intents_are_listed_and_counted_by_what_they_wait_for
             settled_intents_are_purged_without_their_record

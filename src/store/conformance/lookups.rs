@@ -9,7 +9,7 @@ use super::{
 };
 use crate::stored::{
     intent::{Intent, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome, Opening},
-    record::{Claim, ClaimOutcome, Fenced, RecordState, RenewOutcome, Resolution, ResolveOutcome},
+    record::{Claim, ClaimOutcome, Fenced, RecordId, RecordState, RenewOutcome, Resolution, ResolveOutcome},
 };
 
 impl Recovery {
@@ -36,7 +36,7 @@ impl Recovery {
     }
 
     /// Takes the one intent that is due.
-    async fn take_one(&self, why: &str) -> Intent {
+    pub(super) async fn take_one(&self, why: &str) -> Intent {
         let mut taken = self.take().await;
         assert_eq!(taken.len(), 1, "{why}: intents that are due");
         taken.remove(0)
@@ -309,61 +309,6 @@ pub(super) async fn an_intent_is_settled_after_its_record_has_gone(fixture: &dyn
     assert_eq!(recovery.store.get(&new, "it is in progress").await.unresolved, 1, "open intents");
 }
 
-/// Intents are taken for a look-up when they dangle and no attempt can be calling any more. Each is
-/// taken for a while only.
-pub(super) async fn intents_are_taken_once_they_are_due_and_their_attempt_has_ended(fixture: &dyn Fixture) {
-    let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claim = claim_of("k");
-    recovery.store.win(&claim, "first claim").await;
-    let due = opening_of(&claim, "due");
-    recovery.must_open(&due, "a new intent").await;
-    let later = Opening { dangling_after: LONG, ..opening_of(&claim, "later") };
-    recovery.must_open(&later, "a new intent").await;
-    fall_due().await;
-    assert_eq!(recovery.take().await, [], "intents that are taken from their owner");
-    assert_eq!(recovery.store.release(&claim.attempt).await, Fenced::Applied, "release by the owner");
-    let taken = recovery.take_one("its attempt has ended").await;
-    assert_eq!((taken.upstream_key, taken.looks), (due.upstream_key, 1), "what is taken");
-    assert!(taken.dangling, "what is taken dangles");
-    assert_eq!(recovery.take().await, [], "intents that are taken a second time");
-    recovery
-        .must_update(due.upstream_key, taken.lookup_fence(), IntentUpdate::Absent(Some(Duration::ZERO)))
-        .await;
-    fall_due().await;
-    let last = recovery.take_one("it must be looked up a last time").await;
-    recovery.must_update(due.upstream_key, last.lookup_fence(), IntentUpdate::Close).await;
-    fall_due().await;
-    assert_eq!(recovery.take().await, [], "intents that are taken when all is known");
-}
-
-/// Calls that take intents simultaneously share them: no two calls get the same intent.
-pub(super) async fn an_intent_is_taken_by_one_at_a_time(fixture: &dyn Fixture) {
-    let Some(recovery) = Recovery::of(fixture).await else { return };
-    let claim = claim_of("k");
-    recovery.store.win(&claim, "first claim").await;
-    for n in 0..60 {
-        recovery.must_open(&opening_of(&claim, &format!("a {n}")), "a new intent").await;
-    }
-    recovery.store.release(&claim.attempt).await;
-    fall_due().await;
-    let tasks = (0..6).map(|_| {
-        let recovery = recovery.clone();
-        async move {
-            let mut taken = Vec::new();
-            for _ in 0..12 {
-                taken.extend(expected(recovery.inner.take_dangling(5, LONG).await, "take_dangling"));
-            }
-            taken
-        }
-    });
-    let mut taken: Vec<_> = at_once(tasks).await.into_iter().flatten().collect();
-    assert!(taken.iter().all(|intent| intent.looks == 1), "an intent was taken twice");
-    assert_eq!(taken.len(), 60, "intents that were taken, of 60");
-    taken.sort_by_key(|intent| intent.upstream_key.as_uuid());
-    taken.dedup_by_key(|intent| intent.upstream_key);
-    assert_eq!(taken.len(), 60, "different intents that were taken, of 60");
-}
-
 /// An operator sees which intents are open, dangle, need attention or are dead, and counts of the
 /// first three.
 pub(super) async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture: &dyn Fixture) {
@@ -393,6 +338,9 @@ pub(super) async fn intents_are_listed_and_counted_by_what_they_wait_for(fixture
     assert_eq!(recovery.listed(IntentFilter::Dangling).await, ["attention", "dangling"]);
     assert_eq!(recovery.listed(IntentFilter::NeedsAttention).await, ["attention"]);
     assert_eq!(recovery.listed(IntentFilter::Dead).await, ["dead"]);
+    let of_record = recovery.listed(IntentFilter::OfRecord(claim.record_id)).await;
+    assert_eq!(of_record, ["attention", "dangling", "dead", "finalized", "open"]);
+    assert!(recovery.listed(IntentFilter::OfRecord(RecordId::random())).await.is_empty(), "another record");
     let counts = expected(recovery.inner.count_intents().await, "count_intents");
     assert_eq!((counts.open, counts.dangling, counts.need_attention), (3, 2, 1), "{counts:?}");
     assert!(counts.oldest.is_some_and(|oldest| oldest >= Duration::from_millis(20)), "{counts:?}");

@@ -66,6 +66,7 @@ mod replay;
 mod requests;
 mod support;
 mod takeover;
+mod takes;
 mod tries;
 
 use std::{
@@ -85,7 +86,7 @@ use tokio::{
 use self::{
     abandoned_requests::*, abandonment::*, claims::*, clock::*, completion::*, expiry::*, fencing::*,
     identity::*, intents::*, lookups::*, operators::*, purge::*, renewal::*, replay::*, requests::*,
-    takeover::*, tries::*,
+    takeover::*, takes::*, tries::*,
 };
 use crate::store::Store;
 

@@ -96,7 +96,7 @@ impl Handle {
     /// Claims, and must win.
     pub(super) async fn win(&self, claim: &Claim, why: &str) -> (RecordId, u32) {
         match self.claim(claim).await {
-            ClaimOutcome::Won { record_id, attempt_number } => (record_id, attempt_number),
+            ClaimOutcome::Won { record_id, attempt_number, .. } => (record_id, attempt_number),
             other => panic!("{why}: the claim should have been won and was {other:?}"),
         }
     }

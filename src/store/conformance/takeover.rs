@@ -141,7 +141,7 @@ pub(super) async fn race_until_won(
         let store = handles[n % 2].clone();
         async move {
             while Instant::now() < until {
-                if let ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim).await {
+                if let ClaimOutcome::Won { record_id, attempt_number, .. } = store.claim(&claim).await {
                     return Some((claim.attempt.id, record_id, attempt_number));
                 }
                 sleep(Duration::from_millis(3)).await;

@@ -229,7 +229,7 @@ pub(super) fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) 
     };
     // First: a repeated claim is won even if the lease has run out or was the last one permitted.
     if entry.is_in_progress_by(&claim.attempt) {
-        return win(entry.clone().with_lease(claim.lease, now));
+        return win(entry.clone().with_lease(claim.lease, now), now);
     }
     if entry.fingerprint != claim.fingerprint || !entry.has_lapsed(now) || entry.is_blocked(now) {
         return Decision::Show(entry);
@@ -243,11 +243,12 @@ pub(super) fn decide<'a>(entry: Option<&'a Entry>, claim: &Claim, now: Instant) 
         attempt_number: entry.attempt_number.saturating_add(1),
         ..entry.without_owner()
     };
-    win(next.with_lease(claim.lease, now))
+    win(next.with_lease(claim.lease, now), now)
 }
 
-fn win<'a>(entry: Entry) -> Decision<'a> {
-    let outcome = ClaimOutcome::won(entry.record_id, entry.attempt_number);
+fn win<'a>(entry: Entry, now: Instant) -> Decision<'a> {
+    let age = now.saturating_duration_since(entry.created_at);
+    let outcome = ClaimOutcome::taken_over(entry.record_id, entry.attempt_number, age);
     Decision::Change(Box::new(entry), outcome)
 }
 

@@ -20,6 +20,10 @@ pub(super) struct StoredIntent {
     look: Look,
     /// A call before the last one may have arrived.
     sent_before: bool,
+    /// A call may have been sent, even if the upstream did not know it later.
+    ever_sent: bool,
+    /// The same of the calls before the last one.
+    ever_sent_before: bool,
 }
 
 /// The next look-up.
@@ -40,11 +44,14 @@ impl StoredIntent {
             dangling_at: after(opening.dangling_after),
             look: Look::At(after(opening.dangling_after)),
             sent_before: false,
+            ever_sent: true,
+            ever_sent_before: false,
         }
     }
 
     /// It may be called again in three cases: the upstream recognizes the call, no call has
-    /// arrived, or the upstream does not know it. Only the same arguments may be called again.
+    /// arrived, or the upstream does not know it. Other arguments may be called only if no call was
+    /// ever sent.
     pub(super) fn is_callable(&self, opening: &Opening, now: Now) -> bool {
         let allowed = match self.intent.state {
             IntentState::Open { sent: true } => {
@@ -54,13 +61,14 @@ impl StoredIntent {
             IntentState::Dead { absent, .. } => absent,
             IntentState::Finalized(_) => false,
         };
-        allowed && self.intent.arguments == opening.arguments && self.intent.call != opening.call
+        let same_arguments = self.intent.arguments == opening.arguments;
+        allowed && (same_arguments || !self.ever_sent) && self.intent.call != opening.call
     }
 
     /// The intent after another call. The upstream remembers the first of the calls that may have
     /// arrived.
     pub(super) fn called_again(&self, opening: &Opening, now: Now) -> Self {
-        let again = Self::opened(opening, now);
+        let again = Self { ever_sent_before: self.ever_sent, ..Self::opened(opening, now) };
         let intent = Intent {
             subject: self.intent.subject.clone(),
             created_at: self.intent.created_at,
@@ -115,6 +123,7 @@ impl StoredIntent {
         if let (IntentUpdate::NotSent, IntentState::Open { sent }) = (update, &mut intent.state) {
             // The last call has not arrived, but an earlier one may have.
             *sent = self.sent_before;
+            self.ever_sent = self.ever_sent_before;
         }
         intent.attention = attention.map(str::to_owned);
         // An intent that needs attention is not looked up any more, even if the update asks for it.

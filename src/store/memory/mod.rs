@@ -440,19 +440,21 @@ mod tests {
     async fn a_paused_clock_lets_an_upstream_forget_a_key() {
         let store = MemoryStore::new();
         let (first, open) = with_intent(&store, "a", false).await;
+        let names = [open.name.clone()];
         tokio::time::advance(Duration::from_secs(59)).await;
         let shown = store.get_intent(open.upstream_key).await.unwrap().unwrap();
         assert_eq!((shown.age, shown.dangling), (Duration::from_secs(59), false));
-        assert_eq!(store.take_dangling(10, Duration::ZERO).await.unwrap(), []);
+        assert_eq!(store.take_dangling(&names, 10, Duration::ZERO).await.unwrap(), []);
         tokio::time::advance(Duration::from_secs(1)).await;
         assert!(!is_won(&store, &claim("a")).await, "it may not be called again");
-        let [taken] = &store.take_dangling(10, Duration::ZERO).await.unwrap()[..] else {
+        let [taken] = &store.take_dangling(&names, 10, Duration::ZERO).await.unwrap()[..] else {
             panic!("it dangles")
         };
         let (key, fence) = (taken.upstream_key, taken.lookup_fence());
         let settled = store.update_intent(key, fence, &IntentUpdate::Absent(None), None).await.unwrap();
         assert_eq!(settled, Fenced::Applied);
-        let ClaimOutcome::Won { record_id, attempt_number } = store.claim(&claim("a")).await.unwrap() else {
+        let ClaimOutcome::Won { record_id, attempt_number, .. } = store.claim(&claim("a")).await.unwrap()
+        else {
             panic!("it is settled");
         };
         assert_eq!((record_id, attempt_number), (first.record_id, 2));

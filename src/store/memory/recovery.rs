@@ -2,7 +2,7 @@
 //!
 //! `intents.rs` says when an intent may be called and changed, `entry.rs` when a record may be.
 
-use std::{cmp::Reverse, time::Duration};
+use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -23,7 +23,7 @@ use crate::{
     stored::{
         intent::{
             Intent, IntentCounts, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome, Opening,
-            UpstreamKey,
+            Overlooked, UpstreamKey,
         },
         record::{Attempt, Fenced, RecordId},
         request::{KeptRequest, RequestUpdate},
@@ -75,13 +75,40 @@ impl RecoveryStore for MemoryStore {
         }
     }
 
-    async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
+    async fn take_dangling(
+        &self,
+        names: &[String],
+        limit: u32,
+        pause: Duration,
+    ) -> Result<Vec<Intent>, StoreError> {
         let mut shards = self.shards.all();
         let now = self.shards.now();
         // Of all shards, so that the limit leaves the most overdue.
         let mut due: Vec<_> = shards.iter_mut().flat_map(|shard| shard.due_intents(now)).collect();
+        due.retain(|(_, kept)| names.contains(&kept.intent.name));
         due.sort_by_key(|(since, _)| *since);
         Ok(due.into_iter().take(size(limit)).map(|(_, kept)| kept.take(pause, now)).collect())
+    }
+
+    async fn count_overlooked(
+        &self,
+        names: &[String],
+        overdue: Duration,
+        limit: u32,
+    ) -> Result<Vec<Overlooked>, StoreError> {
+        let mut shards = self.shards.all();
+        let now = self.shards.now();
+        let due = shards.iter_mut().flat_map(|shard| shard.due_intents(now));
+        let overlooked = due.filter(|(since, kept)| {
+            *since + overdue.min(LONGEST) <= now.instant
+                && kept.is_open()
+                && !names.contains(&kept.intent.name)
+        });
+        let mut counts = BTreeMap::<String, u64>::new();
+        for (_, kept) in overlooked.take(size(limit)) {
+            *counts.entry(kept.intent.name.clone()).or_default() += 1;
+        }
+        Ok(counts.into_iter().map(|(name, intents)| Overlooked::new(name, intents)).collect())
     }
 
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
@@ -95,6 +122,7 @@ impl RecoveryStore for MemoryStore {
             IntentFilter::Dangling => self.waiting(|intent| intent.dangling),
             IntentFilter::NeedsAttention => self.waiting(|intent| intent.attention.is_some()),
             IntentFilter::Dead => self.dead(),
+            IntentFilter::OfRecord(record) => self.of_record(record),
         };
         intents.truncate(size(limit));
         Ok(intents)
@@ -210,6 +238,15 @@ impl MemoryStore {
         let (shards, now) = (self.shards.all(), self.shards.now());
         let waiting = shards.iter().flat_map(|shard| shard.intents.waiting.values());
         let mut shown: Vec<Intent> = waiting.map(|kept| kept.show(now)).filter(filter).collect();
+        shown.sort_by_key(|intent| intent.created_at);
+        shown
+    }
+
+    fn of_record(&self, record: RecordId) -> Vec<Intent> {
+        let (shards, now) = (self.shards.all(), self.shards.now());
+        let all = shards.iter().flat_map(|shard| shard.intents.all());
+        let found = all.filter(|kept| kept.intent.record_id == record);
+        let mut shown: Vec<Intent> = found.map(|kept| kept.show(now)).collect();
         shown.sort_by_key(|intent| intent.created_at);
         shown
     }

@@ -29,6 +29,7 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("micros(", "CAST(extract(epoch FROM "),
     ("micros)", ") * 1000000 AS bigint)"),
     ("bigint", "bigint"),
+    ("among_names", "= ANY (ARRAY (SELECT json_array_elements_text(:names::json)))"),
     ("never", "'-infinity'"),
     ("far", "'infinity'"),
     ("place", "ctid"),

@@ -74,12 +74,16 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
     async fn take(
         &self,
         operation: &str,
-        due: Due,
+        due: Due<'_>,
         limit: u32,
         pause: Duration,
     ) -> Result<Vec<Self::Row>, StoreError> {
-        let statement = self.statements().await?.takes.of(due);
-        let call = Call::new(statement).with("limit", limit).with("pause", pause);
+        let takes = &self.statements().await?.takes;
+        let call = match due {
+            Due::DanglingIntents { names } => Call::new(&takes.dangling).with("names", names),
+            Due::AbandonedRequests => Call::new(&takes.abandoned),
+        };
+        let call = call.with("limit", limit).with("pause", pause);
         let taken = self.transact(operation, vec![call]).await?.pop();
         Ok(taken.map_or_else(Vec::new, |reply| reply.rows))
     }
@@ -126,8 +130,11 @@ pub(super) enum Rank {
 
 /// The kinds of work that may be due.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Due {
-    DanglingIntents,
+pub(super) enum Due<'a> {
+    /// Intents with one of the names, which are a JSON array.
+    DanglingIntents {
+        names: &'a str,
+    },
     AbandonedRequests,
 }
 

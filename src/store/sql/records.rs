@@ -157,7 +157,10 @@ pub(in crate::store) fn shown(row: &impl Fields) -> Result<Option<ClaimOutcome>,
 pub(in crate::store) fn taken(rows: &[impl Fields]) -> Result<Option<ClaimOutcome>, sqlx::Error> {
     let record = rows.first().map(rows::record).transpose()?;
     Ok(record.map(|record| match record.state {
-        RecordState::InProgress { .. } => ClaimOutcome::won(record.id, record.attempt_number),
+        RecordState::InProgress { .. } => {
+            let age = record.created_at.elapsed().unwrap_or_default();
+            ClaimOutcome::taken_over(record.id, record.attempt_number, age)
+        }
         RecordState::Held | RecordState::Completed { .. } => ClaimOutcome::Exists(Box::new(record)),
     }))
 }

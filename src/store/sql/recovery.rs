@@ -19,7 +19,7 @@ use crate::{
     stored::{
         intent::{
             Intent, IntentCounts, IntentFence, IntentFilter, IntentState, IntentUpdate, OpenOutcome, Opening,
-            UpstreamKey,
+            Overlooked, UpstreamKey,
         },
         record::{Attempt, Fenced, RecordId},
         request::{KeptRequest, RequestUpdate},
@@ -86,10 +86,31 @@ impl<E: Engine> RecoveryStore for E {
         Ok(applied(replies.get(1).map_or(0, |reply| reply.changed)))
     }
 
-    async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
+    async fn take_dangling(
+        &self,
+        names: &[String],
+        limit: u32,
+        pause: Duration,
+    ) -> Result<Vec<Intent>, StoreError> {
         const OPERATION: &str = "take dangling intents";
-        let rows = self.take(OPERATION, Due::DanglingIntents, limit, pause).await?;
+        let names = as_json(names);
+        let rows = self.take(OPERATION, Due::DanglingIntents { names: &names }, limit, pause).await?;
         all::<Self, _>(OPERATION, &rows, rows::intent)
+    }
+
+    async fn count_overlooked(
+        &self,
+        names: &[String],
+        overdue: Duration,
+        limit: u32,
+    ) -> Result<Vec<Overlooked>, StoreError> {
+        const OPERATION: &str = "count overlooked intents";
+        let names = as_json(names);
+        let call = Call::new(&self.statements().await?.recovery.count_overlooked)
+            .with("names", &*names)
+            .with("overdue", overdue)
+            .with("limit", limit);
+        all::<Self, _>(OPERATION, &self.read(OPERATION, call).await?, rows::overlooked)
     }
 
     async fn get_intent(&self, intent: UpstreamKey) -> Result<Option<Intent>, StoreError> {
@@ -104,8 +125,14 @@ impl<E: Engine> RecoveryStore for E {
             IntentFilter::Dangling => &statements.list_dangling,
             IntentFilter::NeedsAttention => &statements.list_attention,
             IntentFilter::Dead => &statements.list_dead,
+            IntentFilter::OfRecord(_) => &statements.list_of_record,
         };
-        let rows = self.read(OPERATION, Call::new(statement).with("limit", limit)).await?;
+        let call = Call::new(statement).with("limit", limit);
+        let call = match filter {
+            IntentFilter::OfRecord(record) => call.with("record", record.as_uuid()),
+            _ => call,
+        };
+        let rows = self.read(OPERATION, call).await?;
         all::<Self, _>(OPERATION, &rows, rows::intent)
     }
 
@@ -252,7 +279,10 @@ fn update_text(fence: IntentFence, update: &IntentUpdate, needs_attention: bool)
              payload = COALESCE(:payload, {i}.payload),"
         }
         IntentUpdate::Refuse(_) => "state = 'dead', absent = FALSE, settled_at = {now}, reason = :reason,",
-        IntentUpdate::Absent(_) => "state = 'dead', absent = TRUE, settled_at = {now}, reason = :reason,",
+        IntentUpdate::Absent(_) => {
+            "sent = ({i}.sent OR {i}.absent), state = 'dead', absent = TRUE, settled_at = {now},
+             reason = :reason,"
+        }
         IntentUpdate::NotSent => "sent = {i}.sent_before,",
         IntentUpdate::LookAgain { .. } | IntentUpdate::Close => "",
     };
@@ -341,6 +371,11 @@ impl<'a> Values<'a> {
             .with("call", self.call)
             .with("takes", self.takes)
     }
+}
+
+/// Returns names as JSON, which every database can turn into rows.
+fn as_json(names: &[String]) -> String {
+    serde_json::Value::from(names).to_string()
 }
 
 fn storable(text: &str) -> String {

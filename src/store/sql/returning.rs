@@ -2,8 +2,8 @@
 //! FROM` and the place of a row.
 
 use super::{
-    Due, Statements,
-    call::{Dialect, Statement, statements},
+    Statements,
+    call::{Dialect, statements},
     statements::{PURGE_INTENTS, PURGE_PHASES, PURGE_RECORDS, PURGE_REQUESTS, Purges, Records, Recovery},
 };
 
@@ -28,7 +28,7 @@ statements! {
         dangling: dialect.returning(
             "WITH due AS (
                  SELECT {i}.id AS place FROM {intents} AS {i}
-                 WHERE {i}.look_at <= {now} AND NOT {in_flight}
+                 WHERE {i}.look_at <= {now} AND {i}.name {among_names} AND NOT {in_flight}
                  ORDER BY {i}.look_at LIMIT :limit {skip_locked}
              )
              UPDATE {intents} AS {i} SET look_at = {now} + :pause, looks = {i}.looks + 1,
@@ -49,15 +49,6 @@ statements! {
              FROM due WHERE {q}.record_id = due.place",
             "{request}"
         ),
-    }
-}
-
-impl Takes {
-    pub(in crate::store) fn of(&self, due: Due) -> &Statement {
-        match due {
-            Due::DanglingIntents => &self.dangling,
-            Due::AbandonedRequests => &self.abandoned,
-        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
     fingerprint::Fingerprint,
     key::IdempotencyKey,
     stored::{
-        intent::{CallId, Intent, IntentCounts, IntentState, Resource, UpstreamKey},
+        intent::{CallId, Intent, IntentCounts, IntentState, Overlooked, Resource, UpstreamKey},
         record::{AttemptId, Record, RecordId, RecordState},
         request::KeptRequest,
     },
@@ -126,6 +126,10 @@ pub(super) fn intent_counts(row: &impl Fields) -> Result<IntentCounts, sqlx::Err
         need_attention: number(row, "need_attention")?,
         oldest: row.int("oldest")?.map(span),
     })
+}
+
+pub(super) fn overlooked(row: &impl Fields) -> Result<Overlooked, sqlx::Error> {
+    Ok(Overlooked::new(required(row.text("name")?)?, number(row, "intents")?))
 }
 
 /// Reads a row of `{request}`.

@@ -121,6 +121,9 @@ pub(super) const RULES: &[(&str, &str)] = &[
         "({i}.state = 'open' AND (NOT {i}.sent OR {i}.repeatable_until > {now} AND :repeatable)
             OR {i}.state = 'dead' AND {i}.absent)",
     ),
+    // No call of it can have been sent. An open intent is marked as absent if an earlier call was
+    // declared absent, and a dead one as sent.
+    ("never_sent", "(NOT {i}.sent AND NOT ({i}.state = 'open' AND {i}.absent))"),
     ("may_have_arrived", "({i}.state = 'open' AND {i}.sent)"),
     ("repeatable_until", "(CASE WHEN :repeatable THEN {now} + :repeatable_for ELSE {never} END)"),
     ("dangling", "({i}.state = 'open' AND {i}.dangling_at <= {now})"),

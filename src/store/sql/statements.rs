@@ -67,9 +67,10 @@ statements! {
                                         AND {i}.repeatable_until <= {repeatable_until}
                                     THEN {i}.repeatable_until ELSE {repeatable_until} END,
                  sent_before      = {may_have_arrived},
+                 absent           = CASE {i}.state WHEN 'dead' THEN {i}.sent ELSE {i}.absent END,
                  state            = 'open',
                  sent             = TRUE,
-                 absent           = FALSE,
+                 arguments        = :arguments,
                  attempt          = :attempt,
                  \"call\"           = :call,
                  calls            = {i}.calls + 1,
@@ -82,7 +83,8 @@ statements! {
                  takes            = 0,
                  absences         = 0,
                  attention        = NULL
-             WHERE {i}.id = :intent AND {i}.call <> :call AND {i}.arguments = :arguments AND {callable}
+             WHERE {i}.id = :intent AND {i}.call <> :call AND ({i}.arguments = :arguments OR {never_sent})
+                 AND {callable}
                  AND EXISTS (SELECT 1 FROM {records} AS {r} WHERE {owned})"
         ),
         /// Calls an intent for the first time.
@@ -121,6 +123,20 @@ statements! {
         list_dead: dialect.statement(
             "SELECT {intent} FROM {intents} AS {i} WHERE {i}.state = 'dead'
              ORDER BY {i}.created_at DESC LIMIT :limit"
+        ),
+        list_of_record: dialect.statement(
+            "SELECT {intent} FROM {intents} AS {i} WHERE {i}.record_id = :record
+             ORDER BY {i}.created_at LIMIT :limit"
+        ),
+        count_overlooked: dialect.statement(
+            "WITH i AS {materialized} (
+                 SELECT {i}.name FROM {intents} AS {i}
+                 WHERE {i}.look_at > {never} AND {i}.look_at <= {now} - :overdue AND {i}.state = 'open'
+                     AND NOT {i}.name {among_names} AND NOT {in_flight}
+                 ORDER BY {i}.look_at LIMIT :limit
+             )
+             SELECT {i}.name, CAST(count(*) AS {bigint}) AS intents FROM i
+             GROUP BY {i}.name ORDER BY {i}.name"
         ),
         count: dialect.statement(&format!(
             "{WAITING} SELECT count(CASE WHEN {{i}}.state = 'open' THEN 1 END) AS open,

@@ -23,6 +23,7 @@ const FRAGMENTS: &[(&str, &str)] = &[
     ("micros(", "("),
     ("micros)", ") * 1000"),
     ("bigint", "bigint"),
+    ("among_names", "IN (SELECT value FROM json_each(:names))"),
     ("never", "0"),
     ("far", "9000000000000000"),
     ("place", "rowid"),
@@ -97,14 +98,16 @@ mod tests {
             sqlx::raw_sql(migration).execute(&mut *database).await.unwrap();
         }
         let Statements { recovery, takes, .. } = super::statements(&Identifier::default_prefix());
-        let Recovery { list_open, list_dangling, list_attention, list_dead, count, .. } = recovery;
+        let Recovery { list_open, list_dangling, list_attention, list_dead, count, .. } = &recovery;
         for (statement, indices) in [
-            (list_open, &["look_at"][..]),
+            (&recovery.list_of_record, &["record_id"][..]),
+            (&recovery.count_overlooked, &["look_at"]),
+            (list_open, &["look_at"]),
             (list_dangling, &["look_at"]),
             (list_attention, &["look_at"]),
             (count, &["look_at"]),
             // The second one is that of the primary key.
-            (takes.dangling, &["look_at", "1"]),
+            (&takes.dangling, &["look_at", "1"]),
             (list_dead, &["dead"]),
         ] {
             let plan = sqlx::raw_sql(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {}", statement.text)))

@@ -269,10 +269,10 @@ async fn a_lookup_that_nobody_came_to_the_end_of_counts<DB: Db>(world: World<DB>
     let key = dangle(&world, &node, &bank, "k").await;
     bank.says("k", &[Say::Found]);
     let recovery = world.store.recovery().unwrap();
-    let pause = Duration::from_secs(60);
+    let (names, pause) = (["bank.transfer".to_owned()], Duration::from_secs(60));
     for looks in 1..=4 {
-        assert_eq!(recovery.take_dangling(10, pause).await.unwrap()[0].looks, looks);
-        assert_eq!(recovery.take_dangling(10, pause).await.unwrap(), []);
+        assert_eq!(recovery.take_dangling(&names, 10, pause).await.unwrap()[0].looks, looks);
+        assert_eq!(recovery.take_dangling(&names, 10, pause).await.unwrap(), []);
         world.age_intents().await;
     }
     // A look-up that ends the process must not be tried for ever.
@@ -285,10 +285,9 @@ async fn what_a_closure_finds_is_finalized<DB: Db>(world: World<DB>) {
     let bank = Bank::default();
     let node = world.node(&bank);
     let key = dangle(&world, &node, &bank, "k").await;
-    let reconciler =
-        Reconciler::new(
-            |intent: Intent| async move { Ok(Lookup::Found(intent.upstream_key.to_string().into())) },
-        );
+    let reconciler = Reconciler::new().on("bank.transfer", |intent: Intent| async move {
+        Ok(Lookup::Found(intent.upstream_key.to_string().into()))
+    });
     passes(&world, &node, &reconciler, &[("found", 1)]).await;
     assert_eq!(node.pay("k").await.body, key.to_string());
 }

@@ -3,5 +3,7 @@
 mod background;
 mod lookups;
 mod measured;
+mod names;
 mod operators;
 mod purging;
+mod terms;

@@ -163,9 +163,11 @@ async fn every_statement_of_recovery(store: &PostgresStore, name: &str) {
         assert!(recovery.list_intents(filter, 10).await.unwrap().is_empty(), "{filter:?}");
     }
     assert!(
-        recovery.take_dangling(10, Duration::ZERO).await.unwrap().is_empty(),
+        recovery.take_dangling(&["transfer".to_owned()], 10, Duration::ZERO).await.unwrap().is_empty(),
         "its attempt has its lease"
     );
+    assert_eq!(recovery.count_overlooked(&[], Duration::ZERO, 10).await.unwrap(), []);
+    assert_eq!(recovery.list_intents(IntentFilter::OfRecord(record), 10).await.unwrap().len(), 1);
     let update = IntentUpdate::Finalize(Resource::new("tr_1"));
     let fence = IntentFence::Call(opening.call);
     assert_eq!(

@@ -7,8 +7,8 @@ use tower_idempotency::{
     Consumer, IdempotencyKey, Intent, StoreError, UpstreamKey,
     intent::{IntentCounts, IntentFilter},
     store::{
-        Attempt, CallId, Fenced, IntentFence, IntentUpdate, KeptRequest, OpenOutcome, Opening, RecordId,
-        RecoveryStore, RequestUpdate, Store,
+        Attempt, CallId, Fenced, IntentFence, IntentUpdate, KeptRequest, OpenOutcome, Opening, Overlooked,
+        RecordId, RecoveryStore, RequestUpdate, Store,
     },
 };
 use uuid::Uuid;
@@ -18,6 +18,12 @@ use super::{Faulty, RecoveryFault};
 impl Faulty {
     pub(super) fn sound(&self) -> Arc<dyn RecoveryStore> {
         self.inner.recovery().expect("it keeps intents")
+    }
+
+    /// The names of all intents.
+    async fn names(&self) -> Vec<String> {
+        let names = sqlx::query_scalar("SELECT name FROM idempotency_intents");
+        names.fetch_all(self.tables().await).await.unwrap()
     }
 
     /// The opening as the faulty store takes it.
@@ -40,6 +46,10 @@ impl RecoveryStore for Faulty {
     async fn open_intent(&self, opening: &Opening) -> Result<OpenOutcome, StoreError> {
         let settled = "UPDATE idempotency_intents SET state = 'open', sent = FALSE WHERE state = 'finalized'";
         self.spoil(RecoveryFault::SettledIsOpenedAgain, settled).await;
+        let never_sent = "UPDATE idempotency_intents SET absent = state = 'dead', sent = FALSE WHERE absent";
+        self.spoil(RecoveryFault::DeclaredAbsentIsNeverSent, never_sent).await;
+        let sent = "UPDATE idempotency_intents SET absent = TRUE WHERE NOT sent";
+        self.spoil(RecoveryFault::ArgumentsNeverChange, sent).await;
         if self.has(RecoveryFault::TakeoverPassesOpenings) {
             // Looks at the record first, and writes the intent later.
             let owned = self.inner.get(&opening.attempt.consumer, &opening.attempt.key).await?;
@@ -96,14 +106,38 @@ impl RecoveryStore for Faulty {
         Ok(fenced)
     }
 
-    async fn take_dangling(&self, limit: u32, pause: Duration) -> Result<Vec<Intent>, StoreError> {
+    async fn count_overlooked(
+        &self,
+        names: &[String],
+        overdue: Duration,
+        limit: u32,
+    ) -> Result<Vec<Overlooked>, StoreError> {
+        let overdue = if self.has(RecoveryFault::OverdueIsForgotten) { Duration::ZERO } else { overdue };
+        let counts = self.sound().count_overlooked(names, overdue, limit).await?;
+        Ok(if self.has(RecoveryFault::NothingIsOverlooked) { Vec::new() } else { counts })
+    }
+
+    async fn take_dangling(
+        &self,
+        names: &[String],
+        limit: u32,
+        pause: Duration,
+    ) -> Result<Vec<Intent>, StoreError> {
         let ended = "UPDATE idempotency_records SET lease_until = 0";
         self.spoil(RecoveryFault::CallsUnderWayAreTaken, ended).await;
         let pause = match self.fault {
             RecoveryFault::TakenIsNotPutOff | RecoveryFault::LookUpsLookThenWrite => Duration::ZERO,
             _ => pause,
         };
-        let mut taken = self.sound().take_dangling(limit, pause).await?;
+        let mut names = names.to_vec();
+        match self.fault {
+            RecoveryFault::EveryNameIsTaken => names.extend(self.names().await),
+            RecoveryFault::NamesFoldCase => {
+                names.extend(names.clone().iter().map(|name| name.to_uppercase()))
+            }
+            _ => {}
+        }
+        let mut taken = self.sound().take_dangling(&names, limit, pause).await?;
         if self.has(RecoveryFault::LookUpsLookThenWrite) {
             tokio::time::sleep(Duration::from_millis(10)).await;
             for intent in &mut taken {
