@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Response;
+use http::{HeaderValue, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use crate::{
-    layer::{answer::passed, body::ResponseBody, settings::Settings},
+    layer::{answer::passed, body::ResponseBody, grpc::translated, settings::Settings},
     redact::TRACING_TARGET,
     rejection::{ProblemJson, Rejection, RejectionCode, respond},
 };
@@ -33,6 +33,7 @@ pin_project! {
     pub struct ResponseFuture<F, B, E> {
         #[pin]
         inner: Inner<F, B, E>,
+        grpc: Option<HeaderValue>,
     }
 }
 
@@ -46,19 +47,28 @@ pin_project! {
 }
 
 impl<F, B, E> ResponseFuture<F, B, E> {
+    fn new(inner: Inner<F, B, E>) -> Self {
+        Self { inner, grpc: None }
+    }
+
+    /// Answers refusals as gRPC statuses, if the request has a content type of gRPC.
+    pub(crate) fn for_grpc(self, content_type: Option<HeaderValue>) -> Self {
+        Self { grpc: content_type, ..self }
+    }
+
     /// Waits for the inner service. `settings` render the handler's refusals. `None`: an outer
     /// layer does.
     pub(crate) fn passed(future: F, settings: Option<Arc<Settings>>) -> Self {
-        Self { inner: Inner::Passed { future, settings } }
+        Self::new(Inner::Passed { future, settings })
     }
 
     pub(crate) fn refused(response: Response<Bytes>) -> Self {
-        Self { inner: Inner::Refused { response: Some(response) } }
+        Self::new(Inner::Refused { response: Some(response) })
     }
 
     /// Waits for a task, which learns through `caller` that the client has gone.
     pub(crate) fn guarded(task: JoinHandle<Answer<B, E>>, caller: oneshot::Sender<()>) -> Self {
-        Self { inner: Inner::Guarded { task, _caller: caller } }
+        Self::new(Inner::Guarded { task, _caller: caller })
     }
 }
 
@@ -70,21 +80,26 @@ where
     type Output = Answer<B, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().inner.project() {
+        let this = self.project();
+        let answer = match this.inner.project() {
             Projected::Passed { future, settings } => {
-                Poll::Ready(ready!(future.poll(cx)).map(|response| match settings {
+                ready!(future.poll(cx)).map(|response| match settings {
                     Some(settings) => passed(settings, response),
                     None => response.map(ResponseBody::passed),
-                }))
+                })
             }
             Projected::Refused { response } => {
                 let response = response.take().unwrap_or_default();
-                Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
+                Ok(response.map(|data| ResponseBody::buffered(data, None)))
             }
             Projected::Guarded { task, .. } => {
-                Poll::Ready(ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error))))
+                ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error)))
             }
-        }
+        };
+        Poll::Ready(match this.grpc.take() {
+            Some(content_type) => answer.map(|response| translated(response, content_type)),
+            None => answer,
+        })
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
         buffer::Buffered,
         decision::{Decision, Entrance, Guarded},
         future::{Answer, ResponseFuture},
+        grpc,
         settings::Settings,
     },
     node::Node,
@@ -72,7 +73,8 @@ where
 
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let (mut parts, body) = request.into_parts();
-        match Entrance::of(&self.node, &self.settings, &mut parts) {
+        let grpc = grpc::content_type(&parts.headers);
+        let future = match Entrance::of(&self.node, &self.settings, &mut parts) {
             Entrance::Pass(settings) => {
                 let request = Request::from_parts(parts, RequestBody::passed(body));
                 ResponseFuture::passed(self.inner.call(request), settings)
@@ -86,7 +88,8 @@ where
                 let task = guard(guarded, ready, parts, body, gone).in_current_span();
                 ResponseFuture::guarded(self.node.tasks.spawn(task), caller)
             }
-        }
+        };
+        future.for_grpc(grpc)
     }
 }
 
@@ -146,7 +149,10 @@ where
         Ok(Decision::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
         Ok(Decision::RunUnprotected) => {
             request.extensions_mut().insert(Unprotected);
-            inner.call(request).await.map(|response| passed(&guarded.settings, response))
+            inner.call(request).await.map(|mut response| {
+                response.headers_mut().remove(&guarded.settings.replay_marker);
+                passed(&guarded.settings, response)
+            })
         }
         Err(rejection) => Ok(guarded.refuse(rejection)),
     }

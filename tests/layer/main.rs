@@ -10,6 +10,7 @@ mod crash;
 mod flood;
 mod harness;
 mod middleware;
+mod not_results;
 mod outage;
 mod representation;
 mod results;
