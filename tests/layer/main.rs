@@ -8,6 +8,7 @@ mod compose;
 mod concurrency;
 mod crash;
 mod flood;
+mod grpc;
 mod harness;
 mod middleware;
 mod not_results;

@@ -1,5 +1,6 @@
 //! Requests and responses on real sockets, byte for byte.
 
+mod framing;
 mod replays;
 mod requests;
 mod streams;
