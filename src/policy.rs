@@ -21,10 +21,11 @@ use http::StatusCode;
 pub enum Directive {
     /// Stores the response. Every retry gets it.
     Store,
-    /// Releases the key. A retry runs the handler again.
+    /// Releases the key. A retry runs the handler again. The body is passed on as it is made, and a
+    /// retry may run meanwhile.
     Release,
-    /// Holds the key and stores nothing. Retries get 409 `outcome-unknown` until an operator
-    /// resolves the record.
+    /// Holds the key and stores nothing. The body is passed on as it is made. Retries get 409
+    /// `outcome-unknown` until an operator resolves the record.
     Hold,
 }
 
@@ -61,9 +62,9 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 ///
 /// | policy | stored | abandoned attempts |
 /// |---|---|---|
-/// | default | 2xx, 3xx, and 4xx except 401, 403, 407, 408, 421, 425, 429 | run again |
+/// | default | 2xx, 3xx but 307, 308, and 4xx but 401, 403, 407, 408, 421, 425, 429 | run again |
 /// | [`at_most_once`](Self::at_most_once) | the same and 5xx; 408 holds the key | held |
-/// | [`success_only`](Self::success_only) | 2xx and 3xx | run again |
+/// | [`success_only`](Self::success_only) | 2xx, and 3xx except 307, 308 | run again |
 ///
 /// A response that is not stored releases the key, and a retry runs the handler again. The status
 /// codes are those of [RFC 9110].
@@ -77,8 +78,8 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 /// * **A missing route.** A 404 is a handler's own if axum had matched a route before the request
 ///   came to the layer, as it has for `Router::layer` and `MethodRouter::layer`. Any other 404, and
 ///   every 405 and 501, is a handler's own if the inner service has read the request's body or used
-///   a transaction, an intent or a phase. The rest is the answer of a router without the route, on a
-///   node that is not updated yet.
+///   a transaction, an intent or a phase. The rest is the answer of a router without the route, on
+///   a node that is not updated yet.
 /// * **Admission control inside the layer.** An error of the inner service's `poll_ready`, and the
 ///   error of `tower::load_shed`. A 429 or 503 that the inner service answers without waiting for
 ///   anything and without reading the request's body, which is not empty. If its layers wait before
@@ -90,8 +91,8 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 /// # gRPC
 ///
 /// A response whose content type is `application/grpc` or `application/grpc-web` is judged by its
-/// `grpc-status`, in the headers or the trailers. [`from_fn`](Self::from_fn) gets the HTTP status
-/// that stands for it:
+/// `grpc-status`, in the headers or the trailers. The policy sees the HTTP status that stands for
+/// it, as does the function of [`from_fn`](Self::from_fn), and so do transactions:
 ///
 /// | gRPC status | HTTP status |
 /// |---|---|
@@ -142,7 +143,8 @@ impl ResultPolicy {
         Self::from_fn(classify).with_abandoned(AbandonedAttempts::Hold)
     }
 
-    /// Stores 2xx and 3xx only. A request that was refused runs again when it is retried.
+    /// Stores 2xx, and 3xx except 307 and 308. A request that was refused runs again when it is
+    /// retried.
     #[must_use]
     pub fn success_only() -> Self {
         Self::from_fn(|status| match status.is_success() || status.is_redirection() {
@@ -151,7 +153,8 @@ impl ResultPolicy {
         })
     }
 
-    /// Decides by a function of the status. Abandoned attempts run again.
+    /// Decides by a function of the status. Abandoned attempts run again. The function is not asked
+    /// about [responses that are no results](Self#responses-that-are-no-results).
     ///
     /// ```
     /// # use tower_idempotency::{Directive, ResultPolicy};

@@ -1,5 +1,5 @@
-//! gRPC: results are judged by their `grpc-status`, and refusals are answered as one. The table is in the docs of
-//! [`ResultPolicy`](crate::ResultPolicy).
+//! gRPC: results are judged by their `grpc-status`, and refusals are answered as one. The docs of
+//! [`ResultPolicy`](crate::ResultPolicy) have the table.
 
 use std::fmt::Write;
 
@@ -168,21 +168,36 @@ pub(crate) fn translated<B>(
 }
 
 fn code_for(rejection: &Rejection) -> u32 {
+    use RejectionCode as Code;
     match rejection.code() {
-        RejectionCode::KeyMissing | RejectionCode::KeyInvalid | RejectionCode::KeyReused => INVALID_ARGUMENT,
-        RejectionCode::ConsumerUnidentified => PERMISSION_DENIED,
-        RejectionCode::RequestTooLarge => OUT_OF_RANGE,
-        RejectionCode::RequestTimeout | RejectionCode::MaxExecutionExceeded => DEADLINE_EXCEEDED,
-        RejectionCode::InProgress | RejectionCode::TransactionConflict => ABORTED,
+        Code::KeyMissing | Code::KeyInvalid | Code::KeyReused => INVALID_ARGUMENT,
+        Code::ConsumerUnidentified => PERMISSION_DENIED,
+        Code::RequestTooLarge => OUT_OF_RANGE,
+        Code::RequestTimeout | Code::MaxExecutionExceeded => DEADLINE_EXCEEDED,
+        Code::InProgress | Code::TransactionConflict => ABORTED,
         // Performed: a client that takes it for a success is right.
-        RejectionCode::ResponseNotKept => ALREADY_EXISTS,
-        RejectionCode::OutcomeUnknown if rejection.is_retryable() => UNAVAILABLE,
+        Code::ResponseNotKept => ALREADY_EXISTS,
+        Code::OutcomeUnknown if rejection.is_retryable() => UNAVAILABLE,
         // Never a status that means "not performed".
-        RejectionCode::OutcomeUnknown | RejectionCode::TransactionEnded => UNKNOWN,
-        RejectionCode::UpstreamRefused => FAILED_PRECONDITION,
-        RejectionCode::RequestIncomplete | RejectionCode::FingerprintUnknown => UNAVAILABLE,
-        code if code.status() == StatusCode::SERVICE_UNAVAILABLE => UNAVAILABLE,
-        _ => INTERNAL,
+        Code::OutcomeUnknown | Code::TransactionEnded => UNKNOWN,
+        Code::UpstreamRefused => FAILED_PRECONDITION,
+        Code::Overloaded
+        | Code::ShuttingDown
+        | Code::StoreUnavailable
+        | Code::TransactionLost
+        | Code::OutcomePending
+        | Code::UpstreamUnavailable
+        | Code::RequestIncomplete
+        | Code::FingerprintUnknown => UNAVAILABLE,
+        Code::StoreMisconfigured
+        | Code::RecordUnreadable
+        | Code::RepresentationUnrenderable
+        | Code::HandlerPanicked
+        | Code::ResponseIncomplete
+        | Code::TransactionFailed
+        | Code::TransactionInUse
+        | Code::IntentMisused
+        | Code::Internal => INTERNAL,
     }
 }
 

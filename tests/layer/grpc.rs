@@ -1,6 +1,11 @@
 //! gRPC services of tonic behind the layer, over HTTP/2: judged by their status, and refused with one.
 
-use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -282,9 +287,9 @@ async fn client_streams_are_performed_once() {
 /// A server whose method streams what the test sends.
 async fn streaming(layer: IdempotencyLayer) -> (SocketAddr, mpsc::UnboundedSender<Result<Amount, Status>>) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    let receiver = std::sync::Arc::new(std::sync::Mutex::new(Some(receiver)));
+    let receiver = Arc::new(Mutex::new(Some(receiver)));
     let service = service_fn(move |request: HttpRequest| {
-        let receiver = receiver.clone();
+        let receiver = Arc::clone(&receiver);
         let stream = service_fn(move |_: Request<Amount>| {
             let receiver = receiver.lock().unwrap().take();
             async move {

@@ -129,6 +129,8 @@ impl IdempotencyLayer {
     /// Limits how long the body of a response is collected. A slower one counts as endless: it
     /// reaches the first caller, and retries get 409 `response-not-kept`. Default: 10 s.
     ///
+    /// Responses of a streaming type, and those that are not stored, are not collected.
+    ///
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;
