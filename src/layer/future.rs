@@ -81,25 +81,37 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let answer = match this.inner.project() {
-            Projected::Passed { future, settings } => {
-                ready!(future.poll(cx)).map(|response| match settings {
-                    Some(settings) => passed(settings, response),
-                    None => response.map(ResponseBody::passed),
-                })
-            }
-            Projected::Refused { response } => {
-                let response = response.take().unwrap_or_default();
-                Ok(response.map(|data| ResponseBody::buffered(data, None)))
-            }
-            Projected::Guarded { task, .. } => {
-                ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error)))
-            }
-        };
+        let answer = ready!(this.inner.poll(cx));
         Poll::Ready(match this.grpc.take() {
             Some(content_type) => answer.map(|response| translated(response, content_type)),
             None => answer,
         })
+    }
+}
+
+impl<F, B, E> Future for Inner<F, B, E>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body,
+{
+    type Output = Answer<B, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project() {
+            Projected::Passed { future, settings } => {
+                Poll::Ready(ready!(future.poll(cx)).map(|response| match settings {
+                    Some(settings) => passed(settings, response),
+                    None => response.map(ResponseBody::passed),
+                }))
+            }
+            Projected::Refused { response } => {
+                let response = response.take().unwrap_or_default();
+                Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
+            }
+            Projected::Guarded { task, .. } => {
+                Poll::Ready(ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error))))
+            }
+        }
     }
 }
 

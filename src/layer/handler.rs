@@ -159,7 +159,7 @@ fn leave_behind<B, E>(
     });
 }
 
-/// Calls the handler once it is ready, and collects its response.
+/// Calls the handler and collects its response.
 async fn call_and_collect<S, ReqBody, ResBody>(
     mut inner: S,
     request: Request<RequestBody<ReqBody>>,
@@ -170,8 +170,6 @@ where
     ResBody: Body<Data = Bytes>,
     ResBody::Error: Into<BoxError>,
 {
-    poll_fn(|cx| inner.poll_ready(cx)).await?;
-    judge.reach.note_call();
     let (mut parts, body) = answer_of(inner.call(request), &judge.reach).await?.into_parts();
     if body.size_hint().exact().is_some() {
         // The server counts itself. It would send a wrong length of the handler as it is.

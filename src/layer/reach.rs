@@ -12,7 +12,6 @@ pub(crate) struct Reach {
     is_matched: bool,
     /// There is a body, which most handlers would read.
     has_body: bool,
-    called: AtomicBool,
     body_read: AtomicBool,
     suspended: AtomicBool,
 }
@@ -20,11 +19,6 @@ pub(crate) struct Reach {
 impl Reach {
     pub(crate) fn new(extensions: &Extensions, has_body: bool) -> Self {
         Self { is_matched: is_matched(extensions), has_body, ..Self::default() }
-    }
-
-    /// Notes that the inner service was ready and has the request.
-    pub(crate) fn note_call(&self) {
-        self.called.store(true, Ordering::Relaxed);
     }
 
     /// Notes that the inner service has read from the request's body.
@@ -35,11 +29,6 @@ impl Reach {
     /// Notes that the inner service waits for something.
     pub(crate) fn note_wait(&self) {
         self.suspended.store(true, Ordering::Relaxed);
-    }
-
-    /// The inner service has the request. If not, nothing was performed.
-    pub(crate) fn was_called(&self) -> bool {
-        self.called.load(Ordering::Relaxed)
     }
 
     /// The inner service has answered without waiting for anything and without reading the body.

@@ -133,7 +133,7 @@ impl Judge {
                 "The server failed while it performed the request. Send the request again with the same key, \
                  never with a new one.",
             )),
-            HandlerEnd::Cancelled(cause) => self.without_result(self.cancelled(cause)),
+            HandlerEnd::Cancelled(cause) => self.without_result(cause.rejection()),
         }
     }
 
@@ -291,27 +291,13 @@ impl Judge {
     }
 
     fn end_without_result(&self) -> End {
-        match self.reach.was_called() {
-            true => self.settings.attempts.end_without_result(),
-            false => End::Release,
-        }
-    }
-
-    fn cancelled(&self, cause: Cause) -> Rejection {
-        match self.reach.was_called() {
-            true => cause.rejection(),
-            false => Rejection::new(
-                RejectionCode::Overloaded,
-                "The request was not performed: the server was not ready for it in time. Send it again later \
-                 with the same key.",
-            ),
-        }
+        self.settings.attempts.end_without_result()
     }
 
     /// The answer to a client whose handler was cancelled and runs on.
     pub(crate) fn refuse_cancelled<B>(&self, cause: Cause) -> Response<ResponseBody<B>> {
         let held = matches!(self.end_without_result(), End::Hold);
-        refused(&self.settings, self.cancelled(cause).final_if(held))
+        refused(&self.settings, cause.rejection().final_if(held))
     }
 
     /// The answer to the client, now that the attempt has ended.

@@ -1,14 +1,7 @@
 //! Responses behind which no handler ran: redirects to elsewhere, missing routes, admission control. They release the
 //! key under every policy, and what a handler says of its own stays a result.
 
-use std::{
-    convert::Infallible,
-    future::{Ready, poll_fn, ready},
-    io,
-    sync::{Arc, Mutex},
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     BoxError, Extension, Json, Router,
@@ -21,12 +14,11 @@ use axum::{
 };
 use tokio::sync::Semaphore;
 use tower::{
-    Layer, Service, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer,
+    Layer, ServiceBuilder, ServiceExt, limit::GlobalConcurrencyLimitLayer, load_shed::LoadShedLayer,
     service_fn,
 };
 use tower_idempotency::{
-    Directive, Idempotency, IdempotencyLayer, Rejection, RejectionCode, ResultPolicy,
-    layer::{RequestBody, ResponseBody},
+    Directive, Idempotency, IdempotencyLayer, Rejection, RejectionCode, ResultPolicy, layer::RequestBody,
     store::RecordFilter,
 };
 
@@ -316,67 +308,4 @@ async fn a_load_shed_that_a_handler_met_in_a_client_keeps_the_key() {
     service.clone().oneshot(charge("k")).await.unwrap_err();
     let retry = service.oneshot(charge("k")).await.unwrap();
     assert_eq!(retry.extensions().get::<Rejection>().unwrap().code(), RejectionCode::OutcomeUnknown);
-}
-
-/// A service that is ready as the test says.
-#[derive(Clone, Default)]
-struct Gate(Arc<Mutex<Readiness>>);
-
-#[derive(Clone, Copy, Debug, Default)]
-enum Readiness {
-    #[default]
-    Ready,
-    Waiting,
-    Failed,
-}
-
-impl Service<Request<RequestBody<Body>>> for Gate {
-    type Response = Response;
-    type Error = io::Error;
-    type Future = Ready<io::Result<Response>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match *self.0.lock().unwrap() {
-            Readiness::Ready => Poll::Ready(Ok(())),
-            Readiness::Waiting => Poll::Pending,
-            Readiness::Failed => Poll::Ready(Err(io::Error::other("not ready"))),
-        }
-    }
-
-    fn call(&mut self, _: Request<RequestBody<Body>>) -> Self::Future {
-        ready(Ok(Response::new(Body::from("fine"))))
-    }
-}
-
-/// Calls the service with a request, and makes it `readiness` before its task can ask.
-async fn call_when(
-    readiness: Readiness,
-    layer: &IdempotencyLayer,
-) -> (Gate, io::Result<Response<ResponseBody<Body>>>) {
-    let gate = Gate::default();
-    let mut service = layer.layer(gate.clone());
-    poll_fn(|cx| Service::<Request>::poll_ready(&mut service, cx)).await.unwrap();
-    *gate.0.lock().unwrap() = readiness;
-    let answer = service.call(charge("k")).await;
-    (gate, answer)
-}
-
-#[tokio::test]
-async fn a_service_that_fails_to_become_ready_does_not_keep_the_key() {
-    for policy in policies() {
-        let layer = layer().with_policy(policy);
-        let (_, answer) = call_when(Readiness::Failed, &layer).await;
-        assert_eq!(answer.unwrap_err().to_string(), "not ready");
-        assert_eq!(layer.layer(Gate::default()).oneshot(charge("k")).await.unwrap().status(), StatusCode::OK);
-    }
-}
-
-#[tokio::test]
-async fn a_request_whose_time_is_over_before_the_service_is_ready_was_not_performed() {
-    let layer =
-        layer().with_policy(ResultPolicy::at_most_once()).with_max_execution(Duration::from_millis(100));
-    let (_, answer) = call_when(Readiness::Waiting, &layer).await;
-    let rejection = answer.unwrap().extensions().get::<Rejection>().cloned().unwrap();
-    assert_eq!((rejection.code(), rejection.is_retryable()), (RejectionCode::Overloaded, true));
-    assert!(is_empty(&layer).await);
 }
