@@ -21,10 +21,11 @@ use http::StatusCode;
 pub enum Directive {
     /// Stores the response. Every retry gets it.
     Store,
-    /// Releases the key. A retry runs the handler again.
+    /// Releases the key. A retry runs the handler again. The body is passed on as it is made, and a
+    /// retry may run meanwhile.
     Release,
-    /// Holds the key and stores nothing. Retries get 409 `outcome-unknown` until an operator
-    /// resolves the record.
+    /// Holds the key and stores nothing. The body is passed on as it is made. Retries get 409
+    /// `outcome-unknown` until an operator resolves the record.
     Hold,
 }
 
@@ -61,12 +62,55 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 ///
 /// | policy | stored | abandoned attempts |
 /// |---|---|---|
-/// | default | 2xx, 3xx, and 4xx except 401, 403, 407, 408, 421, 425, 429 | run again |
+/// | default | 2xx, 3xx but 307, 308, and 4xx but 401, 403, 407, 408, 421, 425, 429 | run again |
 /// | [`at_most_once`](Self::at_most_once) | the same and 5xx; 408 holds the key | held |
-/// | [`success_only`](Self::success_only) | 2xx and 3xx | run again |
+/// | [`success_only`](Self::success_only) | 2xx, and 3xx except 307, 308 | run again |
 ///
 /// A response that is not stored releases the key, and a retry runs the handler again. The status
 /// codes are those of [RFC 9110].
+///
+/// # Responses that are no results
+///
+/// Some responses release the key under every policy, because no handler has performed the request.
+/// A [`Directive`] in the response overrides this.
+///
+/// * **307 and 308** ask for this very request elsewhere. A 1xx is no final response.
+/// * **A missing route.** A 404 is a handler's own if axum had matched a route before the request
+///   came to the layer, as it has for `Router::layer` and `MethodRouter::layer`. Any other 404, and
+///   every 405 and 501, is a handler's own if the inner service has read the request's body or used
+///   a transaction, an intent or a phase. The rest is the answer of a router without the route, on
+///   a node that is not updated yet.
+/// * **Admission control inside the layer.** An error of the inner service's `poll_ready`, and the
+///   error of `tower::load_shed`. A 429 or 503 that the inner service answers without waiting for
+///   anything and without reading the request's body, which is not empty. If its layers wait before
+///   they turn a request away, or requests have no body, let their error handler say
+///   `Directive::Release`: with `at_most_once` a 503 is stored otherwise. A handler that does its
+///   work without a single await, does not read the body and answers 503 says `Directive::Store`.
+/// * **Refusals** of this layer, or of another one inside it.
+///
+/// # gRPC
+///
+/// A response whose content type is `application/grpc` or `application/grpc-web` is judged by its
+/// `grpc-status`, in the headers or the trailers. The policy sees the HTTP status that stands for
+/// it, as does the function of [`from_fn`](Self::from_fn), and so do transactions:
+///
+/// | gRPC status | HTTP status |
+/// |---|---|
+/// | `OK` | 200 |
+/// | `INVALID_ARGUMENT`, `FAILED_PRECONDITION`, `OUT_OF_RANGE` | 400 |
+/// | `UNAUTHENTICATED` | 401 |
+/// | `PERMISSION_DENIED` | 403 |
+/// | `NOT_FOUND` | 404 |
+/// | `CANCELLED`, which servers answer when a call has timed out | 408 |
+/// | `ALREADY_EXISTS` | 409 |
+/// | `RESOURCE_EXHAUSTED` | 429 |
+/// | `UNKNOWN`, `INTERNAL`, `DATA_LOSS` | 500 |
+/// | `UNIMPLEMENTED` | 501 |
+/// | `UNAVAILABLE`, `ABORTED` | 503 |
+/// | `DEADLINE_EXCEEDED` | 504 |
+///
+/// A response without a `grpc-status` counts as broken off. One that is too large or too slow to be
+/// collected counts as `OK`, because its status is still to come.
 ///
 /// ```
 /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, ResultPolicy};
@@ -99,7 +143,8 @@ impl ResultPolicy {
         Self::from_fn(classify).with_abandoned(AbandonedAttempts::Hold)
     }
 
-    /// Stores 2xx and 3xx only. A request that was refused runs again when it is retried.
+    /// Stores 2xx, and 3xx except 307 and 308. A request that was refused runs again when it is
+    /// retried.
     #[must_use]
     pub fn success_only() -> Self {
         Self::from_fn(|status| match status.is_success() || status.is_redirection() {
@@ -108,7 +153,8 @@ impl ResultPolicy {
         })
     }
 
-    /// Decides by a function of the status. Abandoned attempts run again.
+    /// Decides by a function of the status. Abandoned attempts run again. The function is not asked
+    /// about [responses that are no results](Self#responses-that-are-no-results).
     ///
     /// ```
     /// # use tower_idempotency::{Directive, ResultPolicy};
@@ -136,9 +182,14 @@ impl ResultPolicy {
         self
     }
 
-    pub(crate) fn directive(&self, response: &http::response::Parts) -> Directive {
-        let overridden = response.extensions.get::<Directive>().copied();
-        overridden.unwrap_or_else(|| (self.classify)(response.status))
+    /// Decides on a response without a directive of its own, which is judged by this status.
+    pub(crate) fn directive(&self, status: StatusCode) -> Directive {
+        match status {
+            // They ask for this very request elsewhere.
+            StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT => Directive::Release,
+            status if status.is_informational() => Directive::Release,
+            status => (self.classify)(status),
+        }
     }
 
     pub(crate) fn abandoned(&self) -> AbandonedAttempts {
@@ -172,27 +223,32 @@ mod tests {
     use super::*;
 
     fn stored(policy: &ResultPolicy) -> Vec<u16> {
-        let parts = |status: u16| http::Response::builder().status(status).body(()).unwrap().into_parts().0;
-        [101, 200, 204, 301, 304, 400, 401, 402, 403, 404, 407, 408, 409, 421, 422, 425, 429, 500, 503]
-            .into_iter()
-            .filter(|status| policy.directive(&parts(*status)) == Directive::Store)
-            .collect()
+        let statuses = [
+            101, 200, 204, 301, 303, 304, 307, 308, 400, 401, 402, 403, 404, 407, 408, 409, 421, 422, 425,
+            429, 500, 503,
+        ];
+        let is_stored =
+            |status: &u16| policy.directive(StatusCode::from_u16(*status).unwrap()) == Directive::Store;
+        statuses.into_iter().filter(is_stored).collect()
     }
 
     #[test]
     fn presets_store_what_they_say() {
-        assert_eq!(stored(&ResultPolicy::default()), [200, 204, 301, 304, 400, 402, 404, 409, 422]);
+        assert_eq!(stored(&ResultPolicy::default()), [200, 204, 301, 303, 304, 400, 402, 404, 409, 422]);
         assert_eq!(
             stored(&ResultPolicy::at_most_once()),
-            [200, 204, 301, 304, 400, 402, 404, 409, 422, 500, 503]
+            [200, 204, 301, 303, 304, 400, 402, 404, 409, 422, 500, 503]
         );
-        assert_eq!(stored(&ResultPolicy::success_only()), [200, 204, 301, 304]);
+        assert_eq!(stored(&ResultPolicy::success_only()), [200, 204, 301, 303, 304]);
     }
 
     #[test]
-    fn a_directive_in_the_response_wins() {
-        let mut parts = http::Response::new(()).into_parts().0;
-        parts.extensions.insert(Directive::Hold);
-        assert_eq!(ResultPolicy::default().directive(&parts), Directive::Hold);
+    fn no_function_stores_what_asks_for_the_request_elsewhere() {
+        let policy = ResultPolicy::from_fn(|_| Directive::Store);
+        for status in
+            [StatusCode::SWITCHING_PROTOCOLS, StatusCode::TEMPORARY_REDIRECT, StatusCode::PERMANENT_REDIRECT]
+        {
+            assert_eq!(policy.directive(status), Directive::Release);
+        }
     }
 }

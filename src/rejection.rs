@@ -291,7 +291,8 @@ impl fmt::Display for RejectionCode {
 /// Renders rejections as responses. Implemented by closures; the default is [`ProblemJson`].
 ///
 /// The layer adds `Cache-Control: no-store` and `Retry-After` where the response has none of its
-/// own.
+/// own. It answers a gRPC request with a status of gRPC instead, unless the rendered response has
+/// a content type of gRPC: see [errors](crate::guide::errors).
 pub trait RenderRejection: Send + Sync {
     /// Renders one rejection.
     fn render(&self, rejection: &Rejection) -> Response<Bytes>;

@@ -205,7 +205,8 @@ pub(crate) async fn rendered(
                       request again with the same key to get it.";
         Rejection::new(RejectionCode::RepresentationUnrenderable, detail)
     })?;
-    let (parts, data) = response.into_parts();
+    let (mut parts, data) = response.into_parts();
+    parts.headers.remove(&settings.replay_marker);
     let mut response = StoredResponse::of(&parts, StoredBody::Kept { data, trailers: None });
     response.remove_headers(&settings.headers_not_kept);
     Ok(response)
@@ -226,12 +227,14 @@ async fn render(settings: &Settings, stored: StoredRepresentation) -> Result<Res
 impl StoredResponse {
     /// Makes first responses and replays alike, so that they are framed alike.
     pub(crate) fn into_response<B>(self) -> Response<ResponseBody<B>> {
-        let mut response = Response::new(match self.body {
+        // An operator may have made it.
+        let Self { status, headers, body } = self.framed();
+        let mut response = Response::new(match body {
             StoredBody::Kept { data, trailers } => ResponseBody::buffered(data, trailers),
             StoredBody::NotKept | StoredBody::Representation(_) => ResponseBody::default(),
         });
-        *response.status_mut() = self.status;
-        *response.headers_mut() = self.headers;
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
         response
     }
 }

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     fmt,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -11,6 +12,8 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
+
+use crate::layer::reach::Reach;
 
 macro_rules! public_body {
     ($(#[$doc:meta])* $name:ident) => {
@@ -29,7 +32,7 @@ macro_rules! public_body {
 
             pub(crate) fn buffered(data: Bytes, trailers: Option<HeaderMap>) -> Self {
                 let data = Some(data).filter(|data| !data.is_empty());
-                Self { inner: Inner::Buffered { data, trailers } }
+                Self { inner: Inner::Buffered { data, trailers, reach: None } }
             }
         }
 
@@ -78,6 +81,20 @@ public_body! {
     ResponseBody
 }
 
+impl<B> RequestBody<B> {
+    /// There are buffered bytes.
+    pub(crate) fn has_data(&self) -> bool {
+        matches!(&self.inner, Inner::Buffered { data: Some(_), .. })
+    }
+
+    /// Notes in `reach` that the body is read.
+    pub(crate) fn watched_by(&mut self, watcher: Arc<Reach>) {
+        if let Inner::Buffered { reach, .. } = &mut self.inner {
+            *reach = Some(watcher);
+        }
+    }
+}
+
 impl<B> ResponseBody<B> {
     /// A body of which some frames were read already.
     pub(crate) fn resumed(frames: VecDeque<Frame<Bytes>>, rest: Pin<Box<B>>) -> Self {
@@ -89,7 +106,7 @@ pin_project! {
     #[project = Projected]
     enum Inner<B> {
         Passed { #[pin] body: B },
-        Buffered { data: Option<Bytes>, trailers: Option<HeaderMap> },
+        Buffered { data: Option<Bytes>, trailers: Option<HeaderMap>, reach: Option<Arc<Reach>> },
         Resumed { frames: VecDeque<Frame<Bytes>>, rest: Pin<Box<B>> },
     }
 }
@@ -101,7 +118,10 @@ impl<B: Body<Data = Bytes>> Inner<B> {
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         match self.project() {
             Projected::Passed { body } => body.poll_frame(cx),
-            Projected::Buffered { data, trailers } => {
+            Projected::Buffered { data, trailers, reach } => {
+                if let Some(reach) = reach {
+                    reach.note_read();
+                }
                 let frame = data.take().map(Frame::data).or_else(|| trailers.take().map(Frame::trailers));
                 Poll::Ready(frame.map(Ok))
             }
@@ -115,7 +135,7 @@ impl<B: Body<Data = Bytes>> Inner<B> {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Passed { body } => body.is_end_stream(),
-            Self::Buffered { data, trailers } => data.is_none() && trailers.is_none(),
+            Self::Buffered { data, trailers, .. } => data.is_none() && trailers.is_none(),
             Self::Resumed { frames, rest } => frames.is_empty() && rest.is_end_stream(),
         }
     }
@@ -123,7 +143,7 @@ impl<B: Body<Data = Bytes>> Inner<B> {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Passed { body } => body.size_hint(),
-            Self::Buffered { data, trailers } => {
+            Self::Buffered { data, trailers, .. } => {
                 let length = data.as_ref().map_or(0, |data| data.len() as u64);
                 let mut hint = SizeHint::new();
                 hint.set_lower(length);

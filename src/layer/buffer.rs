@@ -237,11 +237,16 @@ where
             Some(Err(error)) => return Collected::Broken(error.into()),
             Some(Ok(frame)) => {
                 length += frame.data_ref().map_or(0, Bytes::len);
+                let is_last = frame.is_trailers() || body.is_end_stream();
                 frames.push_back(frame);
+                if length > limit {
+                    break;
+                }
+                // A body need not say again that it has ended.
+                if is_last {
+                    return Collected::Whole(join(frames, length));
+                }
             }
-        }
-        if length > limit {
-            break;
         }
     }
     Collected::Partial(frames, body)

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Response;
+use http::{HeaderValue, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use crate::{
-    layer::{answer::passed, body::ResponseBody, readiness::Call, settings::Settings},
+    layer::{answer::passed, body::ResponseBody, grpc::translated, readiness::Call, settings::Settings},
     redact::TRACING_TARGET,
     rejection::{ProblemJson, Rejection, respond},
 };
@@ -35,6 +35,7 @@ pin_project! {
     pub struct ResponseFuture<F, B, E> {
         #[pin]
         inner: Inner<F, B, E>,
+        grpc: Option<HeaderValue>,
     }
 }
 
@@ -49,27 +50,34 @@ pin_project! {
 }
 
 impl<F, B, E> ResponseFuture<F, B, E> {
+    fn new(inner: Inner<F, B, E>) -> Self {
+        Self { inner, grpc: None }
+    }
+
+    /// Answers refusals as gRPC statuses, if the request has a content type of gRPC.
+    pub(crate) fn for_grpc(self, content_type: Option<HeaderValue>) -> Self {
+        Self { grpc: content_type, ..self }
+    }
+
     /// Waits for the inner service. `settings` render the handler's refusals. `None`: an outer
     /// layer does.
     pub(crate) fn passed(call: Call<F>, settings: Option<Arc<Settings>>) -> Self
     where
         F: Future<Output = Result<Response<B>, E>>,
     {
-        Self {
-            inner: match call {
-                Call::Begun(future) => Inner::Passed { future, settings },
-                Call::Waiting(future) => Inner::Waiting { future, settings },
-            },
-        }
+        Self::new(match call {
+            Call::Begun(future) => Inner::Passed { future, settings },
+            Call::Waiting(future) => Inner::Waiting { future, settings },
+        })
     }
 
     pub(crate) fn refused(response: Response<Bytes>) -> Self {
-        Self { inner: Inner::Refused { response: Some(response) } }
+        Self::new(Inner::Refused { response: Some(response) })
     }
 
     /// Waits for a task, which learns through `caller` that the client has gone.
     pub(crate) fn guarded(task: JoinHandle<Answer<B, E>>, caller: oneshot::Sender<()>) -> Self {
-        Self { inner: Inner::Guarded { task, _caller: caller } }
+        Self::new(Inner::Guarded { task, _caller: caller })
     }
 }
 
@@ -81,7 +89,24 @@ where
     type Output = Answer<B, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().inner.project() {
+        let this = self.project();
+        let answer = ready!(this.inner.poll(cx));
+        Poll::Ready(match this.grpc.take() {
+            Some(content_type) => answer.map(|response| translated(response, content_type)),
+            None => answer,
+        })
+    }
+}
+
+impl<F, B, E> Future for Inner<F, B, E>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body,
+{
+    type Output = Answer<B, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project() {
             Projected::Passed { future, settings } => {
                 Poll::Ready(ready!(future.poll(cx)).map(|response| passed(settings.as_deref(), response)))
             }

@@ -5,12 +5,12 @@ use std::{
     future::{Future, pending, poll_fn},
     pin::{Pin, pin},
     sync::Arc,
-    task::Poll,
+    task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, header};
+use http::{Request, Response, header};
 use http_body::Body;
 use tokio::{
     sync::OwnedSemaphorePermit,
@@ -24,15 +24,18 @@ use crate::{
     error::BoxError,
     layer::{
         body::RequestBody,
-        buffer::{Collected, collect},
+        buffer::{Buffered, Collected, collect},
         closing::close,
         future::Answer,
+        grpc,
+        reach::Reach,
         readiness::until_ready_within,
         settings::Settings,
         verdict::{Cause, HandlerEnd, Judge, Performed},
     },
     node::ends::End,
     redact::traced,
+    stored::response::has_no_body,
 };
 
 /// A handler that is about to run for an attempt.
@@ -63,17 +66,20 @@ impl Handler {
         // `permit` is held until the answer is made, or goes with a handler that is left behind.
         let Self { settings, ownership, resent, permit } = self;
         let facts = Arc::clone(ownership.facts());
-        let judge = Judge { settings: Arc::clone(&settings), facts: Arc::clone(&facts), resent };
         let mut max_execution = pin!(facts.max_execution_over());
         if let Err(unready) = until_ready_within(&mut inner, max_execution.as_mut()).await {
             // Under every policy: the handler did not run.
             close(ownership, End::Release.into()).await;
             return unready.answer(&settings, &facts);
         }
+        let reach = Arc::new(Reach::new(request.extensions(), request.body().has_data()));
+        request.body_mut().watched_by(Arc::clone(&reach));
+        let is_grpc = grpc::content_type(request.headers()).is_some();
+        let judge = Judge { settings, facts: Arc::clone(&facts), resent, reach, is_grpc };
         ownership.idempotency().enter(request.extensions_mut());
         request.extensions_mut().extend(ownership.offered.clone());
         // Not tracked itself: this task, or that of `leave_behind`, waits for it.
-        let mut handler = tokio::spawn(traced(call_and_collect(inner, request, settings)));
+        let mut handler = tokio::spawn(traced(call_and_collect(inner, request, judge.clone())));
         let ended = match wait(&mut handler, &facts, max_execution).await {
             Ok(ended) => ended,
             Err(cause) => {
@@ -165,29 +171,41 @@ fn leave_behind<B, E>(
 async fn call_and_collect<S, ReqBody, ResBody>(
     mut inner: S,
     request: Request<RequestBody<ReqBody>>,
-    settings: Arc<Settings>,
+    judge: Judge,
 ) -> Performed<ResBody, S::Error>
 where
     S: Service<Request<RequestBody<ReqBody>>, Response = Response<ResBody>>,
     ResBody: Body<Data = Bytes>,
     ResBody::Error: Into<BoxError>,
 {
-    let (parts, body) = inner.call(request).await?.into_parts();
-    let collected = match is_event_stream(&parts.headers) {
-        true => Collected::Partial(VecDeque::new(), Box::pin(body)),
-        false => collect(body, settings.response_body_limit, settings.response_body_timeout).await,
+    let (mut parts, body) = answer_of(inner.call(request), &judge.reach).await?.into_parts();
+    if body.size_hint().exact().is_some() {
+        // The server counts itself. It would send a wrong length of the handler as it is.
+        parts.headers.remove(header::CONTENT_LENGTH);
+    }
+    let Settings { response_body_limit, response_body_timeout, .. } = *judge.settings;
+    let collected = if has_no_body(parts.status) {
+        Collected::Whole(Buffered::default())
+    } else if judge.is_streamed(&parts, &body) {
+        Collected::Partial(VecDeque::new(), Box::pin(body))
+    } else {
+        collect(body, response_body_limit, response_body_timeout).await
     };
     Ok((parts, collected))
 }
 
-fn is_event_stream(headers: &HeaderMap) -> bool {
-    let content_type = headers.get(header::CONTENT_TYPE).map_or(&[][..], |value| value.as_bytes());
-    // Parameters may follow.
-    let start = content_type.get(..EVENT_STREAM.len());
-    start.is_some_and(|start| start.eq_ignore_ascii_case(EVENT_STREAM))
+/// Waits for the answer, and notes that it has to.
+async fn answer_of<F: Future>(call: F, reach: &Reach) -> F::Output {
+    let mut call = pin!(call);
+    let polled = |cx: &mut Context<'_>| {
+        let polled = call.as_mut().poll(cx);
+        if polled.is_pending() {
+            reach.note_wait();
+        }
+        polled
+    };
+    poll_fn(polled).await
 }
-
-const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// The time that a client waits for a cancelled handler to stop.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);

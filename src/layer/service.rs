@@ -22,6 +22,7 @@ use crate::{
         decision::{Decision, Entrance, Guarded},
         discard::discard,
         future::{Answer, ResponseFuture},
+        grpc,
         readiness::{call_when_ready, until_ready},
         settings::Settings,
     },
@@ -79,7 +80,8 @@ where
 
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let (mut parts, body) = request.into_parts();
-        match entrance(&self.node, &self.settings, &mut parts) {
+        let grpc = grpc::content_type(&parts.headers);
+        let future = match entrance(&self.node, &self.settings, &mut parts) {
             Entrance::Pass(settings) => {
                 let request = Request::from_parts(parts, RequestBody::passed(body));
                 ResponseFuture::passed(call_when_ready(&mut self.inner, request), settings)
@@ -93,7 +95,8 @@ where
                 let task = guard(guarded, self.inner.clone(), parts, body, gone);
                 ResponseFuture::guarded(self.node.tasks.spawn(task), caller)
             }
-        }
+        };
+        future.for_grpc(grpc)
     }
 }
 
@@ -164,7 +167,10 @@ where
             request.extensions_mut().insert(Unprotected);
             let response = inner.call(request).await;
             drop(place);
-            response.map(|response| passed(Some(&guarded.settings), response))
+            response.map(|mut response| {
+                response.headers_mut().remove(&guarded.settings.replay_marker);
+                passed(Some(&guarded.settings), response)
+            })
         }
         Ok(Decision::Pass) => {
             until_ready(&mut inner).await?;

@@ -1,21 +1,28 @@
 //! The verdict on a handler's end: one part for its record, one for its client.
 
 use std::{
+    any::Any,
+    error::Error,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 
 use bytes::Bytes;
-use http::{Extensions, Response, response::Parts};
+use http::{Extensions, HeaderMap, Response, StatusCode, header, response::Parts};
+use http_body::Body;
+use tower::load_shed::error::Overloaded;
 
 use crate::{
     attempt::Facts,
+    error::BoxError,
     layer::{
         answer::{refused, rendered, replay, response_of_record},
         body::ResponseBody,
         buffer::{Buffered, Collected},
         closing::{Closed, Outcome},
         future::Answer,
+        grpc,
+        reach::Reach,
         settings::Settings,
     },
     node::ends::End,
@@ -72,12 +79,15 @@ pub(crate) struct Judge {
     pub(crate) facts: Arc<Facts>,
     /// A completer has sent the request.
     pub(crate) resent: bool,
+    pub(crate) reach: Arc<Reach>,
+    /// The request is gRPC.
+    pub(crate) is_grpc: bool,
 }
 
 impl Judge {
     /// Judges a handler's end. Calls closures of the application, the policy and the renderer,
     /// which may panic.
-    pub(crate) fn judge<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
+    pub(crate) fn judge<B, E: 'static>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
         let judge = || {
             if let Some(rejection) = self.facts.progress.held() {
                 drop(ended);
@@ -99,7 +109,7 @@ impl Judge {
         })
     }
 
-    fn judge_end<B, E>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
+    fn judge_end<B, E: 'static>(&self, ended: HandlerEnd<B, E>) -> Judged<B, E> {
         match ended {
             HandlerEnd::Performed(Ok((mut parts, mut body))) => {
                 // Before the response is judged: an upstream's refusal is stored as the client sees
@@ -112,7 +122,11 @@ impl Judge {
                 self.judge_response(parts, body)
             }
             HandlerEnd::Performed(Err(error)) => {
-                Judged { outcome: self.end_without_result().into(), verdict: Verdict::Passed(Err(error)) }
+                let end = match self.is_load_shed(&error) {
+                    true => End::Release,
+                    false => self.end_without_result(),
+                };
+                Judged { outcome: end.into(), verdict: Verdict::Passed(Err(error)) }
             }
             HandlerEnd::Panicked => self.without_result(Rejection::new(
                 RejectionCode::HandlerPanicked,
@@ -124,21 +138,22 @@ impl Judge {
     }
 
     fn judge_response<B, E>(&self, mut parts: Parts, body: Collected<B>) -> Judged<B, E> {
+        // It belongs to replays alone.
+        parts.headers.remove(&self.settings.replay_marker);
         let representation = parts.extensions.remove::<Representation>();
+        let status = grpc::judged_status(&parts, &body, self.is_grpc);
         let (body, stored) = match body {
             Collected::Whole(Buffered { data, trailers }) => {
                 (ResponseBody::buffered(data.clone(), trailers.clone()), StoredBody::Kept { data, trailers })
             }
             Collected::Partial(frames, rest) => (ResponseBody::resumed(frames, rest), StoredBody::NotKept),
-            Collected::Broken(error) => {
-                self.facts.log_failure(&*error, "the response broke off");
-                return self.without_result(Rejection::new(
-                    RejectionCode::ResponseIncomplete,
-                    "The server's response broke off. Send the request again with the same key.",
-                ));
-            }
+            Collected::Broken(error) => return self.broken_off(&*error),
         };
-        if let Some(end) = self.end_unstored(&parts) {
+        let status = match status {
+            Ok(status) => status,
+            Err(missing) => return self.broken_off(&missing),
+        };
+        if let Some(end) = self.end_unstored(&parts, status) {
             return Judged {
                 outcome: end.into(),
                 verdict: Verdict::Passed(Ok(Response::from_parts(parts, body))),
@@ -148,12 +163,20 @@ impl Judge {
             return self.judge_represented(parts, representation);
         }
         let first = StoredResponse::of(&parts, stored);
-        let outcome = self.outcome_stored(first.clone());
+        let outcome = self.outcome_stored(first.clone(), status);
         let verdict = match first.body == StoredBody::NotKept {
             true => Verdict::Passed(Ok(Response::from_parts(parts, body))),
             false => Verdict::Stored(first, parts.extensions),
         };
         Judged { outcome, verdict }
+    }
+
+    fn broken_off<B, E>(&self, error: &(dyn Error + 'static)) -> Judged<B, E> {
+        self.facts.log_failure(error, "the response broke off");
+        self.without_result(Rejection::new(
+            RejectionCode::ResponseIncomplete,
+            "The server's response broke off. Send the request again with the same key.",
+        ))
     }
 
     fn judge_represented<B, E>(&self, parts: Parts, representation: Representation) -> Judged<B, E> {
@@ -163,7 +186,8 @@ impl Judge {
         if too_large {
             stored.body = StoredBody::NotKept;
         }
-        Judged { outcome: self.outcome_stored(stored), verdict: Verdict::Stored(first, parts.extensions) }
+        let outcome = self.outcome_stored(stored, parts.status);
+        Judged { outcome, verdict: Verdict::Stored(first, parts.extensions) }
     }
 
     fn transaction_is_in_use(&self) -> bool {
@@ -181,16 +205,32 @@ impl Judge {
         Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) }
     }
 
+    /// The response is passed on as it comes: it is a stream, or its head tells that it is not
+    /// stored.
+    pub(crate) fn is_streamed<B: Body>(&self, parts: &Parts, body: &B) -> bool {
+        if has_streaming_type(&parts.headers) {
+            return body.size_hint().exact().is_none();
+        }
+        // A refusal is rendered again when all of it is known, and a body may give the transaction
+        // back.
+        if parts.extensions.get::<Rejection>().is_some() || self.transaction_is_in_use() {
+            return false;
+        }
+        if parts.extensions.get::<Directive>().is_none() && grpc::ends_with_status(parts) {
+            return false;
+        }
+        // The judgement that follows asks a policy that panics again.
+        let directive = catch_unwind(AssertUnwindSafe(|| self.directive(parts, parts.status)));
+        directive.is_ok_and(|directive| directive != Directive::Store)
+    }
+
     /// The end of an attempt whose response is not stored. `None` if it is.
-    fn end_unstored(&self, parts: &Parts) -> Option<End> {
-        // A refusal, of this layer or of one inside it, is never stored.
-        let refused = parts.extensions.get::<Rejection>().is_some();
-        let release = refused || self.may_lack_a_header(parts);
-        let directive = if release { Directive::Release } else { self.settings.policy.directive(parts) };
+    fn end_unstored(&self, parts: &Parts, status: StatusCode) -> Option<End> {
+        let directive = self.directive(parts, status);
         let Facts { settings, attempt, attempt_number, .. } = &*self.facts;
         tracing::debug!(
             target: TRACING_TARGET, consumer = %attempt.consumer, key = %settings.shown(&attempt.key),
-            attempt = %attempt.id, attempt_number, status = parts.status.as_u16(), ?directive, "performed"
+            attempt = %attempt.id, attempt_number, status = status.as_u16(), ?directive, "performed"
         );
         match directive {
             Directive::Store => None,
@@ -199,16 +239,44 @@ impl Judge {
         }
     }
 
+    fn directive(&self, parts: &Parts, status: StatusCode) -> Directive {
+        // A refusal, of this layer or of one inside it, is never stored.
+        if parts.extensions.get::<Rejection>().is_some() {
+            return Directive::Release;
+        }
+        if let Some(directive) = parts.extensions.get::<Directive>() {
+            return *directive;
+        }
+        if self.may_lack_a_header(status) || !self.is_used() && self.reach.is_turned_away(status) {
+            return Directive::Release;
+        }
+        self.settings.policy.directive(status)
+    }
+
     /// Not every header of a request is kept. If a request that was sent again gets no further than
     /// to a client error, a header may be missing that the client would have sent: the error is no
     /// result.
-    fn may_lack_a_header(&self, parts: &Parts) -> bool {
-        let overridden = parts.extensions.get::<Directive>().is_some();
-        self.resent && parts.status.is_client_error() && !overridden && !self.facts.progress.has_begun()
+    fn may_lack_a_header(&self, status: StatusCode) -> bool {
+        self.resent && status.is_client_error() && !self.facts.progress.has_begun()
     }
 
-    fn outcome_stored(&self, mut response: StoredResponse) -> Outcome {
-        let status = response.status;
+    /// The handler has used an intent, a phase or the transaction.
+    fn is_used(&self) -> bool {
+        let transaction = self.facts.transaction.as_ref();
+        self.facts.progress.has_begun()
+            || transaction.is_some_and(|transaction| transaction.usage() != TransactionUsage::Unused)
+    }
+
+    /// A load shed inside the layer has turned the request away.
+    fn is_load_shed<E: 'static>(&self, error: &E) -> bool {
+        let error = error as &dyn Any;
+        let is_overloaded = error.is::<Overloaded>()
+            || error.downcast_ref::<BoxError>().is_some_and(|error| error.is::<Overloaded>());
+        // A handler may have met the error in a client of its own.
+        is_overloaded && self.reach.was_answered_immediately() && !self.is_used()
+    }
+
+    fn outcome_stored(&self, mut response: StoredResponse, status: StatusCode) -> Outcome {
         let keeps_writes = status.is_success()
             || status.is_redirection()
             || status.is_client_error() && self.settings.attempts.transactions.keep_writes_of_client_errors;
@@ -284,3 +352,22 @@ impl Cause {
         }
     }
 }
+
+/// The content type is one whose parts are made one by one, and read so.
+fn has_streaming_type(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(header::CONTENT_TYPE).map_or(&[][..], |value| value.as_bytes());
+    let essence = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+    STREAMING_TYPES.iter().any(|streaming| essence.eq_ignore_ascii_case(streaming.as_bytes()))
+}
+
+const STREAMING_TYPES: [&str; 9] = [
+    "text/event-stream",
+    "application/x-ndjson",
+    "application/ndjson",
+    "application/jsonl",
+    "application/x-jsonlines",
+    "application/json-seq",
+    "application/geo+json-seq",
+    "application/stream+json",
+    "multipart/x-mixed-replace",
+];

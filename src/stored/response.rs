@@ -37,8 +37,8 @@ pub enum StoredBody {
         /// Its trailers, if it had any.
         trailers: Option<HeaderMap>,
     },
-    /// It was too large, endless or an event stream. The request was performed; its response cannot
-    /// be replayed.
+    /// It was too large, endless or a stream. The request was performed; its response cannot be
+    /// replayed.
     NotKept,
     /// A representation, from which the response is rendered: see
     /// [`with_representation`](crate::IdempotencyLayer::with_representation).
@@ -60,12 +60,23 @@ impl StoredResponse {
 
     /// The stored parts of a response's head, with a body.
     pub(crate) fn of(parts: &Parts, body: StoredBody) -> Self {
-        let mut headers = parts.headers.clone();
-        remove_connection_headers(&mut headers);
-        if let StoredBody::Kept { trailers: Some(trailers), .. } = &body {
-            headers.insert(header::TRAILER, names_of(trailers));
+        Self { status: parts.status, headers: parts.headers.clone(), body }.framed()
+    }
+
+    /// Leaves out what belongs to one connection and a body that the status does not allow, and
+    /// announces the trailers that are there.
+    pub(crate) fn framed(mut self) -> Self {
+        remove_connection_headers(&mut self.headers);
+        let StoredBody::Kept { data, trailers } = &mut self.body else { return self };
+        if has_no_body(self.status) {
+            data.clear();
+            *trailers = None;
         }
-        Self { status: parts.status, headers, body }
+        *trailers = trailers.take().filter(|trailers| !trailers.is_empty());
+        if let Some(names) = trailers.as_ref().and_then(names_of) {
+            self.headers.insert(header::TRAILER, names);
+        }
+        self
     }
 
     pub(crate) fn remove_headers(&mut self, names: &[HeaderName]) {
@@ -227,10 +238,18 @@ fn remove_connection_headers(headers: &mut HeaderMap) {
     }
 }
 
-/// The value of a `Trailer` header that names these trailers.
-fn names_of(trailers: &HeaderMap) -> HeaderValue {
-    let names: Vec<&str> = trailers.keys().map(HeaderName::as_str).collect();
-    HeaderValue::from_str(&names.join(", ")).unwrap_or_else(|_| HeaderValue::from_static(""))
+/// A response of this status ends with its head.
+pub(crate) fn has_no_body(status: StatusCode) -> bool {
+    status.is_informational()
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// The value of a `Trailer` header that names these trailers. `None` if a server would send none of
+/// them over HTTP/1.1.
+fn names_of(trailers: &HeaderMap) -> Option<HeaderValue> {
+    let allowed = trailers.keys().filter(|name| !FORBIDDEN_TRAILERS.contains(name));
+    let names: Vec<&str> = allowed.map(HeaderName::as_str).collect();
+    (!names.is_empty()).then(|| HeaderValue::from_str(&names.join(", ")).ok())?
 }
 
 pub(super) const VERSION: u8 = 1;
@@ -248,6 +267,24 @@ const CONNECTION_HEADERS: [HeaderName; 8] = [
     header::TRANSFER_ENCODING,
     header::UPGRADE,
     header::CONTENT_LENGTH,
+];
+
+/// Fields that no trailer may have ([RFC 9110, section 6.5.1]).
+///
+/// [RFC 9110, section 6.5.1]: https://www.rfc-editor.org/rfc/rfc9110#section-6.5.1
+const FORBIDDEN_TRAILERS: [HeaderName; 12] = [
+    header::AUTHORIZATION,
+    header::CACHE_CONTROL,
+    header::CONTENT_ENCODING,
+    header::CONTENT_LENGTH,
+    header::CONTENT_RANGE,
+    header::CONTENT_TYPE,
+    header::HOST,
+    header::MAX_FORWARDS,
+    header::SET_COOKIE,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
 ];
 
 #[cfg(test)]

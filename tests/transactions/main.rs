@@ -9,6 +9,7 @@ mod ended;
 mod extraction;
 mod kept;
 mod late;
+mod not_results;
 mod postgres;
 mod postgres_faults;
 mod results;

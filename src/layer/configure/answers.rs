@@ -131,6 +131,8 @@ impl IdempotencyLayer {
     /// reaches the first caller, and retries get 409 `response-not-kept`. Zero stores only bodies
     /// that are complete immediately. Default: 10 s.
     ///
+    /// Responses of a streaming type, and those that are not stored, are not collected.
+    ///
     /// ```
     /// # #[cfg(feature = "memory")] {
     /// # use std::time::Duration;

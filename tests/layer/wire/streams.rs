@@ -9,10 +9,10 @@ use std::{
 };
 
 use axum::{
-    Router,
+    Extension, Router,
     body::Body,
     http::StatusCode,
-    response::{IntoResponse, Sse, sse::Event},
+    response::{IntoResponse, Response, Sse, sse::Event},
     routing::post,
 };
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_stream::{StreamExt, wrappers::UnboundedReceiverStream};
+use tower_idempotency::Directive;
 
 use crate::support::{
     http::{RawConnection, RawResponse, exchange, post as charge, request},
@@ -142,6 +143,82 @@ async fn events_reach_the_first_caller_one_by_one() {
         }
         assert_not_kept(&app.post("k").await, 202);
         assert_eq!(app.runs.get(), 1);
+    }
+}
+
+#[tokio::test]
+async fn lines_and_parts_reach_the_first_caller_one_by_one() {
+    for content_type in [
+        "application/x-ndjson",
+        "Application/JSONL ; charset=utf-8",
+        "application/json-seq",
+        "application/stream+json",
+        "multipart/x-mixed-replace; boundary=frame",
+    ] {
+        let (app, mut body) = fed(layer(), content_type).await;
+        let mut first = RawConnection::open(app.address).await;
+        first.send(charge("k", &[], "2000")).await;
+        let head = timeout(PATIENCE, first.read_head()).await.expect("the head does not wait for a line");
+        assert_eq!((head.status, head.header("content-type")), (202, Some(content_type)));
+        for line in ["1\n", "2\n"] {
+            body.send_data(line.into()).await.unwrap();
+            let chunk =
+                timeout(PATIENCE, first.read_chunk()).await.expect("a line does not wait for the next one");
+            assert_eq!(chunk.unwrap(), line.as_bytes());
+        }
+        assert_not_kept(&app.post("k").await, 202);
+        assert_eq!(app.runs.get(), 1);
+    }
+}
+
+#[tokio::test]
+async fn lines_that_are_all_there_are_kept() {
+    let app = App::start(layer(), |run, _| {
+        ([("content-type", "application/x-ndjson")], format!("{run}\n2\n")).into_response()
+    })
+    .await;
+    assert_eq!(app.post("k").await.text(), "1\n2\n");
+    let retry = app.post("k").await;
+    assert_eq!((retry.is_replay(), retry.text()), (true, "1\n2\n"));
+}
+
+/// An application whose responses are not stored, for the reason that `answer` gives, and have a body that the test
+/// feeds.
+async fn unstored(answer: fn(Body) -> Response) -> (App, FedBody) {
+    let (sender, body) = Channel::new(1);
+    let body = Arc::new(Mutex::new(Some(body)));
+    let app = App::start(layer(), move |run, _| match body.lock().unwrap().take() {
+        Some(body) => answer(Body::new(body)),
+        None => format!("run {run}").into_response(),
+    });
+    (app.await, sender)
+}
+
+#[tokio::test]
+async fn a_response_that_is_not_stored_reaches_its_caller_as_it_comes() {
+    let reasons: [fn(Body) -> Response; 4] = [
+        |body| (Extension(Directive::Release), body).into_response(),
+        |body| (Extension(Directive::Hold), body).into_response(),
+        |body| (StatusCode::SERVICE_UNAVAILABLE, body).into_response(),
+        |body| (StatusCode::UNAUTHORIZED, body).into_response(),
+    ];
+    for (reason, answer) in reasons.into_iter().enumerate() {
+        let (app, mut body) = unstored(answer).await;
+        let mut first = RawConnection::open(app.address).await;
+        first.send(charge("k", &[], "2000")).await;
+        timeout(PATIENCE, first.read_head()).await.expect("the head does not wait for the body");
+        for piece in ["20", "00"] {
+            body.send_data(piece.into()).await.unwrap();
+            let chunk = timeout(PATIENCE, first.read_chunk()).await.expect("a piece does not wait");
+            assert_eq!(chunk.unwrap(), piece.as_bytes());
+        }
+        let retry = app.post("k").await;
+        match reason {
+            1 => assert_eq!(retry.json()["code"], "outcome-unknown"),
+            _ => assert_eq!(retry.text(), "run 2"),
+        }
+        drop(body);
+        assert_eq!(first.read_chunk().await, None);
     }
 }
 
