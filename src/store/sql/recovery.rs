@@ -120,17 +120,15 @@ impl<E: Engine> RecoveryStore for E {
     async fn list_intents(&self, filter: IntentFilter, limit: u32) -> Result<Vec<Intent>, StoreError> {
         const OPERATION: &str = "list intents";
         let statements = &self.statements().await?.recovery;
-        let statement = match filter {
-            IntentFilter::Open => &statements.list_open,
-            IntentFilter::Dangling => &statements.list_dangling,
-            IntentFilter::NeedsAttention => &statements.list_attention,
-            IntentFilter::Dead => &statements.list_dead,
-            IntentFilter::OfRecord(_) => &statements.list_of_record,
-        };
-        let call = Call::new(statement).with("limit", limit);
+        let limited = |statement| Call::new(statement).with("limit", limit);
         let call = match filter {
-            IntentFilter::OfRecord(record) => call.with("record", record.as_uuid()),
-            _ => call,
+            IntentFilter::Open => limited(&statements.list_open),
+            IntentFilter::Dangling => limited(&statements.list_dangling),
+            IntentFilter::NeedsAttention => limited(&statements.list_attention),
+            IntentFilter::Dead => limited(&statements.list_dead),
+            IntentFilter::OfRecord(record) => {
+                limited(&statements.list_of_record).with("record", record.as_uuid())
+            }
         };
         let rows = self.read(OPERATION, call).await?;
         all::<Self, _>(OPERATION, &rows, rows::intent)
