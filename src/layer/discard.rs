@@ -8,7 +8,7 @@ use std::{future::poll_fn, pin::Pin, time::Duration};
 use bytes::Bytes;
 use http::{Version, header, request::Parts};
 use http_body::Body;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 
 /// Discards the body of a request that is refused by its head, while the answer is sent.
 pub(crate) fn discard<B>(head: &Parts, body: B, limit: Duration)
@@ -27,9 +27,15 @@ where
     B: Body<Data = Bytes> + Send + 'static,
 {
     // In HTTP/2 a stream ends alone.
-    if version < Version::HTTP_2 && !body.is_end_stream() {
+    if version < Version::HTTP_2
+        && !body.is_end_stream()
+        && let Ok(place) = PLACES.try_acquire()
+    {
         // Not tracked: the end of the server does not wait for it.
-        tokio::spawn(timeout(limit, read_to_end(body)));
+        tokio::spawn(async move {
+            let _ = timeout(limit, read_to_end(body)).await;
+            drop(place);
+        });
     }
 }
 
@@ -41,6 +47,10 @@ async fn read_to_end<B: Body<Data = Bytes>>(mut body: Pin<Box<B>>) {
         left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
     }
 }
+
+/// The number of bodies that a process discards simultaneously: a server buffers what it reads. In
+/// a flood, the others are cut off.
+static PLACES: Semaphore = Semaphore::const_new(32);
 
 /// The bytes of one body that are read in vain. A client that sends more is cut off.
 const DISCARDED: usize = 64 * 1024 * 1024;
