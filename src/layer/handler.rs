@@ -21,7 +21,7 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    attempt::{Facts, Ownership},
+    attempt::{Facts, Ownership, run::CopyOfRequest},
     error::BoxError,
     layer::{
         body::RequestBody,
@@ -63,6 +63,7 @@ impl Handler {
         let facts = Arc::clone(ownership.facts());
         let judge = Judge { settings: Arc::clone(&settings), facts, resent };
         request.extensions_mut().insert(ownership.idempotency());
+        request.extensions_mut().insert(CopyOfRequest::default());
         request.extensions_mut().extend(ownership.offered.clone());
         // Not tracked itself: this task, or that of `leave_behind`, waits for it.
         let mut handler = tokio::spawn(call_and_collect(inner, request, settings).in_current_span());

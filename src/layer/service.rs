@@ -15,7 +15,7 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use crate::{
-    attempt::idempotency::Unprotected,
+    attempt::unguarded::Unguarded,
     error::BoxError,
     layer::{
         answer::{passed, replay},
@@ -145,7 +145,7 @@ where
         Ok(Decision::Run(handler)) => handler.run(inner, request).await,
         Ok(Decision::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
         Ok(Decision::RunUnprotected) => {
-            request.extensions_mut().insert(Unprotected);
+            request.extensions_mut().insert(Unguarded::StoreAway);
             inner.call(request).await.map(|response| passed(&guarded.settings, response))
         }
         Err(rejection) => Ok(guarded.refuse(rejection)),

@@ -83,6 +83,12 @@ impl Judge {
                 drop(ended);
                 return Judged { outcome: End::Hold.into(), verdict: Verdict::Refused(rejection) };
             }
+            if matches!(ended, HandlerEnd::Performed(Ok(_)))
+                && let Some(rejection) = self.facts.runs.second()
+            {
+                drop(ended);
+                return Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) };
+            }
             if matches!(ended, HandlerEnd::Performed(Ok(_))) && self.transaction_is_in_use() {
                 // If the body of the response has the transaction, this gives it back.
                 drop(ended);
@@ -194,9 +200,23 @@ impl Judge {
         );
         match directive {
             Directive::Store => None,
-            Directive::Release => Some(End::Release),
-            Directive::Hold => Some(End::Hold),
+            Directive::Release => Some(self.unstored(parts, refused, End::Release)),
+            Directive::Hold => Some(self.unstored(parts, refused, End::Hold)),
         }
+    }
+
+    /// Warns of a success whose writes are rolled back, because it is not stored.
+    fn unstored(&self, parts: &Parts, refused: bool, end: End) -> End {
+        let Facts { settings, attempt, transaction, .. } = &*self.facts;
+        let used = transaction.as_ref().is_some_and(|used| used.usage() != TransactionUsage::Unused);
+        if used && !refused && (parts.status.is_success() || parts.status.is_redirection()) {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, key = %settings.shown(&attempt.key),
+                attempt = %attempt.id, status = parts.status.as_u16(), ?end,
+                "a success is answered and not stored: what its handler wrote through Tx is rolled back"
+            );
+        }
+        end
     }
 
     /// Not every header of a request is kept. If a request that was sent again gets no further than
@@ -209,6 +229,9 @@ impl Judge {
 
     fn outcome_stored(&self, mut response: StoredResponse) -> Outcome {
         let status = response.status;
+        if status.is_success() {
+            self.facts.warn_of_open_intents();
+        }
         let keeps_writes = status.is_success()
             || status.is_redirection()
             || status.is_client_error() && self.settings.attempts.transactions.keep_writes_of_client_errors;

@@ -14,4 +14,5 @@ mod outage;
 mod representation;
 mod results;
 mod settings;
+mod unguarded;
 mod wire;
