@@ -68,9 +68,9 @@ async fn calls_once(node: &Node, calls: &Count, what: &str) {
 type Describe = fn(IntentBuilder) -> IntentBuilder;
 
 const DESCRIPTIONS: [(&str, Describe); 3] = [
-    ("no arguments", |intent| intent),
-    ("equal arguments", |intent| intent.with_arguments(&("DE02", 5))),
-    ("a discriminator", |intent| intent.of("DE02")),
+    ("no-arguments", |intent| intent),
+    ("equal-arguments", |intent| intent.with_arguments(&("DE02", 5))),
+    ("a-discriminator", |intent| intent.of("DE02")),
 ];
 
 async fn call(intent: IntentBuilder, calls: &Count) -> Result<(StatusCode, String), IntentError> {
@@ -89,7 +89,7 @@ async fn a_second_run_of_the_handler_makes_no_call() {
                     let counter = counter.clone();
                     async move { call(describe(idempotency.intent("bank")), &counter).await }
                 };
-                let what = format!("{} {reruns}, {described}", uuid::Uuid::new_v4());
+                let what = format!("{}-{reruns}-{described}", uuid::Uuid::new_v4());
                 calls_once(&failing_first(&store, handler, inside), &calls, &what).await;
             }
         }

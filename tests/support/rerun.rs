@@ -15,12 +15,12 @@ use tower_idempotency::Idempotency;
 
 /// Ways to run a handler again after a 5xx, or twice simultaneously.
 pub const RERUNS: [(&str, fn(Router) -> Router); 6] = [
-    ("copies for both", |router| router.layer(from_fn(copies))),
-    ("the original last", |router| router.layer(from_fn(original_last))),
-    ("a copy of a copy", |router| router.layer(from_fn(copy_of_copy))),
-    ("after a look at the key", |router| router.layer(from_fn(after_extraction))),
-    ("tower's retry", |router| router.layer(RetryLayer::new(Twice(true)))),
-    ("a hedge", |router| router.layer(from_fn(hedge))),
+    ("copies-for-both", |router| router.layer(from_fn(copies))),
+    ("the-original-last", |router| router.layer(from_fn(original_last))),
+    ("a-copy-of-a-copy", |router| router.layer(from_fn(copy_of_copy))),
+    ("after-a-look-at-the-key", |router| router.layer(from_fn(after_extraction))),
+    ("tower-retry", |router| router.layer(RetryLayer::new(Twice(true)))),
+    ("a-hedge", |router| router.layer(from_fn(hedge))),
 ];
 
 async fn whole(request: Request) -> (Parts, Bytes) {

@@ -74,10 +74,7 @@ async fn a_statement_that_may_not_run_inside_a_transaction_ends_none() {
             unique(StatusCode::CREATED)
         };
         let node = bank.node(bank.layer(), handler);
-        let answer = node.send(statement).await;
-        answer.assert_refused(RejectionCode::TransactionFailed);
-        node.until(statement, End::Released).await;
-        assert_eq!(bank.charges().await, 0, "{statement}");
+        bank.check(&node, RejectionCode::TransactionFailed, 0, End::Released).await;
     }
 }
 
