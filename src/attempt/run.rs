@@ -9,8 +9,6 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use http::Extensions;
-
 use crate::{
     attempt::Facts,
     redact::TRACING_TARGET,
@@ -46,13 +44,14 @@ impl Clone for CopyOfRequest {
 }
 
 impl RequestCopy {
-    pub(crate) fn of(extensions: &Extensions) -> Option<Arc<Self>> {
+    #[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn of(extensions: &http::Extensions) -> Option<Arc<Self>> {
         extensions.get::<CopyOfRequest>().map(|copy| Arc::clone(&copy.0))
     }
 
     /// The same, for an extractor.
     #[cfg(feature = "axum")]
-    pub(crate) fn extracted_from(extensions: &Extensions) -> Option<Arc<Self>> {
+    pub(crate) fn extracted_from(extensions: &http::Extensions) -> Option<Arc<Self>> {
         let copy = Self::of(extensions);
         copy.inspect(|copy| copy.extracted.store(true, Ordering::SeqCst))
     }

@@ -1,9 +1,12 @@
 //! Requests that no attempt belongs to.
 
-use http::{Extensions, Method, request::Parts};
+#[cfg(feature = "axum")]
+use http::{Method, request::Parts};
 
+#[cfg(feature = "axum")]
+use crate::key::KEY_HEADER;
+#[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
 use crate::{
-    key::KEY_HEADER,
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode},
 };
@@ -21,12 +24,15 @@ pub(crate) enum Unguarded {
     /// The layer does not guard the method.
     OtherMethod,
     /// No layer has seen the request.
+    #[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
     NoLayer,
 }
 
+#[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
 impl Unguarded {
     /// The reason as far as the extensions tell it.
-    pub(crate) fn of(extensions: &Extensions) -> Self {
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn of(extensions: &http::Extensions) -> Self {
         extensions.get::<Self>().copied().unwrap_or(Self::NoKey)
     }
 

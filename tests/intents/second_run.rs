@@ -18,7 +18,7 @@ use tower_idempotency::{
 };
 
 use crate::{
-    bank::{End, Node},
+    bank::Node,
     phases::{Site, on_both_stores},
     support::{
         db::Db,
@@ -28,11 +28,10 @@ use crate::{
     },
 };
 
-/// A store of each kind, PostgreSQL only if its server runs.
-async fn stores() -> Vec<Arc<dyn Store>> {
-    let mut stores: Vec<Arc<dyn Store>> = vec![Arc::new(MemoryStore::new())];
-    stores.push(Site::<Sqlite>::open().await.store);
-    stores
+/// The stores that need no server, with what must not be dropped before them.
+async fn stores() -> [(Arc<dyn Store>, Option<Site<Sqlite>>); 2] {
+    let site = Site::<Sqlite>::open().await;
+    [(Arc::new(MemoryStore::new()), None), (Arc::clone(&site.store), Some(site))]
 }
 
 /// A node whose handler fails in its first run.
@@ -80,7 +79,7 @@ async fn call(intent: IntentBuilder, calls: &Count) -> Result<(StatusCode, Strin
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_run_of_the_handler_makes_no_call() {
-    for store in stores().await {
+    for (store, _site) in stores().await {
         for (reruns, inside) in &RERUNS[..5] {
             for (described, describe) in DESCRIPTIONS {
                 let calls = Count::default();
@@ -98,7 +97,7 @@ async fn a_second_run_of_the_handler_makes_no_call() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_run_with_other_arguments_makes_no_call() {
-    for store in stores().await {
+    for (store, _site) in stores().await {
         for (what, inside) in &RERUNS[..5] {
             let calls = Count::default();
             let (counter, amounts) = (calls.clone(), Count::default());
@@ -118,7 +117,7 @@ async fn a_second_run_with_other_arguments_makes_no_call() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_run_beside_the_first_makes_no_call() {
-    for store in stores().await {
+    for (store, _site) in stores().await {
         let calls = Count::default();
         let counter = calls.clone();
         let handler = async move |idempotency: Idempotency| call(idempotency.intent("bank"), &counter).await;
@@ -177,7 +176,7 @@ async fn a_plain_service_calls_by_the_handle_in_its_extensions() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loop_with_equal_arguments_calls_once() {
-    for store in stores().await {
+    for (store, _site) in stores().await {
         let calls = Count::default();
         let counter = calls.clone();
         let handler = async move |idempotency: Idempotency| {
@@ -199,7 +198,7 @@ async fn a_loop_with_equal_arguments_calls_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loop_whose_call_was_refused_calls_once() {
-    for store in stores().await {
+    for (store, _site) in stores().await {
         let calls = Count::default();
         let counter = calls.clone();
         let handler = async move |idempotency: Idempotency| {
@@ -222,7 +221,7 @@ async fn a_loop_whose_call_was_refused_calls_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loop_with_a_discriminator_gets_what_was_recorded() {
-    for store in stores().await {
+    for (store, _site) in stores().await {
         let calls = Count::default();
         let counter = calls.clone();
         let handler = async move |idempotency: Idempotency| {
@@ -282,8 +281,9 @@ async fn a_transaction_of_a_second_run_after_a_phase_is_refused<DB: Db>(site: Si
     let router = RERUNS[0].1(Router::new().route("/charges", post(handler)));
     let node = Node::new(IdempotencyLayer::new(Arc::clone(&site.store)), router, runs);
     node.send("k").await.assert_refused(RejectionCode::TransactionInUse);
-    node.until("k", End::Released).await;
     assert_eq!(site.steps("second").await, 0);
+    assert_eq!(node.send_until_ended("k").await.status, StatusCode::CREATED);
+    assert_eq!(site.steps("second").await, 1);
 }
 
 async fn without_arguments_the_next_of_a_name_is_another_call<DB: Db>(site: Site<DB>) {
@@ -315,7 +315,7 @@ async fn a_second_run_is_logged_with_its_remedy() {
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let handler = async |idempotency: Idempotency| call(idempotency.intent("bank"), &Count::default()).await;
     failing_first(&store, handler, RERUNS[0].1).send("logged").await;
-    let lines = logged.lines("ERROR", "runs a second time");
+    let lines = logged.lines("ERROR", "and is refused");
     assert!(
         lines.len() == 1 && lines[0].contains("with_reruns") && lines[0].contains("key=logged"),
         "{lines:?}"
