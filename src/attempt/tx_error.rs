@@ -105,7 +105,8 @@ impl TxError {
 
     fn misused(message: &'static str, source: serde_json::Error) -> Self {
         tracing::error!(target: TRACING_TARGET, error = &source as &dyn std::error::Error, "{message}");
-        IntentError::Misused(message).into()
+        let rejection = IntentError::Misused(message).rejection();
+        Self { source: Some(source.into()), ..Self::new(rejection) }
     }
 
     /// The code of the response.
