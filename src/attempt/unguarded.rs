@@ -24,7 +24,7 @@ pub(crate) enum Unguarded {
     /// The layer does not guard the method.
     OtherMethod,
     /// No layer has seen the request.
-    #[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
+    #[cfg(feature = "axum")]
     NoLayer,
 }
 
@@ -67,6 +67,7 @@ impl Unguarded {
             Self::OtherMethod => {
                 "the IdempotencyLayer does not guard this method: add it with IdempotencyLayer::with_methods"
             }
+            #[cfg(feature = "axum")]
             Self::NoLayer => {
                 "no IdempotencyLayer is around the route, or a middleware has dropped the extensions of the \
                  request: call Router::layer after Router::route"
