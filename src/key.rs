@@ -267,6 +267,9 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// The header that keys come in, unless a layer has another one.
+pub(crate) const KEY_HEADER: HeaderName = HeaderName::from_static("idempotency-key");
+
 const MAX_LENGTH: usize = 255;
 const DERIVED: &str = "derived:";
 

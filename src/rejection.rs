@@ -87,6 +87,14 @@ impl Rejection {
         self
     }
 
+    /// The answer if the handler has run twice within one attempt. The next attempt begins from
+    /// what the first run has recorded.
+    pub(crate) fn second_run(code: RejectionCode) -> Self {
+        let detail = "The server ran the request twice within one attempt, and stopped the second run. Send \
+                      the request again with the same key, never with a new one.";
+        Self { retryable: true, ..Self::new(code, detail) }
+    }
+
     /// The refusal of a handler that needs a key, for a request without one.
     #[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
     pub(crate) fn key_missing() -> Self {
@@ -188,6 +196,10 @@ rejection_codes! {
     KeyMissing => "key-missing", BAD_REQUEST, false, "Idempotency-Key is missing";
     /// The key header is malformed or was sent more than once.
     KeyInvalid => "key-invalid", BAD_REQUEST, false, "Idempotency-Key is invalid";
+    /// The request has a key, its handler needs an attempt, and no layer guards the request: the
+    /// layer is missing, was added before the route, or does not guard the method. The server's log
+    /// says which.
+    NotGuarded => "not-guarded", INTERNAL_SERVER_ERROR, false, "The request is not protected";
     /// The owner of the key cannot be determined safely.
     ConsumerUnidentified => "consumer-unidentified", FORBIDDEN, false,
         "The API consumer cannot be identified";
@@ -242,10 +254,11 @@ rejection_codes! {
     /// does not stop immediately, only a retry tells whether it was committed.
     TransactionLost => "transaction-lost", SERVICE_UNAVAILABLE, true, "The transaction was lost";
     /// The database did not commit the transaction, and it was rolled back: one of its statements
-    /// had failed, or a constraint is violated.
+    /// had failed, or a constraint is violated. Not retryable if the same statement would fail
+    /// again.
     TransactionFailed => "transaction-failed", INTERNAL_SERVER_ERROR, true, "The request failed";
-    /// The handler did not give its transaction back when it returned, or asked for it while it had
-    /// it. Nothing of it is committed.
+    /// The handler did not give its transaction back when it returned, asked for it while it had
+    /// it, or ran twice within one attempt. Nothing of it is committed.
     TransactionInUse => "transaction-in-use", INTERNAL_SERVER_ERROR, true, "The request failed";
     /// The handler ended its transaction itself. Its writes may be committed, and the key is
     /// held.
@@ -265,7 +278,8 @@ rejection_codes! {
     /// An upstream service could not be reached. Nothing was sent to it.
     UpstreamUnavailable => "upstream-unavailable", SERVICE_UNAVAILABLE, true,
         "An upstream service is unavailable";
-    /// The handler has used intents or phases wrongly. The server's log says how.
+    /// The handler has used intents or phases wrongly. The server's log says how. Retryable if it
+    /// ran twice within one attempt.
     IntentMisused => "intent-misused", INTERNAL_SERVER_ERROR, false, "The request failed";
     /// The layer itself failed, or the runtime is going down.
     Internal => "internal", INTERNAL_SERVER_ERROR, true, "Internal error";

@@ -5,10 +5,11 @@ use std::{fmt, sync::Arc};
 use http::Extensions;
 
 use crate::{
-    attempt::{Facts, error::IntentError},
+    attempt::{Facts, error::IntentError, run::RequestCopy},
     consumer::Consumer,
     key::IdempotencyKey,
     node::Node,
+    rejection::RejectionCode,
     store::transaction::TransactionUsage,
     stored::record::{AttemptId, RecordId},
 };
@@ -26,17 +27,20 @@ use crate::{
 /// # }
 /// ```
 ///
-/// `Option<Idempotency>` is `None` for a request without a key. The handler runs in a task of its
+/// `Option<Idempotency>` is `None` for a request without a key.
+///
+/// An attempt runs the handler once. Its intents, phases and transaction belong to the first run
+/// that uses one of them. A second run, by a retry inside the layer, is refused (500, never
+/// stored): retry outside the layer or in the client. The extractor tells the runs apart. A handle
+/// taken out of the request's extensions cannot. The handler runs in a task of its
 /// own: the request's extensions and the current tracing span reach it, task-locals of the caller
 /// do not.
 #[derive(Clone)]
 pub struct Idempotency {
     pub(crate) facts: Arc<Facts>,
+    /// The request that it was extracted from.
+    request: Option<Arc<RequestCopy>>,
 }
-
-/// In the extensions of a request with a key that runs without protection.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Unprotected;
 
 /// In the extensions of a request that several layers guard: the attempts of all but the innermost.
 #[derive(Clone, Default)]
@@ -44,7 +48,7 @@ struct Around(Vec<Idempotency>);
 
 impl Idempotency {
     pub(super) fn of(facts: &Arc<Facts>) -> Self {
-        Self { facts: Arc::clone(facts) }
+        Self { facts: Arc::clone(facts), request: None }
     }
 
     /// The idempotency key, decoded.
@@ -108,6 +112,16 @@ impl Idempotency {
         self.facts.cancelled.is_cancelled()
     }
 
+    /// An intent or a phase begins. A second run of the handler would inherit what the first has
+    /// left behind.
+    pub(crate) fn enter_run(&self) -> Result<(), IntentError> {
+        let entered = self.facts.enter_run(self.request.as_ref(), RejectionCode::IntentMisused);
+        entered.then_some(()).ok_or(IntentError::Misused(
+            "the handler runs a second time within one attempt: retry outside of the IdempotencyLayer or in \
+             the client",
+        ))
+    }
+
     /// An intent changes the record, which an open transaction has locked.
     pub(crate) fn refuse_inside_transaction(&self) -> Result<(), IntentError> {
         if self.transaction_is_open() {
@@ -163,23 +177,40 @@ mod extract {
     use http::request::Parts;
 
     use super::Idempotency;
-    use crate::rejection::Rejection;
+    use crate::{
+        attempt::{run::RequestCopy, unguarded::Unguarded},
+        rejection::Rejection,
+    };
 
-    /// 400 `key-missing` if the request has no key or no
-    /// [`IdempotencyLayer`](crate::IdempotencyLayer) guards the route.
+    impl Idempotency {
+        fn extract(parts: &Parts) -> Option<Self> {
+            let request = RequestCopy::extracted_from(&parts.extensions);
+            parts.extensions.get::<Self>().map(|idempotency| Self { request, ..idempotency.clone() })
+        }
+    }
+
+    /// 400 `key-missing` if the request has no key. 500 `not-guarded`, and an ERROR in the log, if
+    /// it has one and no [`IdempotencyLayer`](crate::IdempotencyLayer) guards it.
     impl<S: Sync> FromRequestParts<S> for Idempotency {
         type Rejection = Rejection;
 
         async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Rejection> {
-            parts.extensions.get::<Self>().cloned().ok_or_else(Rejection::key_missing)
+            Self::extract(parts).ok_or_else(|| Unguarded::of_request(parts).rejection())
         }
     }
 
+    /// 500 `not-guarded` if the request has a key and no layer guards it, unless the layer is
+    /// disabled or the method is safe (GET, HEAD, OPTIONS, TRACE).
     impl<S: Sync> OptionalFromRequestParts<S> for Idempotency {
-        type Rejection = std::convert::Infallible;
+        type Rejection = Rejection;
 
-        async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, Self::Rejection> {
-            Ok(parts.extensions.get::<Self>().cloned())
+        async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, Rejection> {
+            let idempotency = Self::extract(parts);
+            let unguarded = Unguarded::of_request(parts);
+            match idempotency.is_some() || unguarded.may_run(&parts.method) {
+                true => Ok(idempotency),
+                false => Err(unguarded.rejection()),
+            }
         }
     }
 }

@@ -87,7 +87,8 @@ impl IntentBuilder {
 
     /// Tells this intent from others of its name in the same request, whatever their order. For
     /// example the recipient of one of many transfers. Without it the order counts: the first
-    /// `intent(name)` of an attempt is the first of every attempt.
+    /// `intent(name)` of an attempt is the first of every attempt. An intent that is asked for
+    /// again in one attempt gets the outcome that was recorded, without a second call.
     ///
     /// ```
     /// # use tower_idempotency::Idempotency;
@@ -105,6 +106,10 @@ impl IntentBuilder {
     /// ([`OtherArguments`](IntentError::OtherArguments)), instead of getting the result of another
     /// call. Only if no call of the intent was ever sent, it is called with the new ones. Arguments
     /// are compared as JSON: the order of the members of an object does not count.
+    ///
+    /// Without [`of`](Self::of), an intent with arguments that were settled before in the same
+    /// attempt is refused ([`Misused`](IntentError::Misused)): a handler that loops would call
+    /// twice.
     ///
     /// ```
     /// # use tower_idempotency::Idempotency;
@@ -280,6 +285,7 @@ impl IntentBuilder {
     ///
     /// [`IntentError`]. Make no call then.
     pub async fn open(self) -> Result<Opened, IntentError> {
+        self.idempotency.enter_run()?;
         self.idempotency.refuse_inside_transaction()?;
         check_name(&self.name)?;
         self.discriminator.as_deref().map_or(Ok(()), check_name)?;
@@ -303,14 +309,17 @@ impl IntentBuilder {
             .open_intent(opening, self.idempotency.facts.settings.store_wait())
             .await;
         match outcome.map_err(IntentError::NotRecorded)? {
-            OpenOutcome::Opened => Ok(Opened::Call(OpenIntent {
-                idempotency: self.idempotency,
-                entered,
-                key,
-                fence,
-                opened_at,
-                dangling_after,
-            })),
+            OpenOutcome::Opened => {
+                entered.opened(key);
+                Ok(Opened::Call(OpenIntent {
+                    idempotency: self.idempotency,
+                    entered,
+                    key,
+                    fence,
+                    opened_at,
+                    dangling_after,
+                }))
+            }
             OpenOutcome::Lost => Err(IntentError::Lost),
             OpenOutcome::Recorded(intent) if intent.arguments != arguments => {
                 self.idempotency.facts.progress.hold(IntentError::OtherArguments.rejection());
@@ -340,6 +349,7 @@ fn recorded(entered: &Entered, intent: Intent) -> Result<Opened, IntentError> {
         // It may be called again, and another attempt has just done so.
         IntentState::Open { sent: false } | IntentState::Dead { absent: true, .. } => Err(IntentError::Lost),
         IntentState::Open { sent: true } => {
+            entered.opened(intent.upstream_key);
             tracing::warn!(
                 target: TRACING_TARGET, consumer = %intent.consumer, intent = intent.name,
                 upstream_key = %intent.upstream_key,

@@ -6,12 +6,14 @@ pub(crate) mod intent;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod phase;
 pub(crate) mod progress;
+pub(crate) mod run;
 pub(crate) mod settings;
 pub(crate) mod settle;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod tx;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod tx_error;
+pub(crate) mod unguarded;
 
 use std::{error::Error, fmt, ops::Deref, sync::Arc, time::Duration};
 
@@ -19,7 +21,7 @@ use http::Extensions;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use self::{idempotency::Idempotency, progress::Progress, settings::AttemptSettings};
+use self::{idempotency::Idempotency, progress::Progress, run::Runs, settings::AttemptSettings};
 use crate::{
     error::StoreError,
     fingerprint::Fingerprint,
@@ -59,6 +61,7 @@ pub(crate) struct Facts {
     pub(crate) record_id: RecordId,
     pub(crate) attempt_number: u32,
     pub(crate) progress: Arc<Progress>,
+    pub(crate) runs: Runs,
     /// The transaction that the store offers the handler.
     pub(crate) transaction: Option<Arc<dyn StoreTransaction>>,
     /// The extensions that the store gives to the request.
@@ -109,6 +112,7 @@ impl Ownership {
             record_id,
             attempt_number,
             progress: Arc::default(),
+            runs: Runs::default(),
             transaction,
             offered,
             cancelled,
@@ -184,6 +188,19 @@ impl Facts {
             }
             sleep(until.saturating_sub(begun.elapsed())).await;
             self.cancelled.cancel();
+        }
+    }
+
+    /// Warns of intents that are open when a success is stored: no retry will settle them.
+    pub(crate) fn warn_of_open_intents(&self) {
+        for (intent, upstream_key) in self.progress.open_intents() {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %self.attempt.consumer,
+                key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id, intent,
+                %upstream_key,
+                "a success is stored although an intent is open: the handler has passed over the error of \
+                 its call, which no retry repeats; it is reconciled"
+            );
         }
     }
 

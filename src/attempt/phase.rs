@@ -59,9 +59,11 @@ impl Idempotency {
     /// end it. If the step fails, its writes are rolled back, and its error returned. If it
     /// succeeds, its writes stay, whatever becomes of the request.
     ///
-    /// The result is stored as JSON. A later attempt finds it by the name: change neither the name
-    /// nor the form of the result while requests may be retried. Phases come one after the other,
-    /// before the handler begins its `Tx`, and none inside another.
+    /// The result is stored as JSON, and returned as it is read from there: what is not written
+    /// (`#[serde(skip)]`) is lost in the first attempt too. A result that cannot be read again is
+    /// refused before anything is committed. A later attempt finds it by the name: change neither
+    /// the name nor the form of the result while requests may be retried. Phases come one after the
+    /// other, before the handler begins its `Tx`, and none inside another.
     ///
     /// # Errors
     ///
@@ -93,6 +95,7 @@ impl Idempotency {
     }
 
     fn enter_phase(&self, name: &str) -> Result<InPhase, crate::attempt::error::IntentError> {
+        self.enter_run()?;
         self.refuse_inside_transaction()?;
         self.facts.progress.enter_phase(name)
     }
@@ -123,20 +126,23 @@ struct Phase<'a, DB: Database> {
 impl<DB: Database> Phase<'_, DB> {
     async fn run<T, E>(mut self, step: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, E>) -> Result<T, E>
     where
-        T: Serialize,
+        T: Serialize + DeserializeOwned,
         E: From<TxError>,
     {
         let Some(slot) = self.slot.clone() else { return Err(TxError::no_store().into()) };
         let mut tx = Arc::clone(&slot).lend().await.map_err(TxError::from)?;
         let done = slot.within_time_limit(step(&mut tx)).await;
         drop(tx);
-        if !matches!(done, Ok(Ok(_))) {
+        let done = match done {
+            Ok(result) => result.and_then(|result| stored_form(&result).map_err(E::from)),
+            Err(error) => Err(TxError::from(Arc::new(error)).into()),
+        };
+        if done.is_err() {
             self.roll_back().await;
         }
-        let result = done.map_err(|error| TxError::from(Arc::new(error)))??;
-        let bytes = serde_json::to_vec(&result).map_err(TxError::unreadable_phase)?;
+        let (bytes, result) = done?;
         self.slot = None;
-        self.finish(slot, bytes.into()).await.map_err(|error| TxError::from(Arc::new(error)))?;
+        self.finish(slot, bytes).await.map_err(|error| TxError::from(Arc::new(error)))?;
         Ok(result)
     }
 
@@ -206,6 +212,13 @@ impl<DB: Database> Drop for Phase<'_, DB> {
     fn drop(&mut self) {
         self.start_roll_back();
     }
+}
+
+/// The bytes of a result, and the result as a later attempt reads it.
+fn stored_form<T: Serialize + DeserializeOwned>(result: &T) -> Result<(Bytes, T), TxError> {
+    let bytes = serde_json::to_vec(result).map_err(TxError::unstorable_phase)?;
+    let result = serde_json::from_slice(&bytes).map_err(TxError::unstorable_phase)?;
+    Ok((bytes.into(), result))
 }
 
 fn unconfirmed() -> TransactionError {

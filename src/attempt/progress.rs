@@ -11,7 +11,10 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TrackedFuture;
 
 use crate::rejection::Rejection;
-use crate::{attempt::error::IntentError, stored::intent::Place};
+use crate::{
+    attempt::error::IntentError,
+    stored::intent::{Place, UpstreamKey},
+};
 
 /// Shared by all handles of an attempt.
 #[derive(Debug, Default)]
@@ -27,6 +30,8 @@ struct State {
     current: HashMap<String, Current>,
     /// Intents whose call is being made.
     calling: HashSet<(String, Place)>,
+    /// Intents that are not settled.
+    open: HashMap<(String, Place), UpstreamKey>,
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     phases: HashSet<String>,
     phase_open: bool,
@@ -35,21 +40,43 @@ struct State {
     held: Option<Rejection>,
 }
 
+const SETTLED: &str = "an intent of this name was settled in this attempt with the same arguments: keep its \
+                       result instead of asking again, or tell the two apart with IntentBuilder::of";
+
 const UNSETTLED: &str = "an intent of this name is open in this attempt: tell them apart with \
                          IntentBuilder::of, make one call after the other is settled, or give the arguments \
                          of a call that is tried again";
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Current {
     ordinal: u32,
     arguments: Bytes,
     settled: bool,
+    /// The arguments of those that are settled, if they have any.
+    done: HashSet<Bytes>,
 }
 
 impl Current {
-    /// Asking with these arguments can only mean the same call.
-    fn is_asked_again(&self, arguments: &Bytes) -> bool {
-        !arguments.is_empty() && self.arguments == *arguments
+    /// The ordinal of an intent with these arguments.
+    fn next(&mut self, arguments: &Bytes) -> Result<u32, IntentError> {
+        if self.done.contains(arguments) {
+            return Err(IntentError::Misused(SETTLED));
+        }
+        let asked_again = !arguments.is_empty() && self.arguments == *arguments;
+        match self.ordinal == 0 || self.settled {
+            true => self.ordinal = self.ordinal.saturating_add(1),
+            false if asked_again => {}
+            false => return Err(IntentError::Misused(UNSETTLED)),
+        }
+        (self.arguments, self.settled) = (arguments.clone(), false);
+        Ok(self.ordinal)
+    }
+
+    fn settle(&mut self) {
+        self.settled = true;
+        if !self.arguments.is_empty() {
+            self.done.insert(self.arguments.clone());
+        }
     }
 }
 
@@ -59,7 +86,8 @@ impl Progress {
     }
 
     /// Begins with an intent. Without a discriminator, the order tells intents of one name apart:
-    /// an intent that is not settled comes again if it has the same arguments.
+    /// an intent that is not settled comes again if it has the same arguments. One that is settled
+    /// does not: the call would be made twice.
     pub(super) fn enter(
         self: &Arc<Self>,
         name: &str,
@@ -74,17 +102,7 @@ impl Progress {
         }
         let place = match discriminator {
             Some(discriminator) => Place::Discriminator(discriminator),
-            None => {
-                let ordinal = match state.current.get(name) {
-                    None => 1,
-                    Some(last) if last.settled => last.ordinal.saturating_add(1),
-                    Some(last) if last.is_asked_again(arguments) => last.ordinal,
-                    Some(_) => return Err(IntentError::Misused(UNSETTLED)),
-                };
-                let current = Current { ordinal, arguments: arguments.clone(), settled: false };
-                state.current.insert(name.to_owned(), current);
-                Place::Ordinal(ordinal)
-            }
+            None => Place::Ordinal(state.current.entry(name.to_owned()).or_default().next(arguments)?),
         };
         state.begun = true;
         let identity = (name.to_owned(), place);
@@ -119,6 +137,11 @@ impl Progress {
 
     pub(crate) fn has_begun(&self) -> bool {
         self.state().begun
+    }
+
+    /// Name and upstream key of the intents that are not settled.
+    pub(crate) fn open_intents(&self) -> Vec<(String, UpstreamKey)> {
+        self.state().open.iter().map(|((name, _), key)| (name.clone(), *key)).collect()
     }
 
     pub(crate) fn held(&self) -> Option<Rejection> {
@@ -187,12 +210,19 @@ impl Entered {
         &self.identity.1
     }
 
+    /// The intent is open, with this upstream key.
+    pub(super) fn opened(&self, key: UpstreamKey) {
+        self.progress.state().open.insert(self.identity.clone(), key);
+    }
+
     /// From now on the next intent of its name is another one.
     pub(super) fn settled(&self) {
-        if let Some(current) = self.progress.state().current.get_mut(self.name())
+        let mut state = self.progress.state();
+        state.open.remove(&self.identity);
+        if let Some(current) = state.current.get_mut(self.name())
             && self.place().ordinal() == current.ordinal
         {
-            current.settled = true;
+            current.settle();
         }
     }
 }

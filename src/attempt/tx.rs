@@ -9,10 +9,7 @@ use std::{
 use http::Extensions;
 use sqlx::Database;
 
-use super::{
-    idempotency::{Idempotency, Unprotected},
-    tx_error::TxError,
-};
+use super::{idempotency::Idempotency, run::RequestCopy, tx_error::TxError, unguarded::Unguarded};
 use crate::store::sql::slot::{Lent, Slot};
 
 /// The transaction of an attempt, in a database of sqlx. The handler's writes through it are
@@ -63,6 +60,13 @@ use crate::store::sql::slot::{Lent, Slot};
 /// While it is open, rows are locked, and SQLite accepts no other writer.
 ///
 /// `Tx<DB>` refuses a request without a key (400 `key-missing`); `Option<Tx<DB>>` is `None` for it.
+/// A request that has a key, and that no layer guards, is refused with 500 `not-guarded`.
+///
+/// The transaction belongs to one run of the handler. If a retry inside the layer runs it again
+/// within the attempt, and it asks for the transaction again, the answer is 500
+/// `transaction-in-use`, and nothing is committed. Retry outside the layer, in the client, or with
+/// [`with_reruns`](crate::TransactionOptions::with_reruns).
+///
 /// `Connection::begin` on it sets a savepoint.
 ///
 /// A statement that fails spoils the whole transaction on PostgreSQL: if the handler continues and
@@ -81,22 +85,23 @@ impl<DB: Database> Tx<DB> {
     ///
     /// # Errors
     ///
-    /// [`TxError`] if the request has no key, the layer's store is of another database, the handler
-    /// has the transaction already, or it cannot begin. Answer with
+    /// [`TxError`] if the request has no key or is not guarded, the layer's store is of another
+    /// database, the handler has the transaction already or runs a second time within the attempt,
+    /// or it cannot begin. Answer with
     /// [`TxError::into_http_response`].
     pub fn begin(extensions: &Extensions) -> impl Future<Output = Result<Self, TxError>> + Send + use<DB> {
         let slot = extensions.get::<Arc<Slot<DB>>>().cloned();
-        let idempotency = extensions.get::<Idempotency>();
-        let guarded = idempotency.is_some();
-        let in_phase = idempotency.is_some_and(|idempotency| idempotency.facts.progress.is_phase_open());
-        let unprotected = extensions.get::<Unprotected>().is_some();
+        let facts = extensions.get::<Idempotency>().map(|idempotency| Arc::clone(&idempotency.facts));
+        let (request, unguarded) = (RequestCopy::of(extensions), Unguarded::of(extensions));
         async move {
-            match slot {
-                Some(_) if in_phase => Err(TxError::in_phase()),
-                Some(slot) => slot.lend().await.map(Self).map_err(TxError::from),
-                None if guarded => Err(TxError::no_store()),
-                None if unprotected => Err(TxError::unprotected()),
-                None => Err(TxError::no_key()),
+            match (slot, facts) {
+                (Some(_), Some(facts)) if facts.progress.is_phase_open() => Err(TxError::in_phase()),
+                (Some(_), Some(facts)) if !facts.enter_run(request.as_ref(), TxError::SECOND_RUN) => {
+                    Err(TxError::second_run())
+                }
+                (Some(slot), _) => slot.lend().await.map(Self).map_err(TxError::from),
+                (None, Some(_)) => Err(TxError::no_store()),
+                (None, None) => Err(TxError::unguarded(unguarded)),
             }
         }
     }
@@ -132,8 +137,9 @@ mod extract {
     use http::request::Parts;
     use sqlx::Database;
 
-    use crate::attempt::idempotency::Idempotency;
-    use crate::attempt::{tx::Tx, tx_error::TxError};
+    use crate::attempt::{
+        idempotency::Idempotency, run::RequestCopy, tx::Tx, tx_error::TxError, unguarded::Unguarded,
+    };
 
     impl IntoResponse for TxError {
         fn into_response(self) -> Response {
@@ -145,18 +151,23 @@ mod extract {
         type Rejection = TxError;
 
         async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, TxError> {
-            Self::begin(&parts.extensions).await
+            RequestCopy::extracted_from(&parts.extensions);
+            match parts.extensions.get::<Idempotency>() {
+                Some(_) => Self::begin(&parts.extensions).await,
+                None => Err(TxError::unguarded(Unguarded::of_request(parts))),
+            }
         }
     }
 
     impl<S: Sync, DB: Database> OptionalFromRequestParts<S> for Tx<DB> {
         type Rejection = TxError;
 
-        async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, TxError> {
-            if parts.extensions.get::<Idempotency>().is_none() {
+        async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Option<Self>, TxError> {
+            let guarded = parts.extensions.get::<Idempotency>().is_some();
+            if !guarded && Unguarded::of_request(parts).may_run(&parts.method) {
                 return Ok(None);
             }
-            Self::begin(&parts.extensions).await.map(Some)
+            <Self as FromRequestParts<S>>::from_request_parts(parts, state).await.map(Some)
         }
     }
 }

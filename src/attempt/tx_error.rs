@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::Response;
 
 use crate::{
-    attempt::error::IntentError,
+    attempt::{error::IntentError, unguarded::Unguarded},
     error::{BoxError, StoreError},
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode, respond_by_default},
@@ -25,6 +25,7 @@ use crate::{
 /// |---|---|
 /// | a serialization failure, a deadlock | 503 `transaction-conflict`, with `Retry-After` |
 /// | a time-out, a broken connection | 503 `transaction-lost`, with `Retry-After` |
+/// | a constraint, a wrong statement or value, an absent row | 500 `transaction-failed`, final |
 /// | any other | 500 `transaction-failed` |
 ///
 /// The cause is logged, and not shown to the client.
@@ -59,18 +60,8 @@ impl TxError {
         Self { rejection: Box::new(rejection), source: None }
     }
 
-    pub(super) fn no_key() -> Self {
-        tracing::warn!(
-            target: TRACING_TARGET,
-            "a handler asks for the transaction of a request that is not guarded: it has no key, its method \
-             is not guarded, or no IdempotencyLayer is around the route"
-        );
-        Self::new(Rejection::key_missing())
-    }
-
-    /// The layer runs requests without protection while its store is away.
-    pub(super) fn unprotected() -> Self {
-        Self::new(TransactionErrorKind::Unavailable.rejection())
+    pub(super) fn unguarded(why: Unguarded) -> Self {
+        Self::new(why.rejection())
     }
 
     pub(super) fn no_store() -> Self {
@@ -85,6 +76,13 @@ impl TxError {
         ))
     }
 
+    /// The handler runs a second time within one attempt.
+    pub(super) fn second_run() -> Self {
+        Self::new(Rejection::second_run(Self::SECOND_RUN))
+    }
+
+    pub(super) const SECOND_RUN: RejectionCode = RejectionCode::TransactionInUse;
+
     pub(super) fn in_phase() -> Self {
         IntentError::Misused(
             "the handler's transaction inside a phase would wait for it: write through the phase's \
@@ -93,12 +91,22 @@ impl TxError {
         .into()
     }
 
+    /// The result of a phase is not what a later attempt could read.
+    pub(super) fn unstorable_phase(source: serde_json::Error) -> Self {
+        Self::misused(
+            "the result of a phase cannot be written as JSON and read again: the phase is rolled back",
+            source,
+        )
+    }
+
     pub(super) fn unreadable_phase(source: serde_json::Error) -> Self {
-        let misused = IntentError::Misused(
-            "the result of a phase cannot be written as JSON, or an earlier version has stored it in another \
-             form",
-        );
-        Self { source: Some(source.into()), ..Self::new(misused.rejection()) }
+        Self::misused("the result of a phase was stored in another form, by an earlier version", source)
+    }
+
+    fn misused(message: &'static str, source: serde_json::Error) -> Self {
+        tracing::error!(target: TRACING_TARGET, error = &source as &dyn std::error::Error, "{message}");
+        let rejection = IntentError::Misused(message).rejection();
+        Self { source: Some(source.into()), ..Self::new(rejection) }
     }
 
     /// The code of the response.

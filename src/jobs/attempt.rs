@@ -71,6 +71,7 @@ impl LogAttempt {
     pub async fn complete(mut self, result: impl Into<Bytes> + Send) -> Result<Bytes, IntentLogError> {
         let Some(ownership) = self.ownership.take() else { return Err(IntentLogError::Lost) };
         let (codec, result) = (&self.idempotency.facts.node.codec, result.into());
+        ownership.warn_of_open_intents();
         match end(ownership, End::Complete(response_of(codec, result.clone()))).await? {
             Ended::Done => Ok(result),
             Ended::Superseded(record) => result_of(codec, &record)?.ok_or(IntentLogError::Lost),

@@ -33,11 +33,11 @@ use tokio::{
 };
 
 use crate::{
-    attempt::{Ownership, Won, idempotency::Idempotency},
+    attempt::{Ownership, Won, idempotency::Idempotency, unguarded::Unguarded},
     consumer::Consumer,
     error::{BoxError, StoreError},
     fingerprint::Fingerprint,
-    key::IdempotencyKey,
+    key::{IdempotencyKey, KEY_HEADER},
     layer::{
         answer::{in_progress, refused, response_of_record},
         body::ResponseBody,
@@ -105,10 +105,28 @@ impl Entrance {
         }
         match head(settings, parts) {
             Ok(Some((key, consumer))) => Self::Guard(Guarded::new(node, settings, consumer, key)),
-            Ok(None) => Self::Pass(Some(Arc::clone(settings))),
+            Ok(None) => {
+                mark_unguarded(settings, parts);
+                Self::Pass(Some(Arc::clone(settings)))
+            }
             Err(rejection) => Self::Refuse(rejection),
         }
     }
+}
+
+/// Tells a handler that asks for the attempt of a request with a key why there is none.
+fn mark_unguarded(settings: &Settings, parts: &mut Parts) {
+    let has_key = parts.headers.contains_key(&settings.key_header);
+    if !has_key && !parts.headers.contains_key(KEY_HEADER) {
+        return;
+    }
+    let reason = match (settings.enabled, has_key) {
+        (false, _) => Unguarded::Disabled,
+        (true, true) => Unguarded::OtherMethod,
+        // The key of another layer.
+        (true, false) => Unguarded::NoKey,
+    };
+    parts.extensions.insert(reason);
 }
 
 /// Rows 1 to 5: key and consumer. `None` passes through.

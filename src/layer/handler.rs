@@ -20,7 +20,7 @@ use tokio::{
 use tower_service::Service;
 
 use crate::{
-    attempt::{Facts, Ownership},
+    attempt::{Facts, Ownership, run::CopyOfRequest},
     error::BoxError,
     layer::{
         body::RequestBody,
@@ -77,6 +77,7 @@ impl Handler {
         let is_grpc = grpc::content_type(request.headers()).is_some();
         let judge = Judge { settings, facts: Arc::clone(&facts), resent, reach, is_grpc };
         ownership.idempotency().enter(request.extensions_mut());
+        request.extensions_mut().insert(CopyOfRequest::default());
         request.extensions_mut().extend(ownership.offered.clone());
         // Not tracked itself: this task, or that of `leave_behind`, waits for it.
         let mut handler = tokio::spawn(traced(call_and_collect(inner, request, judge.clone())));

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use tower_service::Service;
 
 use crate::{
-    attempt::idempotency::Unprotected,
+    attempt::unguarded::Unguarded,
     error::BoxError,
     layer::{
         answer::{passed, replay},
@@ -164,7 +164,7 @@ where
         Ok(Decision::Replay(stored)) => Ok(replay(&guarded.settings, stored)),
         Ok(Decision::RunUnprotected(place)) => {
             until_ready(&mut inner).await?;
-            request.extensions_mut().insert(Unprotected);
+            request.extensions_mut().insert(Unguarded::StoreAway);
             let response = inner.call(request).await;
             drop(place);
             response.map(|mut response| {

@@ -15,7 +15,7 @@ use crate::{
     attempt::settings::AttemptSettings,
     consumer::ConsumerExtractor,
     fingerprint::Fingerprinter,
-    key::KeySyntax,
+    key::{KEY_HEADER, KeySyntax},
     layer::{buffer::RequestLimits, kept_requests::KeptRequests, representation::RenderRepresentation},
     node::reaper::Reaper,
     policy::ResultPolicy,
@@ -69,7 +69,7 @@ impl Default for Settings {
         Self {
             enabled: true,
             methods: vec![Method::POST, Method::PATCH],
-            key_header: HeaderName::from_static("idempotency-key"),
+            key_header: KEY_HEADER,
             key_syntax: KeySyntax::default(),
             required: false,
             derived_key: None,

@@ -93,6 +93,12 @@ impl Judge {
                 drop(ended);
                 return Judged { outcome: End::Hold.into(), verdict: Verdict::Refused(rejection) };
             }
+            if matches!(ended, HandlerEnd::Performed(Ok(_)))
+                && let Some(rejection) = self.facts.runs.second()
+            {
+                drop(ended);
+                return Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) };
+            }
             if matches!(ended, HandlerEnd::Performed(Ok(_))) && self.transaction_is_in_use() {
                 // If the body of the response has the transaction, this gives it back.
                 drop(ended);
@@ -232,6 +238,9 @@ impl Judge {
             target: TRACING_TARGET, consumer = %attempt.consumer, key = %settings.shown(&attempt.key),
             attempt = %attempt.id, attempt_number, status = status.as_u16(), ?directive, "performed"
         );
+        if directive != Directive::Store {
+            self.warn_of_rollback(parts, status, directive);
+        }
         match directive {
             Directive::Store => None,
             Directive::Release => Some(End::Release),
@@ -253,6 +262,19 @@ impl Judge {
         self.settings.policy.directive(status)
     }
 
+    /// Warns of a success whose writes are rolled back, because it is not stored.
+    fn warn_of_rollback(&self, parts: &Parts, status: StatusCode, directive: Directive) {
+        let refused = parts.extensions.get::<Rejection>().is_some();
+        if self.uses_transaction() && !refused && (status.is_success() || status.is_redirection()) {
+            let Facts { settings, attempt, .. } = &*self.facts;
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %attempt.consumer, key = %settings.shown(&attempt.key),
+                attempt = %attempt.id, status = status.as_u16(), ?directive,
+                "a success is answered and not stored: what its handler wrote through Tx is rolled back"
+            );
+        }
+    }
+
     /// Not every header of a request is kept. If a request that was sent again gets no further than
     /// to a client error, a header may be missing that the client would have sent: the error is no
     /// result.
@@ -262,9 +284,12 @@ impl Judge {
 
     /// The handler has used an intent, a phase or the transaction.
     fn is_used(&self) -> bool {
+        self.facts.progress.has_begun() || self.uses_transaction()
+    }
+
+    fn uses_transaction(&self) -> bool {
         let transaction = self.facts.transaction.as_ref();
-        self.facts.progress.has_begun()
-            || transaction.is_some_and(|transaction| transaction.usage() != TransactionUsage::Unused)
+        transaction.is_some_and(|transaction| transaction.usage() != TransactionUsage::Unused)
     }
 
     /// A load shed inside the layer has turned the request away.
@@ -277,6 +302,9 @@ impl Judge {
     }
 
     fn outcome_stored(&self, mut response: StoredResponse, status: StatusCode) -> Outcome {
+        if status.is_success() {
+            self.facts.warn_of_open_intents();
+        }
         let keeps_writes = status.is_success()
             || status.is_redirection()
             || status.is_client_error() && self.settings.attempts.transactions.keep_writes_of_client_errors;

@@ -28,11 +28,6 @@ pub use recovery::RecoveryStore;
 pub use sql::{InvalidIdentifier, TableCreation};
 #[cfg(feature = "sqlite")]
 pub use sqlite::SqliteStore;
-// The codes of PostgreSQL say the most. SQLite's say no more than that a statement failed.
-#[cfg(feature = "postgres")]
-pub(crate) use postgres::transaction_error_kind;
-#[cfg(all(feature = "sqlite", not(feature = "postgres")))]
-pub(crate) use sql::errors::transaction_error_kind;
 pub use transaction::{
     IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
     TransactionUsage,
@@ -52,6 +47,17 @@ pub use crate::{
         response::{StoredBody, StoredResponse, UnreadableResponse},
     },
 };
+
+/// The meaning of a failed statement of a handler for its transaction.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
+    let kind = None;
+    #[cfg(feature = "postgres")]
+    let kind = kind.or_else(|| postgres::transaction_error_kind(error));
+    #[cfg(feature = "sqlite")]
+    let kind = kind.or_else(|| sqlite::transaction_error_kind(error));
+    kind.unwrap_or_else(|| sql::errors::transaction_error_kind(error))
+}
 
 /// Keeps records. This is the contract that every store fulfils and that the conformance suite
 /// (feature `conformance`) checks.

@@ -124,9 +124,11 @@ pub enum TransactionErrorKind {
     /// It collided with another transaction: a serialization failure or a deadlock. It is rolled
     /// back; running again may succeed.
     Conflict,
-    /// The database would not commit it: an earlier statement had failed, or a constraint is
-    /// violated. It is rolled back.
+    /// The database would not commit it: an earlier statement had failed. It is rolled back.
     Failed,
+    /// The database would not commit it, and would not the next time: a constraint is violated, or
+    /// a statement or a value is wrong. It is rolled back.
+    Refused,
     /// The handler has it, or had not given it back when it returned. Nothing of it is committed.
     InUse,
     /// The handler has ended it. Its writes may be committed.
@@ -154,6 +156,11 @@ impl TransactionErrorKind {
                 RejectionCode::TransactionFailed,
                 "A statement failed, or the database refused the changes. All writes are rolled back.",
             ),
+            Self::Refused => (
+                RejectionCode::TransactionFailed,
+                "The database refused what the request asks for, and would again. All writes are rolled \
+                 back.",
+            ),
             Self::InUse => (
                 RejectionCode::TransactionInUse,
                 "The handler did not return its transaction, or asked for it twice. Nothing is committed.",
@@ -167,7 +174,7 @@ impl TransactionErrorKind {
                 "The database has not confirmed the outcome yet. Send the request again with the same key.",
             ),
         };
-        Rejection::new(code, detail)
+        Rejection::new(code, detail).final_if(self == Self::Refused)
     }
 }
 

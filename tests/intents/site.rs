@@ -261,7 +261,7 @@ pub(crate) fn assert_answer(answer: &Answer, expected: impl Into<Answered>) {
         Answered::Own(status) => {
             assert_eq!((answer.status.as_u16(), answer.rejection), (status, None), "{answer:?}");
         }
-        Answered::Refused(code) => answer.assert_refused(code),
+        Answered::Refused(code) | Answered::Final(code) => answer.assert_refused(code),
     }
 }
 

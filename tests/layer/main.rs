@@ -22,4 +22,5 @@ mod representation;
 mod results;
 mod settings;
 mod subscriber;
+mod unguarded;
 mod wire;

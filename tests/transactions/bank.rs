@@ -135,6 +135,8 @@ impl<DB: Db> Bank<DB> {
 pub(crate) enum Answered {
     Own(u16),
     Refused(RejectionCode),
+    /// Refused, and not worth a retry.
+    Final(RejectionCode),
 }
 
 impl Answered {
@@ -147,6 +149,10 @@ impl Answered {
             Self::Refused(code) => {
                 answer.assert_refused(code);
                 assert_eq!(answer.problem()["retryable"], end == End::Released, "{answer:?}");
+            }
+            Self::Final(code) => {
+                answer.assert_refused(code);
+                assert_eq!(answer.problem()["retryable"], false, "{answer:?}");
             }
         }
         assert!(!answer.is_replay());

@@ -3,16 +3,16 @@
 use std::convert::Infallible;
 
 use axum::http::StatusCode;
+use sqlx::Postgres;
 use tower_idempotency::{RejectionCode, Tx};
 
-use crate::bank::{Bank, Db, End, charge, charge_once, on_both_stores, unique};
+use crate::bank::{Answered, Bank, Db, End, charge, charge_once, on_both_stores, unique};
 
 on_both_stores!(
     a_deferred_constraint_that_is_violated_leaves_nothing,
     a_handler_that_commits_by_itself_does_not_run_again,
     a_handler_that_commits_by_itself_and_then_fails_does_not_run_again,
     a_handler_that_commits_by_itself_and_then_panics_does_not_run_again,
-    a_handler_that_rolls_back_by_itself_does_not_run_again,
     a_handler_that_begins_another_transaction_does_not_run_again,
 );
 
@@ -23,7 +23,7 @@ async fn a_deferred_constraint_that_is_violated_leaves_nothing<DB: Db>(bank: Ban
         StatusCode::CREATED
     };
     let node = bank.node(bank.layer(), handler);
-    bank.check(&node, RejectionCode::TransactionFailed, 0, End::Released).await;
+    bank.check(&node, Answered::Final(RejectionCode::TransactionFailed), 0, End::Released).await;
 }
 
 async fn a_handler_that_commits_by_itself_does_not_run_again<DB: Db>(bank: Bank<DB>) {
@@ -46,9 +46,35 @@ async fn a_handler_that_commits_by_itself_and_then_panics_does_not_run_again<DB:
     bank.check(&node, RejectionCode::TransactionEnded, 1, End::Held).await;
 }
 
-async fn a_handler_that_rolls_back_by_itself_does_not_run_again<DB: Db>(bank: Bank<DB>) {
+/// What it writes after that would be committed immediately, and PostgreSQL does not tell.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_handler_that_rolls_back_by_itself_does_not_run_again_on_postgres() {
+    let bank = Bank::<Postgres>::open().await;
     for status in [201, 422, 500] {
-        ending(&bank, "ROLLBACK", status, 0).await;
+        for statements in ["ROLLBACK", "ABORT", "ROLLBACK AND CHAIN", "ROLLBACK; BEGIN"] {
+            ending(&bank, statements, status, 0).await;
+        }
+        ending(&bank, "COMMIT AND CHAIN", status, 1).await;
+        for charged in ["", "BEGIN; "] {
+            let statements = format!("ROLLBACK; {charged}INSERT INTO charges (amount) VALUES (1); COMMIT");
+            ending(&bank, statements.leak(), status, 1).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_statement_that_may_not_run_inside_a_transaction_ends_none() {
+    let bank = Bank::<Postgres>::open().await;
+    for statement in ["DISCARD ALL", "PREPARE TRANSACTION 'charge'", "VACUUM"] {
+        let handler = move |mut tx: Tx<Postgres>| async move {
+            charge(&mut tx).await;
+            Postgres::run(&mut tx, statement).await.unwrap_err();
+            unique(StatusCode::CREATED)
+        };
+        let node = bank.node(bank.layer(), handler);
+        bank.check(&node, RejectionCode::TransactionFailed, 0, End::Released).await;
     }
 }
 

@@ -15,7 +15,7 @@ use tower_idempotency::{
 use uuid::Uuid;
 
 use crate::{
-    bank::{Bank, CHARGE, Db, End, LONG, Node, charge, charge_once, unique},
+    bank::{Answered, Bank, CHARGE, Db, End, LONG, Node, charge, charge_once, unique},
     support::{direct::Answer, required_env},
 };
 
@@ -60,10 +60,12 @@ async fn a_handler_that_gives_up_its_role_or_all_settings_is_rolled_back() {
     let role = format!("r_{}", Uuid::new_v4().simple());
     let watcher = Bank::<Postgres>::open().await;
     watcher.run(&format!("CREATE ROLE {role}")).await;
-    for setting in [&format!("SET ROLE {role}"), &format!("SET LOCAL ROLE {role}"), "RESET ALL"] {
-        let (bank, node) = bank_after(setting).await;
-        bank.check(&node, RejectionCode::TransactionFailed, 0, End::Released).await;
+    for setting in ["SET ROLE", "SET LOCAL ROLE"] {
+        let (bank, node) = bank_after(&format!("{setting} {role}")).await;
+        bank.check(&node, Answered::Final(RejectionCode::TransactionFailed), 0, End::Released).await;
     }
+    let (bank, node) = bank_after("RESET ALL").await;
+    bank.check(&node, RejectionCode::TransactionFailed, 0, End::Released).await;
     let (bank, node) = bank_after(&format!("SET LOCAL ROLE {role}; RESET ROLE")).await;
     bank.check(&node, 201, 1, End::Stored).await;
     watcher.run(&format!("DROP ROLE {role}")).await;

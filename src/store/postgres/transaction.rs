@@ -323,15 +323,13 @@ fn left_open() -> TransactionError {
 }
 
 fn failed(message: &str, source: sqlx::Error) -> TransactionError {
-    TransactionError::new(transaction_error_kind(&source), message).with_source(source)
+    TransactionError::new(kind_of(&source), message).with_source(source)
 }
 
-/// Returns the meaning of a failed statement for its transaction. Of another database's error only
-/// the kind is known.
-pub(crate) fn transaction_error_kind(source: &sqlx::Error) -> TransactionErrorKind {
-    let error = source.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
-    let Some(error) = error else { return errors::transaction_error_kind(source) };
-    match error.code() {
+/// Returns the meaning of a failed statement for its transaction, if the error is PostgreSQL's.
+pub(crate) fn transaction_error_kind(source: &sqlx::Error) -> Option<TransactionErrorKind> {
+    let error = source.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?;
+    Some(match error.code() {
         // No transaction is open, or its savepoint is gone.
         "25P01" | "3B001" => TransactionErrorKind::Ended,
         // Serialization failure, deadlock, lock not available.
@@ -339,14 +337,19 @@ pub(crate) fn transaction_error_kind(source: &sqlx::Error) -> TransactionErrorKi
         // The server cancelled the statement, or a time-out of the transaction ended it.
         "57014" | "25P03" | "25P04" => TransactionErrorKind::Lost,
         code if code.starts_with("57P") || code.starts_with("08") => TransactionErrorKind::Lost,
+        code if REFUSED.iter().any(|class| code.starts_with(class)) => TransactionErrorKind::Refused,
         _ => TransactionErrorKind::Failed,
-    }
+    })
+}
+
+fn kind_of(source: &sqlx::Error) -> TransactionErrorKind {
+    transaction_error_kind(source).unwrap_or_else(|| errors::transaction_error_kind(source))
 }
 
 /// Makes the error of a failed COMMIT. A server that ends the connection at COMMIT does not say
 /// whether it has committed.
 fn at_commit(source: sqlx::Error) -> TransactionError {
-    let mut kind = transaction_error_kind(&source);
+    let mut kind = kind_of(&source);
     if kind == TransactionErrorKind::Lost || errors::code(&source).as_deref() == Some("40003") {
         kind = TransactionErrorKind::Unconfirmed;
     }
@@ -359,6 +362,9 @@ SELECT current_setting('enable_seqscan') AS enable_seqscan,
     (extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000)::bigint
         AS idle_timeout";
 
+/// The classes of errors that the same statement meets again: cardinality, data, constraints,
+/// syntax and access rules, a view's check option, and errors that a function raises.
+const REFUSED: [&str; 6] = ["21", "22", "23", "42", "44", "P0"];
 /// A statement was refused because an earlier one of its transaction had failed.
 const ABORTED: &str = "25P02";
 /// The states in which a backend is ended, as patterns.

@@ -22,11 +22,25 @@ pub(in crate::store) fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
 }
 
 /// Returns the meaning of a failed statement for its transaction, without a look at the codes of a
-/// database: the connection was lost, or the statement failed.
+/// database: the connection was lost, the statement or its row is wrong, or it failed.
 pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKind {
-    use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, WorkerCrashed};
-    let lost = matches!(error, Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut);
-    if lost { TransactionErrorKind::Lost } else { TransactionErrorKind::Failed }
+    use sqlx::Error::{
+        ColumnDecode, ColumnIndexOutOfBounds, ColumnNotFound, Decode, Encode, InvalidArgument, Io,
+        PoolClosed, PoolTimedOut, Protocol, RowNotFound, TypeNotFound, WorkerCrashed,
+    };
+    #[expect(clippy::wildcard_enum_match_arm, reason = "of everything else, nothing is known")]
+    match error {
+        Io(_) | Protocol(_) | WorkerCrashed | PoolClosed | PoolTimedOut => TransactionErrorKind::Lost,
+        ColumnDecode { .. }
+        | ColumnIndexOutOfBounds { .. }
+        | ColumnNotFound(_)
+        | Decode(_)
+        | Encode(_)
+        | InvalidArgument(_)
+        | RowNotFound
+        | TypeNotFound { .. } => TransactionErrorKind::Refused,
+        _ => TransactionErrorKind::Failed,
+    }
 }
 
 /// Makes the error for a connection that could not be taken out of a pool. Nothing was sent.

@@ -15,6 +15,7 @@ use sqlx::{
     sqlite::{Sqlite, SqliteArguments, SqliteRow},
 };
 
+pub(crate) use self::transaction::transaction_error_kind;
 use self::{connection::Connections, dialect::Own, transaction::AttemptTransaction};
 use super::{
     IntoStore, Store,

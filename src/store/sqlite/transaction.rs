@@ -2,17 +2,23 @@
 //!
 //! A transaction runs on the connection that writes. While it is open, there is no other write, and
 //! no claim can take the record over. A savepoint, set at its begin, proves at the end that it is
-//! still the transaction that was begun.
+//! still the transaction that was begun. If the savepoint is gone, SQLite has rolled the
+//! transaction back, or the handler has ended it. A hook of the connection tells whether anything
+//! was committed since the begin: also what a handler has written after a rollback that it did not
+//! notice.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use async_trait::async_trait;
 use sqlx::{
     AssertSqlSafe, Transaction,
-    sqlite::{Sqlite, SqliteConnection},
+    sqlite::{Sqlite, SqliteConnection, SqliteError},
 };
 use tokio::sync::OwnedMutexGuard;
 
@@ -37,13 +43,35 @@ pub(super) struct AttemptTransaction {
     store: SqliteStore,
     attempt: Attempt,
     lease: Duration,
+    /// Something was committed on the connection since the begin. The hook that notes it has the
+    /// other reference.
+    committed: Arc<AtomicBool>,
     /// The place at the head of the queue of writers, while the transaction is open.
     turn: Mutex<Option<OwnedMutexGuard<()>>>,
 }
 
 impl AttemptTransaction {
     pub(super) fn new(store: SqliteStore, attempt: Attempt, lease: Duration) -> Self {
-        Self { store, attempt, lease, turn: Mutex::default() }
+        Self { store, attempt, lease, committed: Arc::default(), turn: Mutex::default() }
+    }
+
+    /// Has every commit on the connection noted from now on.
+    async fn watch_commits(&self, connection: &mut SqliteConnection) -> Result<(), TransactionError> {
+        let committed = Arc::clone(&self.committed);
+        let hooked = connection.lock_handle().await.map(|mut handle| {
+            handle.set_commit_hook(move || {
+                committed.store(true, Ordering::SeqCst);
+                true
+            });
+        });
+        hooked.map_err(|source| {
+            failed(TransactionErrorKind::Unavailable, "the connection cannot be watched", source)
+        })
+    }
+
+    /// Something may be committed: it was, or the handler has set a hook of its own instead.
+    fn may_have_committed(&self) -> bool {
+        self.committed.load(Ordering::SeqCst) || Arc::strong_count(&self.committed) == 1
     }
 
     fn set_turn(&self, turn: Option<OwnedMutexGuard<()>>) {
@@ -57,6 +85,10 @@ impl AttemptTransaction {
         self.set_turn(Some(connections.turn().await?));
         let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", savepoint(&self.attempt));
         let mut transaction = connections.begin(&self.store.pool, begin).await?;
+        if let Err(error) = self.watch_commits(&mut transaction).await {
+            self.abandon(transaction).await;
+            return Err(error);
+        }
         let mine = prepared(&Call::new(&statements.own.mine).of_attempt(&self.attempt))
             .fetch_optional(&mut *transaction)
             .await;
@@ -72,8 +104,9 @@ impl AttemptTransaction {
         }
     }
 
-    /// Runs a statement about the savepoint. Fails if the savepoint is gone: then the transaction
-    /// is another one, or none.
+    /// Runs a statement about the savepoint. Fails if the savepoint is gone: as
+    /// [`Ended`](TransactionErrorKind::Ended) if something may be committed, else as
+    /// [`Failed`](TransactionErrorKind::Failed).
     async fn at_savepoint(
         &self,
         connection: &mut SqliteConnection,
@@ -81,10 +114,16 @@ impl AttemptTransaction {
     ) -> Result<(), TransactionError> {
         let statement = AssertSqlSafe(format!("{verb} {}", savepoint(&self.attempt)));
         let done = sqlx::raw_sql(statement).execute(connection).await;
-        let message = "the transaction is not the one that was begun";
-        done.map(drop).map_err(|source| match code(&source) {
-            Some(ERROR) => failed(TransactionErrorKind::Ended, message, source),
-            _ => failed(TransactionErrorKind::Lost, message, source),
+        done.map(drop).map_err(|source| match (self.may_have_committed(), code(&source)) {
+            (true, _) => {
+                let message = "the transaction is not the one that was begun, and something was committed";
+                failed(TransactionErrorKind::Ended, message, source)
+            }
+            (false, Some(ERROR)) => {
+                let message = "SQLite or the handler has rolled the transaction back";
+                failed(TransactionErrorKind::Failed, message, source)
+            }
+            (false, _) => failed(TransactionErrorKind::Lost, "the transaction was lost", source),
         })
     }
 
@@ -100,7 +139,7 @@ impl AttemptTransaction {
         };
         let failed = |source| {
             let message = "the last statement of the transaction failed";
-            failed(TransactionErrorKind::Failed, message, source)
+            failed(kind_of(&source), message, source)
         };
         let changed = prepared(&fenced.of_attempt(&self.attempt)).execute(&mut *connection).await;
         if changed.map_err(failed)?.rows_affected() == 0 {
@@ -151,7 +190,7 @@ impl Driver<Sqlite> for AttemptTransaction {
         committed.map_err(|source| match code(&source) {
             // Nothing says whether the commit has reached the disk.
             None | Some(INPUT_OUTPUT) => failed(TransactionErrorKind::Unconfirmed, "COMMIT failed", source),
-            Some(_) => failed(TransactionErrorKind::Failed, "COMMIT failed", source),
+            Some(_) => failed(kind_of(&source), "COMMIT failed", source),
         })
     }
 
@@ -159,7 +198,11 @@ impl Driver<Sqlite> for AttemptTransaction {
         // The proof comes first, because the rollback removes the savepoint.
         let proved = self.at_savepoint(&mut transaction, "ROLLBACK TO").await;
         self.abandon(transaction).await;
-        proved
+        match proved {
+            // It was rolled back before.
+            Err(error) if error.kind() == TransactionErrorKind::Failed => Ok(()),
+            proved => proved,
+        }
     }
 
     /// Does nothing: SQLite can end a transaction on its own connection only.
@@ -168,6 +211,17 @@ impl Driver<Sqlite> for AttemptTransaction {
     fn again(&self) -> Box<dyn Driver<Sqlite>> {
         Box::new(Self::new(self.store.clone(), self.attempt.clone(), self.lease))
     }
+}
+
+/// Returns the meaning of a failed statement for its transaction, if the error is SQLite's.
+pub(crate) fn transaction_error_kind(source: &sqlx::Error) -> Option<TransactionErrorKind> {
+    source.as_database_error()?.try_downcast_ref::<SqliteError>()?;
+    let refused = REFUSED.contains(&code(source)?);
+    Some(if refused { TransactionErrorKind::Refused } else { TransactionErrorKind::Failed })
+}
+
+fn kind_of(source: &sqlx::Error) -> TransactionErrorKind {
+    transaction_error_kind(source).unwrap_or_else(|| errors::transaction_error_kind(source))
 }
 
 fn failed(kind: TransactionErrorKind, message: &str, source: sqlx::Error) -> TransactionError {
@@ -180,5 +234,8 @@ fn code(error: &sqlx::Error) -> Option<u32> {
 
 /// `SQLITE_ERROR`, the code for a savepoint that does not exist.
 const ERROR: u32 = 1;
+/// The codes of errors that the same statement meets again: `SQLITE_ERROR`, `SQLITE_TOOBIG`,
+/// `SQLITE_CONSTRAINT`, `SQLITE_MISMATCH`, `SQLITE_MISUSE`, `SQLITE_AUTH`, `SQLITE_RANGE`.
+const REFUSED: [u32; 7] = [ERROR, 18, 19, 20, 21, 23, 25];
 /// `SQLITE_IOERR`.
 const INPUT_OUTPUT: u32 = 10;
