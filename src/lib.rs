@@ -13,6 +13,7 @@ mod consumer;
 mod error;
 mod fingerprint;
 mod handle;
+mod head;
 pub mod jobs;
 mod key;
 pub mod layer;
