@@ -25,8 +25,8 @@ use crate::head::{lines_of, only_line_of};
 /// # Ok::<(), tower_idempotency::errors::InvalidConsumer>(())
 /// ```
 ///
-/// The scopes that this crate makes begin with U+001F, which no other name can contain: nobody can
-/// be called as they are. Logs show them in brackets, as `[anonymous]`.
+/// The scopes that this crate makes begin with U+001F, which no other name can contain: no
+/// user can have their names. Logs show them in brackets, as `[anonymous]`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Consumer(Arc<str>);
 

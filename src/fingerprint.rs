@@ -14,8 +14,8 @@ use serde::Serialize;
 pub use self::canonical_json::InvalidPointer;
 #[cfg(test)]
 pub(crate) use self::canonical_json::canonicalize;
-pub(crate) use self::{difference::Difference, digest::canonical_digest, scheme::Comparison};
 use self::{digest::Secret, scheme::ARGUMENTS_VERSION};
+pub(crate) use self::{digest::canonical_digest, scheme::Comparison};
 use crate::head::original_uri;
 
 /// A digest of a request, together with the scheme that it was computed in.
@@ -54,7 +54,15 @@ impl fmt::Debug for Fingerprint {
 ///
 /// The default is a SHA-256 over method, original path and query, content type and body bytes, each
 /// with its length before it. `Host`, `User-Agent`, the headers of tracing and authentication, and
-/// the framing of the body do not count.
+/// the framing of the body do not count. Bytes are compared, not meanings: another charset in the
+/// content type, another boundary of a multipart form or another compression of the same data is
+/// another request. If clients make such bodies again for each try, cover what they mean with
+/// [`custom`](Self::custom), or use [`none`](Self::none).
+///
+/// A mismatch is refused with 422 `key-reused`, which names the parts that differ and never their
+/// values. For that, a fingerprint has two bytes of digest for each part but the body. They are
+/// salted with the digest of the whole, and keyed if that is. The body has none, so that guesses of
+/// it cannot be tested better than with the digest of the whole.
 ///
 /// In a nested axum router, the original path comes from `OriginalUri` (feature `axum`). Elsewhere,
 /// use [`with_target`](Self::with_target) if an outer service changes the URI.
@@ -137,10 +145,11 @@ impl Fingerprinter {
     /// ([RFC 6901]).
     ///
     /// The order of members, white space and escapes do not count. Numbers are compared as they are
-    /// written: `1` and `1.0` differ, and no digit is lost. A body that is not JSON, repeats a
-    /// member or nests deeper than 32 levels is compared byte by byte.
+    /// written: `1` and `1.0` differ, and no digit is lost. A body that is not strictly JSON
+    /// ([RFC 8259]), repeats a member or nests deeper than 32 levels is compared byte by byte.
     ///
     /// [RFC 6901]: https://www.rfc-editor.org/rfc/rfc6901
+    /// [RFC 8259]: https://www.rfc-editor.org/rfc/rfc8259
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;
@@ -160,7 +169,9 @@ impl Fingerprinter {
         Ok(self)
     }
 
-    /// Covers another header: all its lines, in their order.
+    /// Covers another header: all its lines, in their order. It reads alike over HTTP/1.1 and
+    /// HTTP/2: `Host` is taken from the URI where HTTP/2 has it, and several lines of `Cookie` are
+    /// one.
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;

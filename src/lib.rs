@@ -12,6 +12,9 @@ mod attempt;
 mod consumer;
 mod error;
 mod fingerprint;
+#[cfg(test)]
+#[path = "../tests/fuzz/targets.rs"]
+mod fuzz;
 mod handle;
 mod head;
 pub mod jobs;

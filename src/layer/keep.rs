@@ -25,14 +25,16 @@ impl Settings {
         if let Some(name) = kept.headers.iter().find(|name| self.is_credential(name)) {
             panic!(
                 "{name} identifies who sends a request and cannot be kept with it: remove it from \
-                 KeptRequests; what Restore puts back takes its place"
+                 KeptRequests; what Restore puts back takes its place. If it is no credential, name it with \
+                 ConsumerExtractor::add_ignored_header first"
             );
         }
         if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
             panic!(
                 "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with \
                  it, so that a request that is sent again would never be the same: remove it from the \
-                 Fingerprinter"
+                 Fingerprinter. If it is no credential, name it with \
+                 ConsumerExtractor::add_ignored_header first"
             );
         }
     }

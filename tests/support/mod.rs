@@ -8,6 +8,7 @@ pub mod db;
 pub mod direct;
 pub mod forward;
 pub mod http;
+pub mod logged;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
