@@ -63,7 +63,7 @@ impl Fingerprinter {
                 let covered = self.parts_of(parts);
                 let mut input = Input::new(self.secret.as_ref());
                 covered.iter().for_each(|(_, bytes)| input.field(bytes));
-                self.payload.add_to(&mut input, parts, body);
+                self.payload.add_to(version, &mut input, parts, body);
                 let digest = input.digest();
                 [&id[..], &digest, &self.part_digests(&digest, &covered).concat()].concat()
             }
@@ -85,7 +85,7 @@ impl Fingerprinter {
             let content_type = parts.headers.get(header::CONTENT_TYPE);
             input.field(content_type.map_or(&[], HeaderValue::as_bytes));
         }
-        self.payload.add_to(&mut input, parts, body);
+        self.payload.add_to(Version::Whole, &mut input, parts, body);
         input.digest()
     }
 
@@ -169,16 +169,20 @@ impl Fingerprinter {
 }
 
 impl Payload {
-    fn add_to(&self, input: &mut Input, parts: &Parts, body: &Bytes) {
+    fn add_to(&self, version: Version, input: &mut Input, parts: &Parts, body: &Bytes) {
         match self {
             Self::None => {}
             Self::Custom(_, digest) => input.field(&digest(parts, body)),
             Self::Bytes => input.field(body),
-            Self::CanonicalJson(excluded) => match canonical_json::canonicalize(body, excluded) {
-                Some(canonical) => input.field(&canonical),
+            Self::CanonicalJson(excluded) => {
+                let canonical = canonical_json::canonicalize(body, excluded);
+                // A body that is no JSON can look like the canonical form of another one.
+                if version == Version::Parts {
+                    input.length(usize::from(canonical.is_some()));
+                }
                 // Compared byte by byte: parsers disagree about the meaning of what is no JSON.
-                None => input.field(body),
-            },
+                input.field(canonical.as_deref().unwrap_or(body));
+            }
         }
     }
 
