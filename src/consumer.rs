@@ -45,9 +45,9 @@ impl Consumer {
         }
     }
 
-    /// Reads a name as a store has kept it, which is that of [`as_str`](Self::as_str): also the name
-    /// of a scope that this crate makes. For stores and operators; use [`new`](Self::new) for names
-    /// that come from elsewhere.
+    /// Reads a name as a store has kept it, which is that of [`as_str`](Self::as_str). The name of
+    /// a scope that this crate makes is read too. For stores and operators; use [`new`](Self::new)
+    /// for names that come from elsewhere.
     ///
     /// # Errors
     ///
@@ -103,8 +103,8 @@ impl fmt::Display for Consumer {
 /// The name is not one that a consumer can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a consumer is 1 to 255 bytes of UTF-8 without NUL and U+001F; this name has {length} bytes, or one of the \
-     two characters"
+    "a consumer is 1 to 255 bytes of UTF-8 without NUL and U+001F; this name has {length} bytes, or one of \
+     the two characters"
 )]
 pub struct InvalidConsumer {
     length: usize,
@@ -278,7 +278,7 @@ impl ConsumerExtractor {
         match &self.source {
             Source::ExtensionOrCredentials => match parts.extensions.get::<Consumer>() {
                 Some(consumer) => Ok(consumer.clone()),
-                None => self.from_credentials(parts, key_header),
+                None => self.guess(parts, key_header),
             },
             Source::AuthorizationDigest => {
                 self.refuse_other_credentials(parts, key_header)?;
@@ -291,7 +291,7 @@ impl ConsumerExtractor {
         }
     }
 
-    fn from_credentials(&self, parts: &Parts, key_header: &HeaderName) -> Result<Consumer, Unidentified> {
+    fn guess(&self, parts: &Parts, key_header: &HeaderName) -> Result<Consumer, Unidentified> {
         self.refuse_other_credentials(parts, key_header)?;
         if let Some(consumer) = digest_of_authorization(parts, false)? {
             warn_of_digest();
@@ -330,7 +330,11 @@ impl ConsumerExtractor {
     pub(crate) fn header_name(&self) -> Option<&HeaderName> {
         match &self.source {
             Source::Header(name) => Some(name),
-            _ => None,
+            Source::ExtensionOrCredentials
+            | Source::AuthorizationDigest
+            | Source::Extension
+            | Source::Closure(_)
+            | Source::Shared(_) => None,
         }
     }
 }

@@ -47,9 +47,10 @@ impl Unidentified {
         if is_first(&cause, most) {
             tracing::error!(
                 target: TRACING_TARGET, cause,
-                "a request was refused with 403 consumer-unidentified and not performed. Is the authentication \
-                 layer outside of the idempotency layer? It must run first and put a Consumer into the \
-                 extensions of the request: with axum, add it with .layer() after the idempotency layer. {}",
+                "a request was refused with 403 consumer-unidentified and not performed. Is the \
+                 authentication layer outside of the idempotency layer? It must run first and put a \
+                 Consumer into the extensions of the request: with axum, add it with .layer() after the \
+                 idempotency layer. {}",
                 self.remedy()
             );
         }
@@ -84,8 +85,8 @@ pub(super) fn warn_of_anonymous() {
         tracing::warn!(
             target: TRACING_TARGET,
             "a request without a credential that this layer knows belongs to the anonymous scope, which all \
-             such callers share: two that send an equal key and an equal request get the same response. Put a \
-             Consumer into the extensions in a layer outside of the idempotency layer, or choose \
+             such callers share: two that send an equal key and an equal request get the same response. Put \
+             a Consumer into the extensions in a layer outside of the idempotency layer, or choose \
              ConsumerExtractor::shared(Consumer::anonymous())"
         );
     }
@@ -96,9 +97,10 @@ pub(super) fn warn_of_digest() {
     if is_first("digest", usize::MAX) {
         tracing::warn!(
             target: TRACING_TARGET,
-            "the consumer is a digest of Authorization: a token that is refreshed, or a new password, becomes \
-             another consumer, and a retry with it runs again. Put a Consumer into the extensions in a layer \
-             outside of the idempotency layer, or choose ConsumerExtractor::authorization_digest()"
+            "the consumer is a digest of Authorization: a token that is refreshed, or a new password, \
+             becomes another consumer, and a retry with it runs again. Put a Consumer into the extensions \
+             in a layer outside of the idempotency layer, or choose \
+             ConsumerExtractor::authorization_digest()"
         );
     }
 }

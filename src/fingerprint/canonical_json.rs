@@ -26,8 +26,8 @@ impl Pointer {
 #[error("{0:?} is not a JSON pointer to a member (RFC 6901): begin with a slash, write ~ as ~0 and / as ~1")]
 pub struct InvalidPointer(String);
 
-/// Writes the canonical form; `None` if the body is not JSON ([RFC 8259]), repeats a member or nests
-/// too deeply.
+/// Writes the canonical form; `None` if the body is not JSON ([RFC 8259]), repeats a member or
+/// nests too deeply.
 ///
 /// [RFC 8259]: https://www.rfc-editor.org/rfc/rfc8259
 pub(crate) fn canonicalize(body: &[u8], excluded: &[Pointer]) -> Option<Vec<u8>> {

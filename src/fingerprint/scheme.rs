@@ -147,10 +147,10 @@ impl Fingerprinter {
     fn differing(&self, recorded: &[u8], covered: &[(Part, Vec<u8>)]) -> Option<Vec<Part>> {
         let (whole, recorded) = recorded.split_at_checked(DIGEST_LENGTH)?;
         let own = self.part_digests(whole, covered);
-        let differs = |((_, own), recorded): &((&(Part, Vec<u8>), [u8; PART_LENGTH]), &[u8])| own != recorded;
-        let compared = covered.iter().zip(own).zip(recorded.chunks(PART_LENGTH));
-        let differing = compared.filter(differs).map(|((part, _), _)| part.0.clone());
-        (recorded.len() == covered.len() * PART_LENGTH).then(|| differing.collect())
+        let differing = covered.iter().zip(own).zip(recorded.chunks(PART_LENGTH));
+        let differing = differing.filter(|((_, own), recorded)| own != recorded);
+        let is_whole = recorded.len() == covered.len() * PART_LENGTH;
+        is_whole.then(|| differing.map(|((part, _), _)| part.0.clone()).collect())
     }
 
     /// Version of the algorithm, digest of the options, id of the secret.

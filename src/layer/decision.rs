@@ -144,9 +144,9 @@ fn consumer_of(settings: &Settings, parts: &Parts) -> Result<Consumer, Rejection
         cause.log();
         Rejection::new(
             RejectionCode::ConsumerUnidentified,
-            "The request was not performed: the server cannot tell safely whose idempotency key this is. Send \
-             the credentials that the API asks for. The server's log says which part of the request it cannot \
-             read.",
+            "The request was not performed: the server cannot tell safely whose idempotency key this is. \
+             Send the credentials that the API asks for. The server's log says which part of the request it \
+             cannot read.",
         )
     })
 }

@@ -74,7 +74,7 @@ pub use crate::{
 /// The words in bold are also the names of these rules in the source of this crate's stores.
 ///
 /// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces
-///   matter. A consumer is read with [`Consumer::from_stored`]: [`Consumer::new`] refuses the scopes
+///   matter. Read a consumer with [`Consumer::from_stored`]: [`Consumer::new`] refuses the scopes
 ///   that this crate makes, whose names begin with U+001F.
 /// * **A claim is atomic.** Of any number of claims of an absent key, in any number of processes,
 ///   exactly one is won. An implementation may read first, but must not decide by what it has read.
