@@ -1,18 +1,18 @@
 //! The API consumer that a key belongs to, and how a request names it.
 
-use std::{
-    fmt,
-    sync::Arc,
-    sync::atomic::{AtomicBool, Ordering},
-};
+mod credentials;
+mod unidentified;
 
-use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
-use sha2::{Digest, Sha256};
+use std::{fmt, sync::Arc};
 
-use crate::{key::hex, redact::TRACING_TARGET};
+use http::{HeaderName, HeaderValue, header, request::Parts};
 
-/// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8 without NUL, compared byte by
-/// byte.
+use self::credentials::{Authorization, READ_BY_VALUE, cookie_names, identifies, is_in_uri};
+use self::unidentified::{warn_of_anonymous, warn_of_digest};
+pub(crate) use self::{credentials::is_credential, unidentified::Unidentified};
+use crate::head::{lines_of, only_line_of};
+
+/// The API consumer that a key belongs to: 1 to 255 bytes of UTF-8, compared byte by byte.
 ///
 /// A consumer is a customer, an account or a tenant of your API. Two consumers can use the same key
 /// and never see each other's responses. The authentication layer puts the consumer into the
@@ -24,6 +24,9 @@ use crate::{key::hex, redact::TRACING_TARGET};
 /// request.extensions_mut().insert(Consumer::new("acme")?);
 /// # Ok::<(), tower_idempotency::errors::InvalidConsumer>(())
 /// ```
+///
+/// The scopes that this crate makes begin with U+001F, which no other name can contain: no
+/// user can have their names. Logs show them in brackets, as `[anonymous]`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Consumer(Arc<str>);
 
@@ -32,8 +35,24 @@ impl Consumer {
     ///
     /// # Errors
     ///
-    /// [`InvalidConsumer`] if the name is empty, is longer than 255 bytes or contains a NUL.
+    /// [`InvalidConsumer`] if the name is empty, is longer than 255 bytes or contains a NUL or
+    /// U+001F.
     pub fn new(name: impl AsRef<str>) -> Result<Self, InvalidConsumer> {
+        let name = name.as_ref();
+        match name.contains(RESERVED) {
+            true => Err(InvalidConsumer { length: name.len() }),
+            false => Self::from_stored(name),
+        }
+    }
+
+    /// Reads a name as a store has kept it, which is that of [`as_str`](Self::as_str). The name of
+    /// a scope that this crate makes is read too. For stores and operators; use [`new`](Self::new)
+    /// for names that come from elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConsumer`] if the name is empty, is longer than 255 bytes or contains a NUL.
+    pub fn from_stored(name: impl AsRef<str>) -> Result<Self, InvalidConsumer> {
         let name = name.as_ref();
         if name.is_empty() || name.len() > 255 || name.contains('\0') {
             return Err(InvalidConsumer { length: name.len() });
@@ -41,7 +60,25 @@ impl Consumer {
         Ok(Self(name.into()))
     }
 
-    /// The name.
+    /// The scope of all requests without a credential, unless the
+    /// [extractor](ConsumerExtractor) finds another consumer.
+    ///
+    /// ```
+    /// # use tower_idempotency::Consumer;
+    /// assert_eq!(Consumer::anonymous().to_string(), "[anonymous]");
+    /// assert_ne!(Consumer::anonymous(), Consumer::new("anonymous")?);
+    /// # Ok::<(), tower_idempotency::errors::InvalidConsumer>(())
+    /// ```
+    #[must_use]
+    pub fn anonymous() -> Self {
+        Self::reserved("anonymous")
+    }
+
+    fn reserved(name: &str) -> Self {
+        Self(format!("{RESERVED}{name}").into())
+    }
+
+    /// The name, as stores keep it.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -50,47 +87,64 @@ impl Consumer {
 
 impl fmt::Debug for Consumer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        fmt::Debug::fmt(&self.0, f)
     }
 }
 
 impl fmt::Display for Consumer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        match self.0.strip_prefix(RESERVED) {
+            Some(scope) => write!(f, "[{scope}]"),
+            None => f.write_str(&self.0),
+        }
     }
 }
 
 /// The name is not one that a consumer can have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a consumer is 1 to 255 bytes of UTF-8 without NUL; this name has {length} bytes, or a NUL")]
+#[error(
+    "a consumer is 1 to 255 bytes of UTF-8 without NUL and U+001F; this name has {length} bytes, or one of \
+     the two characters"
+)]
 pub struct InvalidConsumer {
     length: usize,
 }
 
-type Extract = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
+type Find = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 
 /// Finds the consumer of a request.
 ///
-/// A request whose consumer is not found is refused with 403 `consumer-unidentified`. The default
-/// looks in this order:
+/// A request whose consumer is not found is refused with 403 `consumer-unidentified`, and the cause
+/// is logged once in the life of the process. The default looks in this order:
 ///
 /// 1. The [`Consumer`] that an authentication layer has put into the request's extensions.
-/// 2. A digest of the `Authorization` header, if its scheme is `Basic` or `Bearer`.
-/// 3. The anonymous scope, if the request carries no credential. All such requests share it.
+/// 2. A digest of the `Authorization` header, if it holds `Basic` credentials or an opaque `Bearer`
+///    token, such as an API key. A WARN says once that a token that is refreshed becomes another
+///    consumer: its retries run again.
+/// 3. The [anonymous scope](Consumer::anonymous), if the request carries no credential. All such
+///    requests share it, which a WARN says once.
 ///
 /// Every other request is refused, because a guess would either show one user's response to another
 /// or protect no request. These are refused:
 ///
+/// * a `Bearer` token that is made to be refreshed: a JWT, JWE, PASETO or macaroon
 /// * another scheme, because its value may change with each request
 /// * more than one `Authorization` line
-/// * `Authorization` beside an API key, for example in `X-Api-Key`
-/// * `Cookie`, `X-Api-Key` or the like without `Authorization`
+/// * another header that says who sends the request, alone or beside `Authorization`: every header
+///   whose name contains `auth`, `token`, `key`, `secret`, `session`, `signature`, `credential`,
+///   `password`, `passwd`, `cookie`, `jwt`, `assertion`, `cert`, `oidc`, `dpop`, `user`, `account`,
+///   `merchant`, `customer`, `principal`, `identity` or `client-id`, but for the header of the key,
+///   `User-Agent`, `Sec-*` and tokens against request forgery (`csrf`, `xsrf`)
+/// * a `Cookie` without `Authorization`
+/// * a credential in the URI: a user name, or a query parameter such as `api_key` or `access_token`
+///
+/// Name those that are no credentials with [`add_ignored_header`](Self::add_ignored_header) and
+/// [`add_ignored_cookie`](Self::add_ignored_cookie). A header under any other name is not
+/// recognized, and a client certificate cannot be seen: their requests are anonymous. Put a
+/// [`Consumer`] into the extensions there.
 ///
 /// Credentials are never stored, only their digest. The digest has no salt: a person who reads the
 /// table or the log can test guesses of a weak `Basic` password.
-///
-/// A Bearer token that is a JWT changes when it is refreshed, and each token counts as another
-/// consumer: a retry with the new token runs again. Use [`extension`](Self::extension) there.
 ///
 /// ```
 /// # use tower_idempotency::{ConsumerExtractor, IdempotencyLayer, MemoryStore};
@@ -99,8 +153,19 @@ type Extract = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 /// ```
 #[derive(Clone)]
 pub struct ConsumerExtractor {
-    extract: Arc<Extract>,
-    header: Option<HeaderName>,
+    source: Source,
+    ignored_headers: Vec<HeaderName>,
+    ignored_cookies: Vec<String>,
+}
+
+#[derive(Clone)]
+enum Source {
+    ExtensionOrCredentials,
+    AuthorizationDigest,
+    Extension,
+    Header(HeaderName),
+    Closure(Arc<Find>),
+    Shared(Consumer),
 }
 
 impl ConsumerExtractor {
@@ -110,14 +175,31 @@ impl ConsumerExtractor {
     /// first.
     #[must_use]
     pub fn extension() -> Self {
-        Self::from_fn(|parts| parts.extensions.get::<Consumer>().cloned())
+        Self::of(Source::Extension)
+    }
+
+    /// Takes a digest of the `Authorization` header: of `Basic`, or of any `Bearer` token, also of
+    /// one that looks like a JWT.
+    ///
+    /// Choose it only if clients use one token for as long as they may retry: **a retry with a
+    /// refreshed token runs again**. It logs no warning. Every request that the
+    /// [default](Self::default) refuses for another reason is refused, and one without
+    /// `Authorization` too.
+    ///
+    /// ```
+    /// # use tower_idempotency::ConsumerExtractor;
+    /// let extractor = ConsumerExtractor::authorization_digest();
+    /// ```
+    #[must_use]
+    pub fn authorization_digest() -> Self {
+        Self::of(Source::AuthorizationDigest)
     }
 
     /// Takes the value of a header, which a trusted proxy must set: a client that can set it can
     /// name any consumer.
     ///
     /// A request is refused if it has no such header, two of them, or a value that is no
-    /// [`Consumer`].
+    /// [`Consumer`]. `Host` is taken from the URI where HTTP/2 has it.
     ///
     /// ```
     /// # use tower_idempotency::ConsumerExtractor;
@@ -125,12 +207,7 @@ impl ConsumerExtractor {
     /// ```
     #[must_use]
     pub fn header(name: HeaderName) -> Self {
-        let header = Some(name.clone());
-        let by_header = Self::from_fn(move |parts| {
-            let value = only_value(&parts.headers, &name)?;
-            Consumer::new(std::str::from_utf8(value.as_bytes()).ok()?).ok()
-        });
-        Self { header, ..by_header }
+        Self::of(Source::Header(name))
     }
 
     /// Calls a closure for each request; `None` refuses the request.
@@ -144,108 +221,203 @@ impl ConsumerExtractor {
     /// ```
     #[must_use]
     pub fn from_fn(extract: impl Fn(&Parts) -> Option<Consumer> + Send + Sync + 'static) -> Self {
-        Self { extract: Arc::new(extract), header: None }
+        Self::of(Source::Closure(Arc::new(extract)))
     }
 
     /// Puts all requests into one scope. Use it only if the API has a single consumer.
     ///
-    /// Two clients that send an equal key and an equal request get the same response.
+    /// Two clients that send an equal key and an equal request get the same response. It logs no
+    /// warning.
     ///
     /// ```
     /// # use tower_idempotency::{Consumer, ConsumerExtractor};
-    /// let extractor = ConsumerExtractor::shared(Consumer::new("internal")?);
-    /// # Ok::<(), tower_idempotency::errors::InvalidConsumer>(())
+    /// let extractor = ConsumerExtractor::shared(Consumer::anonymous());
     /// ```
     #[must_use]
     pub fn shared(scope: Consumer) -> Self {
-        Self::from_fn(move |_| Some(scope.clone()))
+        Self::of(Source::Shared(scope))
     }
 
-    pub(crate) fn extract(&self, parts: &Parts) -> Option<Consumer> {
-        (self.extract)(parts)
+    /// Names a header that is no credential, though its name looks like one: the
+    /// [default](Self::default) and [`authorization_digest`](Self::authorization_digest) do not
+    /// refuse requests for it, and it may be [kept](crate::recovery::KeptRequests).
+    ///
+    /// ```
+    /// # use tower_idempotency::ConsumerExtractor;
+    /// let extractor = ConsumerExtractor::default()
+    ///     .add_ignored_header(http::HeaderName::from_static("x-author"));
+    /// ```
+    #[must_use]
+    pub fn add_ignored_header(mut self, name: HeaderName) -> Self {
+        self.ignored_headers.push(name);
+        self
+    }
+
+    /// Names a cookie that is no credential, such as a load balancer's: the
+    /// [default](Self::default) does not refuse requests whose cookies are all named here. Case
+    /// counts.
+    ///
+    /// ```
+    /// # use tower_idempotency::ConsumerExtractor;
+    /// let extractor = ConsumerExtractor::default()
+    ///     .add_ignored_cookie("AWSALB")
+    ///     .add_ignored_cookie("AWSALBCORS");
+    /// ```
+    #[must_use]
+    pub fn add_ignored_cookie(mut self, name: impl Into<String>) -> Self {
+        self.ignored_cookies.push(name.into());
+        self
+    }
+
+    fn of(source: Source) -> Self {
+        Self { source, ignored_headers: Vec::new(), ignored_cookies: Vec::new() }
+    }
+
+    /// `key_header` carries the key, and no credential whatever its name.
+    pub(crate) fn extract(&self, parts: &Parts, key_header: &HeaderName) -> Result<Consumer, Unidentified> {
+        match &self.source {
+            Source::ExtensionOrCredentials => match parts.extensions.get::<Consumer>() {
+                Some(consumer) => Ok(consumer.clone()),
+                None => self.guess(parts, key_header),
+            },
+            Source::AuthorizationDigest => {
+                self.refuse_other_credentials(parts, key_header)?;
+                digest_of_authorization(parts, true)?.ok_or(Unidentified::NoAuthorization)
+            }
+            Source::Extension => parts.extensions.get::<Consumer>().cloned().ok_or(Unidentified::NoExtension),
+            Source::Header(name) => named_by(parts, name).ok_or_else(|| Unidentified::NoHeader(name.clone())),
+            Source::Closure(find) => find(parts).ok_or(Unidentified::NoneFound),
+            Source::Shared(scope) => Ok(scope.clone()),
+        }
+    }
+
+    fn guess(&self, parts: &Parts, key_header: &HeaderName) -> Result<Consumer, Unidentified> {
+        self.refuse_other_credentials(parts, key_header)?;
+        if let Some(consumer) = digest_of_authorization(parts, false)? {
+            warn_of_digest();
+            return Ok(consumer);
+        }
+        // Beside `Authorization` a cookie is common, and not the credential that counts.
+        if lines_of(parts, &header::COOKIE).iter().any(|line| self.has_session(line)) {
+            return Err(Unidentified::Cookie);
+        }
+        warn_of_anonymous();
+        Ok(Consumer::anonymous())
+    }
+
+    fn refuse_other_credentials(&self, parts: &Parts, key_header: &HeaderName) -> Result<(), Unidentified> {
+        let is_other = |name: &&HeaderName| {
+            *name != key_header && !READ_BY_VALUE.contains(name) && !self.ignores(name) && identifies(name)
+        };
+        match parts.headers.keys().find(is_other) {
+            Some(name) => Err(Unidentified::OtherCredential(name.clone())),
+            None if is_in_uri(parts) => Err(Unidentified::CredentialInUri),
+            None => Ok(()),
+        }
+    }
+
+    fn has_session(&self, cookies: &HeaderValue) -> bool {
+        let is_ignored = |name: &[u8]| self.ignored_cookies.iter().any(|cookie| cookie.as_bytes() == name);
+        !cookie_names(cookies).all(is_ignored)
+    }
+
+    /// A header that an operator has named as no credential.
+    pub(crate) fn ignores(&self, name: &HeaderName) -> bool {
+        self.ignored_headers.contains(name)
     }
 
     /// The header that names the consumer; `None` if the consumer comes from elsewhere.
     pub(crate) fn header_name(&self) -> Option<&HeaderName> {
-        self.header.as_ref()
+        match &self.source {
+            Source::Header(name) => Some(name),
+            Source::ExtensionOrCredentials
+            | Source::AuthorizationDigest
+            | Source::Extension
+            | Source::Closure(_)
+            | Source::Shared(_) => None,
+        }
     }
 }
 
 impl Default for ConsumerExtractor {
     fn default() -> Self {
-        let warned = AtomicBool::new(false);
-        Self::from_fn(move |parts| {
-            parts.extensions.get::<Consumer>().cloned().or_else(|| from_credentials(&parts.headers, &warned))
-        })
+        Self::of(Source::ExtensionOrCredentials)
     }
 }
 
 impl fmt::Debug for ConsumerExtractor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ConsumerExtractor")
+        f.debug_struct("ConsumerExtractor")
+            .field("ignored_headers", &self.ignored_headers)
+            .field("ignored_cookies", &self.ignored_cookies)
+            .finish_non_exhaustive()
     }
 }
 
-fn from_credentials(headers: &HeaderMap, warned: &AtomicBool) -> Option<Consumer> {
-    let other_credential = OTHER_CREDENTIALS.iter().any(|name| headers.contains_key(*name));
-    if !headers.contains_key(header::AUTHORIZATION) {
-        return (!other_credential).then(|| Consumer("anonymous".into()));
-    }
-    // A cookie beside `Authorization` is common; an API key beside it may be the credential that counts.
-    let ambiguous = OTHER_CREDENTIALS.iter().any(|name| *name != "cookie" && headers.contains_key(*name));
-    let value = only_value(headers, &header::AUTHORIZATION)?;
-    if ambiguous || !has_stable_scheme(value) {
-        return None;
-    }
-    if looks_like_jwt(value.as_bytes()) && !warned.swap(true, Ordering::Relaxed) {
-        tracing::warn!(
-            target: TRACING_TARGET,
-            "the consumer is taken from a JWT, and a refreshed token counts as another consumer: its retries \
-             run again; use ConsumerExtractor::extension()"
-        );
-    }
-    Some(Consumer(format!("authorization:{}", hex(&Sha256::digest(value.as_bytes()))).into()))
+fn named_by(parts: &Parts, name: &HeaderName) -> Option<Consumer> {
+    let line = only_line_of(parts, name)?;
+    Consumer::new(std::str::from_utf8(line.as_bytes()).ok()?).ok()
 }
 
-fn only_value<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a HeaderValue> {
-    let mut values = headers.get_all(name).iter();
-    values.next().filter(|_| values.next().is_none())
+/// `None` if the request has no `Authorization`.
+fn digest_of_authorization(parts: &Parts, may_be_refreshed: bool) -> Result<Option<Consumer>, Unidentified> {
+    let lines = lines_of(parts, &header::AUTHORIZATION);
+    let credential = match lines.as_slice() {
+        [] => return Ok(None),
+        [line] => match Authorization::parse(line) {
+            Authorization::Opaque(credential) => credential,
+            Authorization::Refreshed(credential) if may_be_refreshed => credential,
+            Authorization::Refreshed(_) => return Err(Unidentified::Refreshed),
+            Authorization::Other => return Err(Unidentified::OtherScheme),
+        },
+        _ => return Err(Unidentified::SeveralAuthorizations),
+    };
+    Ok(Some(Consumer::reserved(&format!("authorization:{}", credential.digest()))))
 }
 
-fn has_stable_scheme(value: &HeaderValue) -> bool {
-    let scheme = value.as_bytes().split(|byte| *byte == b' ').next().unwrap_or_default();
-    scheme.eq_ignore_ascii_case(b"basic") || scheme.eq_ignore_ascii_case(b"bearer")
-}
-
-fn looks_like_jwt(value: &[u8]) -> bool {
-    value.get(..10).is_some_and(|start| start.eq_ignore_ascii_case(b"bearer eyj"))
-        && value.iter().filter(|byte| **byte == b'.').count() == 2
-}
-
-/// Headers that carry a credential in common APIs, other than `Authorization`.
-pub(crate) const OTHER_CREDENTIALS: [&str; 6] =
-    ["cookie", "x-api-key", "api-key", "apikey", "x-auth-token", "x-access-token"];
+/// Only scopes that this crate makes contain it.
+const RESERVED: char = '\u{1f}';
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn default_consumer(headers: &[(&'static str, &str)]) -> Option<Consumer> {
+    type Headers<'a> = &'a [(&'static str, &'a str)];
+
+    fn parts(headers: Headers<'_>) -> Parts {
         let mut request = http::Request::new(());
         for (name, value) in headers {
             request.headers_mut().append(*name, HeaderValue::from_str(value).unwrap());
         }
-        ConsumerExtractor::default().extract(&request.into_parts().0)
+        request.into_parts().0
+    }
+
+    fn extract(extractor: &ConsumerExtractor, headers: Headers<'_>) -> Result<Consumer, Unidentified> {
+        extractor.extract(&parts(headers), &HeaderName::from_static("idempotency-key"))
+    }
+
+    fn default_consumer(headers: Headers<'_>) -> Result<Consumer, Unidentified> {
+        extract(&ConsumerExtractor::default(), headers)
     }
 
     #[test]
     fn names_are_checked_when_made() {
         assert!(Consumer::new("a").is_ok() && Consumer::new("ä".repeat(127)).is_ok());
-        assert!(
-            Consumer::new("").is_err()
-                && Consumer::new("a\0").is_err()
-                && Consumer::new("a".repeat(256)).is_err()
-        );
+        for name in ["", "a\0", "\u{1f}anonymous", "a\u{1f}", &"a".repeat(256)] {
+            assert!(Consumer::new(name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn scopes_of_the_crate_are_reserved_and_readable() {
+        let digest = default_consumer(&[("authorization", "Bearer t1")]).unwrap();
+        for scope in [Consumer::anonymous(), digest] {
+            assert!(
+                Consumer::new(scope.as_str()).is_err() && Consumer::new(scope.to_string()).unwrap() != scope
+            );
+            assert_eq!(Consumer::from_stored(scope.as_str()).unwrap(), scope);
+            assert!(!scope.to_string().contains(RESERVED) && scope.as_str().len() <= 255);
+        }
     }
 
     #[test]
@@ -254,48 +426,103 @@ mod tests {
         let bob = default_consumer(&[("authorization", "Bearer bob-token")]).unwrap();
         assert_ne!(alice, bob);
         assert!(!alice.as_str().contains("alice"));
-        assert!(default_consumer(&[("authorization", "basic Zm9vOmJhcg==")]).is_some());
+        assert_eq!(default_consumer(&[("authorization", "bearer  alice-token ")]).unwrap(), alice);
+        assert_ne!(default_consumer(&[("authorization", "basic alice-token")]).unwrap(), alice);
     }
 
     #[test]
     fn no_credential_is_the_anonymous_scope() {
-        assert_eq!(default_consumer(&[("accept", "*/*")]).unwrap().as_str(), "anonymous");
-    }
-
-    #[test]
-    fn guesses_are_refused() {
-        let refused: [&[(&str, &str)]; 6] = [
-            &[("authorization", "Digest username=x")],
-            &[("authorization", "AWS4-HMAC-SHA256 Credential=x")],
-            &[("authorization", "Bearer a"), ("x-api-key", "b")],
-            &[("authorization", "Bearer a"), ("authorization", "Bearer b")],
-            &[("cookie", "session=1")],
-            &[("x-api-key", "b")],
-        ];
-        for headers in refused {
-            assert_eq!(default_consumer(headers), None, "{headers:?}");
+        let headers: [Headers<'_>; 3] = [&[], &[("accept", "*/*"), ("x-csrf-token", "1")], &[("cookie", "")]];
+        for headers in headers {
+            assert_eq!(default_consumer(headers).unwrap(), Consumer::anonymous(), "{headers:?}");
         }
     }
 
     #[test]
+    fn guesses_are_refused() {
+        let jwt = "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2ln";
+        let other = |name| Unidentified::OtherCredential(HeaderName::from_static(name));
+        let refused: [(Headers<'_>, Unidentified); 9] = [
+            (&[("authorization", "Digest username=x")], Unidentified::OtherScheme),
+            (&[("authorization", "")], Unidentified::OtherScheme),
+            (&[("authorization", jwt)], Unidentified::Refreshed),
+            (&[("authorization", "Bearer a"), ("x-api-key", "b")], other("x-api-key")),
+            (
+                &[("authorization", "Bearer a"), ("authorization", "Bearer b")],
+                Unidentified::SeveralAuthorizations,
+            ),
+            (&[("cookie", "session=1")], Unidentified::Cookie),
+            (&[("x-api-key", "b")], other("x-api-key")),
+            (&[("x-merchant-token", "m1")], other("x-merchant-token")),
+            (&[("x-forwarded-user", "u")], other("x-forwarded-user")),
+        ];
+        for (headers, cause) in refused {
+            assert_eq!(default_consumer(headers), Err(cause), "{headers:?}");
+        }
+    }
+
+    #[test]
+    fn a_digest_is_chosen_knowingly() {
+        let digest = ConsumerExtractor::authorization_digest();
+        let jwt: Headers<'_> = &[("authorization", "Bearer a.b.c")];
+        assert_ne!(extract(&digest, jwt).unwrap(), Consumer::anonymous());
+        let opaque: Headers<'_> = &[("authorization", "Bearer a"), ("cookie", "session=1")];
+        assert_eq!(extract(&digest, opaque), default_consumer(opaque));
+        assert_eq!(extract(&digest, &[]), Err(Unidentified::NoAuthorization));
+        assert!(extract(&digest, &[("authorization", "Bearer a"), ("x-api-key", "b")]).is_err());
+    }
+
+    #[test]
+    fn headers_and_cookies_that_are_no_credentials_can_be_named() {
+        let extractor = ConsumerExtractor::default()
+            .add_ignored_cookie("AWSALB")
+            .add_ignored_header(HeaderName::from_static("x-author"));
+        let anonymous: [Headers<'_>; 2] = [
+            &[("cookie", "AWSALB=1"), ("cookie", "AWSALB=2;")],
+            &[("x-author", "a"), ("cookie", "AWSALB=1")],
+        ];
+        for headers in anonymous {
+            assert_eq!(extract(&extractor, headers), Ok(Consumer::anonymous()), "{headers:?}");
+        }
+        for cookies in ["AWSALB=1; session=2", "awsalb=1", "AWSALB", "AWSALB2=1"] {
+            assert_eq!(extract(&extractor, &[("cookie", cookies)]), Err(Unidentified::Cookie), "{cookies}");
+        }
+    }
+
+    #[test]
+    fn the_header_of_the_key_is_no_credential() {
+        let parts = parts(&[("x-request-token", "k")]);
+        let of =
+            |key_header| ConsumerExtractor::default().extract(&parts, &HeaderName::from_static(key_header));
+        assert_eq!(of("x-request-token"), Ok(Consumer::anonymous()));
+        assert!(of("idempotency-key").is_err());
+    }
+
+    #[test]
     fn a_consumer_in_the_extensions_wins() {
-        let (mut parts, ()) =
-            http::Request::builder().header("x-api-key", "k").body(()).unwrap().into_parts();
+        let mut parts = parts(&[("x-api-key", "k")]);
         parts.extensions.insert(Consumer::new("acme").unwrap());
-        assert_eq!(ConsumerExtractor::default().extract(&parts).unwrap().as_str(), "acme");
-        assert_eq!(ConsumerExtractor::extension().extract(&parts).unwrap().as_str(), "acme");
+        for extractor in [ConsumerExtractor::default(), ConsumerExtractor::extension()] {
+            let found = extractor.extract(&parts, &HeaderName::from_static("idempotency-key"));
+            assert_eq!(found.unwrap().as_str(), "acme");
+        }
     }
 
     #[test]
     fn a_repeated_or_non_utf8_header_identifies_nobody() {
-        let extractor = ConsumerExtractor::header(HeaderName::from_static("x-account"));
-        let mut request = http::Request::new(());
-        assert_eq!(extractor.extract(&request.clone().into_parts().0), None);
-        request.headers_mut().append("x-account", HeaderValue::from_bytes(b"\xff").unwrap());
-        assert_eq!(extractor.extract(&request.clone().into_parts().0), None);
-        request.headers_mut().insert("x-account", HeaderValue::from_static("acme"));
-        assert_eq!(extractor.extract(&request.clone().into_parts().0).unwrap().as_str(), "acme");
-        request.headers_mut().append("x-account", HeaderValue::from_static("acme"));
-        assert_eq!(extractor.extract(&request.into_parts().0), None);
+        let name = HeaderName::from_static("x-account");
+        let extractor = ConsumerExtractor::header(name.clone());
+        let of = |values: &[&[u8]]| {
+            let mut parts = parts(&[]);
+            for value in values {
+                parts.headers.append(name.clone(), HeaderValue::from_bytes(value).unwrap());
+            }
+            extractor.extract(&parts, &HeaderName::from_static("idempotency-key")).ok()
+        };
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&[b"\xff"]), None);
+        assert_eq!(of(&[b"acme"]).unwrap().as_str(), "acme");
+        assert_eq!(of(&[b"acme "]), of(&[b"acme"]));
+        assert_eq!(of(&[b"acme", b"acme"]), None);
     }
 }

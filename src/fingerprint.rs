@@ -1,16 +1,22 @@
 //! The fingerprint: tells a retry from a different request with the same key.
 
 mod canonical_json;
+mod difference;
+mod digest;
+mod scheme;
 
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
-use hmac::{Hmac, KeyInit, Mac};
-use http::{HeaderName, Uri, header, request::Parts};
+use http::{HeaderName, request::Parts};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
-pub use canonical_json::InvalidPointer;
+pub use self::canonical_json::InvalidPointer;
+#[cfg(test)]
+pub(crate) use self::canonical_json::canonicalize;
+use self::{digest::Secret, scheme::ARGUMENTS_VERSION};
+pub(crate) use self::{digest::canonical_digest, scheme::Comparison};
+use crate::head::original_uri;
 
 /// A digest of a request, together with the scheme that it was computed in.
 ///
@@ -36,10 +42,6 @@ impl Fingerprint {
         let digest = canonical_digest(arguments)?;
         Some(Self([&[ARGUMENTS_VERSION][..], &digest].concat().into()))
     }
-
-    fn new(scheme: SchemeId, digest: &[u8]) -> Self {
-        Self([&scheme[..], digest].concat().into())
-    }
 }
 
 impl fmt::Debug for Fingerprint {
@@ -52,7 +54,15 @@ impl fmt::Debug for Fingerprint {
 ///
 /// The default is a SHA-256 over method, original path and query, content type and body bytes, each
 /// with its length before it. `Host`, `User-Agent`, the headers of tracing and authentication, and
-/// the framing of the body do not count.
+/// the framing of the body do not count. Bytes are compared, not meanings: another charset in the
+/// content type, another boundary of a multipart form or another compression of the same data is
+/// another request. If clients make such bodies again for each try, cover what they mean with
+/// [`custom`](Self::custom), or use [`none`](Self::none).
+///
+/// A mismatch is refused with 422 `key-reused`, which names the parts that differ and never their
+/// values. For that, a fingerprint has two bytes of digest for each part but the body. They are
+/// salted with the digest of the whole, and keyed if that is. The body has none, so that guesses of
+/// it cannot be tested better than with the digest of the whole.
 ///
 /// In a nested axum router, the original path comes from `OriginalUri` (feature `axum`). Elsewhere,
 /// use [`with_target`](Self::with_target) if an outer service changes the URI.
@@ -84,7 +94,6 @@ pub struct Fingerprinter {
 
 type Target = dyn Fn(&Parts) -> String + Send + Sync;
 type Custom = dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync;
-type SchemeId = [u8; 9];
 
 #[derive(Clone)]
 enum Payload {
@@ -92,12 +101,6 @@ enum Payload {
     CanonicalJson(Vec<canonical_json::Pointer>),
     Custom(u32, Arc<Custom>),
     None,
-}
-
-#[derive(Clone)]
-struct Secret {
-    id: u32,
-    key: Vec<u8>,
 }
 
 impl Default for Fingerprinter {
@@ -142,10 +145,11 @@ impl Fingerprinter {
     /// ([RFC 6901]).
     ///
     /// The order of members, white space and escapes do not count. Numbers are compared as they are
-    /// written: `1` and `1.0` differ, and no digit is lost. A body that is not JSON, repeats a
-    /// member or nests deeper than 32 levels is compared byte by byte.
+    /// written: `1` and `1.0` differ, and no digit is lost. A body that is not strictly JSON
+    /// ([RFC 8259]), repeats a member or nests deeper than 32 levels is compared byte by byte.
     ///
     /// [RFC 6901]: https://www.rfc-editor.org/rfc/rfc6901
+    /// [RFC 8259]: https://www.rfc-editor.org/rfc/rfc8259
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;
@@ -165,7 +169,9 @@ impl Fingerprinter {
         Ok(self)
     }
 
-    /// Covers another header: all its lines, in their order.
+    /// Covers another header: all its lines, in their order. It reads alike over HTTP/1.1 and
+    /// HTTP/2: `Host` is taken from the URI where HTTP/2 has it, and several lines of `Cookie` are
+    /// one.
     ///
     /// ```
     /// # use tower_idempotency::Fingerprinter;
@@ -225,49 +231,6 @@ impl Fingerprinter {
     pub(crate) fn headers(&self) -> impl Iterator<Item = &HeaderName> {
         self.headers.iter()
     }
-
-    /// Computes the fingerprint of a request.
-    pub(crate) fn fingerprint(&self, parts: &Parts, body: &Bytes) -> Fingerprint {
-        let mut input = Input::new(self.secret.as_ref());
-        input.field(parts.method.as_str().as_bytes());
-        input.field((self.target)(parts).as_bytes());
-        for name in &self.headers {
-            let lines: Vec<_> = parts.headers.get_all(name).iter().collect();
-            // The count tells one empty line from no line.
-            input.length(lines.len());
-            lines.iter().for_each(|line| input.field(line.as_bytes()));
-        }
-        self.payload.add_to(&mut input, parts, body);
-        Fingerprint::new(self.scheme(), &input.digest())
-    }
-
-    /// Computes the fingerprint in the scheme of a record; `None` if that scheme is unknown here.
-    pub(crate) fn fingerprint_like(
-        &self,
-        record: &Fingerprint,
-        parts: &Parts,
-        body: &Bytes,
-    ) -> Option<Fingerprint> {
-        // The own scheme first: it fits all records but those from before a change.
-        std::iter::once(self)
-            .chain(&self.previous)
-            .find(|scheme| record.0.starts_with(&scheme.scheme()))
-            .map(|scheme| scheme.fingerprint(parts, body))
-    }
-
-    /// Version of the algorithm, digest of the options, id of the secret.
-    fn scheme(&self) -> SchemeId {
-        let mut options = Input::new(None);
-        self.headers.iter().for_each(|name| options.field(name.as_str().as_bytes()));
-        options.length(self.headers.len());
-        options.field(if self.secret.is_some() { b"hmac" } else { b"hash" });
-        self.payload.describe(&mut options);
-        let mut scheme = [ALGORITHM_VERSION; 9];
-        // Four bytes tell the few schemes of one application apart.
-        scheme[1..5].copy_from_slice(&options.digest()[..4]);
-        scheme[5..].copy_from_slice(&self.secret.as_ref().map_or(0, |secret| secret.id).to_be_bytes());
-        scheme
-    }
 }
 
 impl fmt::Debug for Fingerprinter {
@@ -280,112 +243,17 @@ impl fmt::Debug for Fingerprinter {
     }
 }
 
-impl Payload {
-    fn add_to(&self, input: &mut Input, parts: &Parts, body: &Bytes) {
-        match self {
-            Self::None => {}
-            Self::Custom(_, digest) => input.field(&digest(parts, body)),
-            Self::Bytes => input.content(parts, body),
-            Self::CanonicalJson(excluded) => match canonical_json::canonicalize(body, excluded) {
-                Some(canonical) => input.content(parts, &canonical),
-                // Ambiguous JSON is compared byte by byte: parsers disagree about its meaning.
-                None => input.content(parts, body),
-            },
-        }
-    }
-
-    fn describe(&self, options: &mut Input) {
-        match self {
-            Self::Bytes => options.field(b"bytes"),
-            Self::None => options.field(b"none"),
-            Self::Custom(version, _) => {
-                options.field(b"custom");
-                options.field(&version.to_be_bytes());
-            }
-            Self::CanonicalJson(excluded) => {
-                options.field(b"json");
-                excluded.iter().for_each(|pointer| options.field(pointer.as_str().as_bytes()));
-            }
-        }
-    }
-}
-
-/// Digests fields with their lengths, without a copy of the body. Two different sequences of fields
-/// are never digested as the same bytes.
-enum Input {
-    Plain(Sha256),
-    Keyed(Hmac<Sha256>),
-}
-
-impl Input {
-    #[expect(clippy::expect_used, reason = "RFC 2104 defines HMAC for keys of any length")]
-    fn new(secret: Option<&Secret>) -> Self {
-        match secret {
-            None => Self::Plain(Sha256::new()),
-            Some(secret) => {
-                Self::Keyed(Hmac::new_from_slice(&secret.key).expect("an HMAC takes keys of any length"))
-            }
-        }
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Plain(digest) => digest.update(bytes),
-            Self::Keyed(mac) => mac.update(bytes),
-        }
-    }
-
-    fn length(&mut self, length: usize) {
-        self.bytes(&(length as u64).to_be_bytes());
-    }
-
-    fn field(&mut self, bytes: &[u8]) {
-        self.length(bytes.len());
-        self.bytes(bytes);
-    }
-
-    fn content(&mut self, parts: &Parts, body: &[u8]) {
-        let content_type = parts.headers.get(header::CONTENT_TYPE);
-        self.field(content_type.map_or(&[], |value| value.as_bytes()));
-        self.field(body);
-    }
-
-    fn digest(self) -> Vec<u8> {
-        match self {
-            Self::Plain(digest) => digest.finalize().to_vec(),
-            Self::Keyed(mac) => mac.finalize().into_bytes().to_vec(),
-        }
-    }
-}
-
-/// A digest of the canonical JSON of a value; `None` if it has none.
-pub(crate) fn canonical_digest(value: &(impl Serialize + ?Sized)) -> Option<Bytes> {
-    let json = serde_json::to_vec(value).ok()?;
-    let canonical = canonical_json::canonicalize(&json, &[])?;
-    Some(Bytes::copy_from_slice(&Sha256::digest(canonical)))
-}
-
-/// The URI as the client sent it.
-pub(crate) fn original_uri(parts: &Parts) -> &Uri {
-    #[cfg(feature = "axum")]
-    let uri = parts.extensions.get::<axum::extract::OriginalUri>().map_or(&parts.uri, |original| &original.0);
-    #[cfg(not(feature = "axum"))]
-    let uri = &parts.uri;
-    uri
-}
-
 fn original_target(parts: &Parts) -> String {
     let uri = original_uri(parts);
     uri.path_and_query().map_or_else(|| uri.path().to_owned(), ToString::to_string)
 }
 
-const ALGORITHM_VERSION: u8 = 1;
-// The high bit is never set in the version of a request's fingerprint.
-const ARGUMENTS_VERSION: u8 = 0x81;
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use hmac::{Hmac, KeyInit, Mac};
+    use sha2::{Digest, Sha256};
+
+    use super::{scheme::Version, *};
 
     fn request(method: &str, uri: &str, headers: &[(&str, &str)]) -> Parts {
         let mut builder = http::Request::builder().method(method).uri(uri);
@@ -401,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_is_over_fields_with_their_lengths() {
+    fn the_digest_of_the_first_version_stays_what_it_was() {
         let post = request("POST", "/pay?x=1", &[("content-type", "a/b"), ("x-tenant", "t")]);
         let mut input = Vec::new();
         for field in ["POST", "/pay?x=1", "", "t", "a/b", "2000"] {
@@ -410,8 +278,7 @@ mod tests {
             input.extend([&length.to_be_bytes(), field.as_bytes()].concat());
         }
         let plain = Fingerprinter::default().add_header(HeaderName::from_static("x-tenant"));
-        let digest =
-            |fingerprinter: &Fingerprinter| fingerprinter.fingerprint(&post, &"2000".into()).0.slice(9..);
+        let digest = |by: &Fingerprinter| by.in_version(Version::Whole, &post, &"2000".into()).0.slice(9..);
         assert_eq!(digest(&plain)[..], Sha256::digest(&input)[..]);
         let mac = Hmac::<Sha256>::new_from_slice(b"secret").unwrap().chain_update(&input);
         assert_eq!(digest(&plain.keyed(1, "secret"))[..], mac.finalize().into_bytes()[..]);
@@ -463,6 +330,23 @@ mod tests {
     }
 
     #[test]
+    fn the_digest_is_over_parts_with_their_lengths() {
+        let post = request("POST", "/pay?x=1", &[("content-type", "a/b"), ("x-tenant", "t")]);
+        let field = |bytes: &[u8]| [&(bytes.len() as u64).to_be_bytes(), bytes].concat();
+        let lines = |line: &[u8]| field(&[&1u64.to_be_bytes()[..], &field(line)].concat());
+        let target = [field(b"POST"), field(b"/pay"), field(b"?x=1")].concat();
+        let input = [target, lines(b"t"), lines(b"a/b"), field(b"2000")].concat();
+        let plain = Fingerprinter::default().add_header(HeaderName::from_static("x-tenant"));
+        let of = |by: &Fingerprinter| by.fingerprint(&post, &"2000".into()).0;
+        assert_eq!(of(&plain)[9..41], Sha256::digest(&input)[..]);
+        assert_eq!((of(&plain)[0], of(&plain).len()), (2, 9 + 32 + 5 * 2));
+        let mac = Hmac::<Sha256>::new_from_slice(b"secret").unwrap().chain_update(&input);
+        let keyed = plain.clone().keyed(1, "secret");
+        assert_eq!(of(&keyed)[9..41], mac.finalize().into_bytes()[..]);
+        assert_ne!(of(&keyed)[41..], of(&plain)[41..]);
+    }
+
+    #[test]
     fn secrets_rotate_and_unknown_schemes_are_told() {
         let parts = request("POST", "/", &[]);
         let body = Bytes::from("x");
@@ -470,10 +354,69 @@ mod tests {
         let new = Fingerprinter::default().keyed(2, "two");
         let stored = old.fingerprint(&parts, &body);
         assert_ne!(stored, new.fingerprint(&parts, &body));
-        assert_eq!(new.fingerprint_like(&stored, &parts, &body), None);
-        assert_eq!(new.add_previous(old).fingerprint_like(&stored, &parts, &body), Some(stored.clone()));
-        assert_eq!(Fingerprinter::default().fingerprint_like(&stored, &parts, &body), None);
-        assert_eq!(Fingerprinter::none().fingerprint_like(&stored, &parts, &body), None);
+        for other in [new.clone(), Fingerprinter::default(), Fingerprinter::none()] {
+            assert_eq!(other.compare(&stored, &parts, &body), Comparison::Unknown);
+        }
+        let rotated = new.add_previous(old);
+        assert_eq!(rotated.compare(&stored, &parts, &body), Comparison::Same(stored));
+    }
+
+    #[test]
+    fn a_record_is_compared_in_its_version() {
+        let plain = Fingerprinter::default().add_header(http::header::HOST);
+        let sent = request("POST", "http://a/?q", &[("content-type", "a/b")]);
+        let body = Bytes::from("x");
+        let stored = plain.in_version(Version::Whole, &sent, &body);
+        assert_eq!(plain.compare(&stored, &sent, &body), Comparison::Same(stored.clone()));
+        let Comparison::Different(difference) = plain.compare(&stored, &sent, &"y".into()) else { panic!() };
+        assert_eq!(difference.to_string(), "method, path, query, header host, content type or body");
+    }
+
+    #[test]
+    fn the_parts_that_differ_are_named() {
+        let plain = Fingerprinter::default().add_header(HeaderName::from_static("x-t"));
+        let sent = request("POST", "/a?q=1", &[("content-type", "a/b"), ("x-t", "1")]);
+        let others = [
+            ("PATCH", "/a?q=1", "a/b", "1", "x", "method"),
+            ("POST", "/b?q=1", "a/b", "1", "x", "path"),
+            ("POST", "/a", "a/b", "1", "x", "query"),
+            ("POST", "/a?q=1", "a/b; charset=utf-8", "1", "x", "content type"),
+            ("POST", "/a?q=1", "a/b", "2", "x", "header x-t"),
+            ("POST", "/a?q=1", "a/b", "1", "y", "body"),
+            ("PUT", "/b?q=1", "a/c", "1", "y", "method, path and content type"),
+        ];
+        for fingerprinter in
+            [plain.clone(), plain.clone().keyed(1, "secret"), plain.canonical_json([]).unwrap()]
+        {
+            let stored = fingerprinter.fingerprint(&sent, &"x".into());
+            for (method, uri, content_type, tenant, body, expected) in others {
+                let other = request(method, uri, &[("content-type", content_type), ("x-t", tenant)]);
+                let Comparison::Different(difference) = fingerprinter.compare(&stored, &other, &body.into())
+                else {
+                    panic!("{expected}")
+                };
+                assert_eq!(difference.to_string(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn equal_parts_of_two_records_do_not_look_equal_and_the_body_has_no_digest_of_its_own() {
+        let plain = Fingerprinter::default();
+        let of = |body: &'static str| plain.fingerprint(&request("POST", "/", &[]), &body.into()).0;
+        assert_ne!(of("1")[41..], of("2")[41..]);
+        assert_eq!(of("1").len(), 9 + 32 + 4 * 2);
+    }
+
+    #[test]
+    fn a_damaged_fingerprint_is_another_one() {
+        let (plain, post) = (Fingerprinter::default(), request("POST", "/", &[]));
+        let whole = plain.fingerprint(&post, &Bytes::new()).0;
+        for length in 0..whole.len() {
+            let compared = plain.compare(&Fingerprint(whole.slice(..length)), &post, &Bytes::new());
+            assert_eq!(compared == Comparison::Unknown, length < 9, "{length}");
+            assert!(!matches!(compared, Comparison::Same(_)));
+        }
     }
 
     #[test]

@@ -41,9 +41,11 @@ impl IdempotencyKey {
     }
 
     /// Returns `true` if the key was derived from the request. Such a key tells as much about the
-    /// request as its fingerprint.
+    /// request as its fingerprint, and no client can send it.
     pub(crate) fn is_derived(&self) -> bool {
-        self.0.starts_with(DERIVED)
+        let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        let digest = self.0.strip_prefix(DERIVED);
+        digest.is_some_and(|digest| digest.len() == 64 && digest.bytes().all(is_hex))
     }
 
     /// The key as text.
@@ -72,8 +74,8 @@ pub enum InvalidKey {
     /// The request has more than one key header line.
     #[error("the key header was sent more than once; send exactly one")]
     Repeated,
-    /// The value is empty after decoding.
-    #[error("the key is empty")]
+    /// The value is empty after decoding, or has blanks only.
+    #[error("the key is empty or blank")]
     Empty,
     /// The key is longer than the maximum.
     #[error("the key has {length} bytes; at most {maximum} are allowed")]
@@ -108,6 +110,9 @@ pub enum InvalidKey {
     /// The value is not a UUID, and only UUIDs are accepted.
     #[error("the key must be a UUID")]
     NotUuid,
+    /// The value has the form of the keys that this crate derives from requests without one.
+    #[error("the key has the form of keys that the server makes itself; make another one")]
+    Reserved,
 }
 
 /// Decides which keys are accepted. Default: 1 to 255 bytes after decoding, quoted or not.
@@ -115,7 +120,7 @@ pub enum InvalidKey {
 /// A value that begins with `"` is read as a String of a structured field ([RFC 9651]), as the
 /// [IETF draft] writes it: escapes are decoded, parameters must be well formed and are ignored. Any
 /// other value is a bare key of visible ASCII without `"`, `,`, `;` and `\`. So `"k"` and `k` are
-/// the same key.
+/// the same key. Blanks alone are no key.
 ///
 /// A malformed key is refused with 400 `key-invalid`.
 ///
@@ -209,7 +214,8 @@ impl KeySyntax {
         if lines.next().is_some() {
             return Err(InvalidKey::Repeated);
         }
-        self.parse(value.as_bytes()).map(Some)
+        // HTTP/1.1 has removed the space around the value already.
+        self.parse(value.as_bytes().trim_ascii()).map(Some)
     }
 
     fn parse(&self, value: &[u8]) -> Result<IdempotencyKey, InvalidKey> {
@@ -222,15 +228,16 @@ impl KeySyntax {
         if self.form == Form::Uuid && !is_hyphenated_uuid(&decoded) {
             return Err(InvalidKey::NotUuid);
         }
+        if decoded.bytes().all(|byte| byte == b' ') {
+            return Err(InvalidKey::Empty);
+        }
         // After decoding, so that quotation marks and escapes do not count.
         self.check_length(decoded.len())?;
-        IdempotencyKey::new(decoded)
+        let key = IdempotencyKey::new(decoded)?;
+        if key.is_derived() { Err(InvalidKey::Reserved) } else { Ok(key) }
     }
 
     fn check_length(&self, length: usize) -> Result<(), InvalidKey> {
-        if length == 0 {
-            return Err(InvalidKey::Empty);
-        }
         if length < self.minimum {
             return Err(InvalidKey::TooShort { length, minimum: self.minimum });
         }
@@ -316,6 +323,41 @@ mod tests {
         ];
         for value in refused {
             assert!(parse(value).is_err(), "{value:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn blank_keys_are_refused_quoted_or_not() {
+        let syntaxes = [KeySyntax::default(), KeySyntax::structured_field()];
+        for value in ["\"\"", "\" \"", "\"   \"", "\"  \";v=1", "\"  \" "] {
+            for syntax in &syntaxes {
+                assert_eq!(syntax.parse(value.as_bytes()), Err(InvalidKey::Empty), "{value}");
+            }
+        }
+        for value in [&b""[..], b" ", b"\t "] {
+            assert_eq!(parse(value), Err(InvalidKey::Empty));
+        }
+        assert_eq!(parse(b"\" k \"").unwrap(), " k ");
+    }
+
+    #[test]
+    fn derived_keys_cannot_be_sent() {
+        let derived = IdempotencyKey::from_digest(b"digest");
+        assert!(derived.is_derived());
+        for value in [derived.as_str().to_owned(), format!("\"{derived}\"")] {
+            assert_eq!(parse(value.as_bytes()), Err(InvalidKey::Reserved));
+        }
+        for value in ["derived:", "derived:1", &derived.as_str().to_uppercase(), &format!("{derived}0")] {
+            assert!(parse(value.as_bytes()).is_ok(), "{value}");
+        }
+    }
+
+    #[test]
+    fn space_around_the_value_does_not_count() {
+        let name = HeaderName::from_static("idempotency-key");
+        for value in ["k", "k ", " k", "\"k\"\t"] {
+            let headers = HeaderMap::from_iter([(name.clone(), value.parse().unwrap())]);
+            assert_eq!(KeySyntax::default().read(&headers, &name).unwrap().unwrap().as_str(), "k");
         }
     }
 

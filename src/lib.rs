@@ -13,7 +13,11 @@ mod consumer;
 mod duration;
 mod error;
 mod fingerprint;
+#[cfg(test)]
+#[path = "../tests/fuzz/targets.rs"]
+mod fuzz;
 mod handle;
+mod head;
 pub mod jobs;
 mod key;
 pub mod layer;

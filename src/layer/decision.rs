@@ -36,7 +36,7 @@ use crate::{
     attempt::{Ownership, Won, idempotency::Idempotency, unguarded::Unguarded},
     consumer::Consumer,
     error::{BoxError, StoreError},
-    fingerprint::Fingerprint,
+    fingerprint::{Comparison, Fingerprint},
     key::{IdempotencyKey, KEY_HEADER},
     layer::{
         answer::{in_progress, refused, response_of_record},
@@ -167,10 +167,13 @@ fn key_of(settings: &Settings, parts: &Parts) -> Result<Option<KeySource>, Rejec
 
 /// Row 5: the consumer.
 fn consumer_of(settings: &Settings, parts: &Parts) -> Result<Consumer, Rejection> {
-    settings.consumer.extract(parts).ok_or_else(|| {
+    settings.consumer.extract(parts, &settings.key_header).map_err(|cause| {
+        cause.log();
         Rejection::new(
             RejectionCode::ConsumerUnidentified,
-            "The request was not performed: the server cannot tell safely whose idempotency key this is.",
+            "The request was not performed: the server cannot tell safely whose idempotency key this is. \
+             Send the credentials that the API asks for. The server's log says which part of the request it \
+             cannot read.",
         )
     })
 }
@@ -367,20 +370,23 @@ impl Guarded {
             return Ok(fingerprint.clone());
         }
         let (consumer, key) = (&self.consumer, self.settings.attempts.shown(&record.key));
-        match self.settings.fingerprinter.fingerprint_like(&record.fingerprint, parts, body) {
-            Some(fingerprint) if fingerprint == record.fingerprint => Ok(fingerprint),
-            Some(_) => {
+        match self.settings.fingerprinter.compare(&record.fingerprint, parts, body) {
+            Comparison::Same(fingerprint) => Ok(fingerprint),
+            Comparison::Different(difference) => {
                 tracing::info!(
-                    target: TRACING_TARGET, %consumer, %key,
+                    target: TRACING_TARGET, %consumer, %key, %difference,
                     "mismatch: the key was used for another request"
                 );
                 Err(Rejection::new(
                     RejectionCode::KeyReused,
-                    "The request was not performed: its key was used for a request with another method, path \
-                     or body. Use a new key for a new request.",
+                    format!(
+                        "The request was not performed: its key was used for a request with another \
+                         {difference}. Use a new key for a new request.{}",
+                        difference.hint()
+                    ),
                 ))
             }
-            None => {
+            Comparison::Unknown => {
                 tracing::warn!(
                     target: TRACING_TARGET, %consumer, %key,
                     "the record's fingerprint was made with settings that are unknown here: see \

@@ -197,6 +197,7 @@ fn code_for(rejection: &Rejection) -> u32 {
         | Code::TransactionFailed
         | Code::TransactionInUse
         | Code::IntentMisused
+        | Code::NotGuarded
         | Code::Internal => INTERNAL,
     }
 }

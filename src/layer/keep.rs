@@ -1,13 +1,13 @@
 //! Keeping requests before their handlers run.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Uri, header, request::Parts};
+use http::{HeaderMap, HeaderName, header, request::Parts};
 
 use crate::{
     attempt::Won,
-    consumer::OTHER_CREDENTIALS,
+    consumer::is_credential,
     error::StoreError,
-    fingerprint::original_uri,
+    head::{lines_of, original_uri},
     layer::{
         decision::{Guarded, KeySource},
         settings::Settings,
@@ -25,22 +25,23 @@ impl Settings {
         if let Some(name) = kept.headers.iter().find(|name| self.is_credential(name)) {
             panic!(
                 "{name} identifies who sends a request and cannot be kept with it: remove it from \
-                 KeptRequests; what Restore puts back takes its place"
+                 KeptRequests; what Restore puts back takes its place. If it is no credential, name it with \
+                 ConsumerExtractor::add_ignored_header first"
             );
         }
         if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
             panic!(
                 "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with \
                  it, so that a request that is sent again would never be the same: remove it from the \
-                 Fingerprinter"
+                 Fingerprinter. If it is no credential, name it with \
+                 ConsumerExtractor::add_ignored_header first"
             );
         }
     }
 
     fn is_credential(&self, name: &HeaderName) -> bool {
-        CREDENTIALS.contains(name)
-            || OTHER_CREDENTIALS.contains(&name.as_str())
-            || self.consumer.header_name() == Some(name)
+        let by_name = is_credential(name) && *name != self.key_header && !self.consumer.ignores(name);
+        by_name || self.consumer.header_name() == Some(name)
     }
 
     fn names_of_kept_headers(&self) -> impl Iterator<Item = &HeaderName> {
@@ -89,36 +90,25 @@ fn encoded(codec: &Codec, settings: &Settings, parts: &Parts, body: &Bytes) -> B
     let target = uri.path_and_query().map_or_else(|| uri.path(), |target| target.as_str());
     // In absolute form a query may follow the authority without a path.
     let target = if target.starts_with('?') { format!("/{target}") } else { target.to_owned() };
-    codec.request(&parts.method, &target, &kept_headers(settings, parts, uri), body)
+    codec.request(&parts.method, &target, &kept_headers(settings, parts), body)
 }
 
-fn kept_headers(settings: &Settings, parts: &Parts, uri: &Uri) -> HeaderMap {
+fn kept_headers(settings: &Settings, parts: &Parts) -> HeaderMap {
     let mut kept = HeaderMap::new();
     for name in settings.names_of_kept_headers() {
         if kept.contains_key(name) || settings.is_credential(name) {
             continue;
         }
-        for value in parts.headers.get_all(name).iter().filter(|value| !value.is_sensitive()) {
-            kept.append(name.clone(), value.clone());
-        }
-        if name == header::HOST && !kept.contains_key(name) {
-            kept.extend(host_of(uri).map(|host| (header::HOST, host)));
+        for value in lines_of(parts, name).into_iter().filter(|value| !value.is_sensitive()) {
+            kept.append(name.clone(), value);
         }
     }
     kept
 }
 
-fn host_of(uri: &Uri) -> Option<HeaderValue> {
-    let host = uri.host()?;
-    let port = uri.port().map(|port| format!(":{port}")).unwrap_or_default();
-    HeaderValue::from_str(&format!("{host}{port}")).ok()
-}
-
-const CREDENTIALS: [HeaderName; 3] = [header::AUTHORIZATION, header::COOKIE, header::PROXY_AUTHORIZATION];
-
 #[cfg(test)]
 mod tests {
-    use http::{Method, Request};
+    use http::{HeaderValue, Method, Request};
 
     use super::*;
     use crate::{

@@ -16,11 +16,14 @@ use crate::duration::capped;
 ///
 /// **Credentials are never kept.** Using a layer panics if it would keep `Authorization`,
 /// `Cookie`, `Proxy-Authorization`, the header of
-/// [`ConsumerExtractor::header`](crate::ConsumerExtractor::header), or a header that the default
-/// extractor takes for credentials (`X-Api-Key`, `Api-Key`, `ApiKey`, `X-Auth-Token`,
-/// `X-Access-Token`). A value that is [marked as sensitive](http::HeaderValue::is_sensitive) is
-/// left out. Do not add other headers that hold credentials. Do not keep requests whose path, query
-/// or body holds credentials: those are stored as they are.
+/// [`ConsumerExtractor::header`](crate::ConsumerExtractor::header), or another header whose name
+/// says that it holds a credential, because it contains `auth`, `token`, `key`, `secret`,
+/// `session`, `signature`, `credential`, `password`, `passwd`, `cookie`, `jwt`, `assertion`,
+/// `cert`, `oidc` or `dpop`. Name those that are no credentials with
+/// [`add_ignored_header`](crate::ConsumerExtractor::add_ignored_header), before they are kept. A
+/// value that is [marked as sensitive](http::HeaderValue::is_sensitive) is left out. Do not add
+/// other headers that hold credentials. Do not keep requests whose path, query or body holds
+/// credentials: those are stored as they are.
 ///
 /// A request that is sent again goes through the whole application. Whatever changes its path,
 /// query, content type or body on the way must change the kept request in the same way. Otherwise

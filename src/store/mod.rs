@@ -80,7 +80,8 @@ pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKin
 /// The words in bold are also the names of these rules in the source of this crate's stores.
 ///
 /// * **Identity** is the pair (consumer, key), compared byte by byte: case and trailing spaces
-///   matter.
+///   matter. Read a consumer with [`Consumer::from_stored`]: [`Consumer::new`] refuses the scopes
+///   that this crate makes, whose names begin with U+001F.
 /// * **A claim is atomic.** Of any number of claims of an absent key, in any number of processes,
 ///   exactly one is won. An implementation may read first, but must not decide by what it has read.
 /// * **Absent** is also a record past its expiry, purged or not. It is not absent if its lease is

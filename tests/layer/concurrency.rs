@@ -229,7 +229,7 @@ fn completed_records(key: &str, count: u32, expires_in: &str) -> String {
     format!(
         "INSERT INTO {{s}}.idempotency_records (consumer, key, id, fingerprint, state, attempt, attempt_number, abandoned,
             max_abandoned, lease_until, created_at, expires_at, completed_at, response)
-         SELECT 'anonymous', '{key}-' || n, gen_random_uuid(), '\\x00', 'completed', gen_random_uuid(), 1, 0, 5,
+         SELECT E'\\x1fanonymous', '{key}-' || n, gen_random_uuid(), '\\x00', 'completed', gen_random_uuid(), 1, 0, 5,
             now() - interval '1 day', now() - interval '1 day', now() + interval '{expires_in}', now(), '\\x00'
          FROM generate_series(1, {count}) AS n"
     )

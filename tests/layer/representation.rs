@@ -43,7 +43,7 @@ async fn the_first_response_is_rendered_and_equals_its_replays() {
     let first = send(&app, charge("k")).await;
     let replays = [send(&app, charge("k")).await, send(&app, charge("k")).await];
 
-    assert_eq!((first.status, &first.body[..]), (StatusCode::CREATED, &b"id 1 of anonymous"[..]));
+    assert_eq!((first.status, &first.body[..]), (StatusCode::CREATED, &b"id 1 of [anonymous]"[..]));
     assert_eq!(first.headers["x-page"], "1");
     assert_eq!(first.headers.get("x-handler"), None, "headers of the handler are not sent");
     for replay in &replays {
@@ -124,7 +124,7 @@ async fn without_a_renderer_the_record_is_completed_all_the_same() {
 
     let (app, runs) = represented(IdempotencyLayer::new(store).with_representation(render));
     let answer = send(&app, charge("k")).await;
-    assert!(answer.is_replay() && answer.body == "id 1 of anonymous");
+    assert!(answer.is_replay() && answer.body == "id 1 of [anonymous]");
     assert_eq!(runs.get(), 0);
 }
 
@@ -150,7 +150,7 @@ async fn a_directive_stores_the_representation_of_a_failure() {
         (StatusCode::BAD_GATEWAY, Extension(Directive::Store), id(run)).into_response()
     });
     let first = send(&app, charge("k")).await;
-    assert_eq!((first.status, &first.body[..]), (StatusCode::BAD_GATEWAY, &b"id 1 of anonymous"[..]));
+    assert_eq!((first.status, &first.body[..]), (StatusCode::BAD_GATEWAY, &b"id 1 of [anonymous]"[..]));
     first.assert_same_replay(&send(&app, charge("k")).await);
     assert_eq!(runs.get(), 1);
 }
@@ -161,7 +161,7 @@ async fn a_body_beside_the_representation_does_not_matter() {
         (id(run), "more than eight bytes").into_response()
     });
     let first = send(&app, charge("k")).await;
-    assert_eq!(first.body, "id 1 of anonymous");
+    assert_eq!(first.body, "id 1 of [anonymous]");
     first.assert_same_replay(&send(&app, charge("k")).await);
     assert_eq!(runs.get(), 1);
 }
@@ -169,7 +169,7 @@ async fn a_body_beside_the_representation_does_not_matter() {
 #[tokio::test]
 async fn a_representation_over_the_limit_is_rendered_once_and_not_kept() {
     let (app, runs) = represented(layer().with_response_body_limit(3).with_representation(render));
-    assert_eq!(send(&app, charge("k")).await.body, "id 1 of anonymous");
+    assert_eq!(send(&app, charge("k")).await.body, "id 1 of [anonymous]");
     send(&app, charge("k")).await.assert_refused(RejectionCode::ResponseNotKept);
     assert_eq!(runs.get(), 1);
 }
@@ -179,7 +179,7 @@ async fn an_outer_layer_stores_what_was_rendered() {
     let (app, runs) = represented(layer().with_representation(render));
     let app = app.layer(layer());
     let first = send(&app, charge("k")).await;
-    assert_eq!(first.body, "id 1 of anonymous");
+    assert_eq!(first.body, "id 1 of [anonymous]");
     first.assert_same_replay(&send(&app, charge("k")).await);
     assert_eq!(runs.get(), 1);
 }
@@ -196,7 +196,7 @@ async fn a_record_that_another_attempt_completed_is_rendered() {
     let stored = StoredResponse::represented(StatusCode::ACCEPTED, Representation::new("id 7"));
     store.complete(&other, stored.encode()).await.unwrap();
     let first = first.await.unwrap();
-    assert_eq!((first.status, &first.body[..]), (StatusCode::ACCEPTED, &b"id 7 of anonymous"[..]));
+    assert_eq!((first.status, &first.body[..]), (StatusCode::ACCEPTED, &b"id 7 of [anonymous]"[..]));
 }
 
 #[tokio::test]
@@ -208,7 +208,7 @@ async fn an_operator_completes_a_record_with_a_representation() {
     let found = StoredResponse::represented(StatusCode::CREATED, Representation::new("id 9"));
     let (consumer, key) = identity();
     handle.resolve(&consumer, &key, Resolution::complete(&found)).await.unwrap();
-    assert_eq!(send(&app, charge("k")).await.body, "id 9 of anonymous");
+    assert_eq!(send(&app, charge("k")).await.body, "id 9 of [anonymous]");
     assert_eq!(runs.get(), 0);
 }
 
@@ -294,6 +294,6 @@ async fn assert_recovers(layer: IdempotencyLayer, calls: Count) {
         assert!(matches!(record.response().unwrap().unwrap().body, StoredBody::Representation(_)));
     }
     let answer = send(&app, charge("k")).await;
-    assert!(answer.is_replay() && answer.body == "id 1 of anonymous", "{answer:?}");
+    assert!(answer.is_replay() && answer.body == "id 1 of [anonymous]", "{answer:?}");
     assert_eq!((runs.get(), calls.get()), (1, 3));
 }

@@ -131,7 +131,7 @@ pub fn layer(store: impl IntoStore) -> IdempotencyLayer {
 
 /// The consumer of requests without credentials.
 pub fn consumer() -> Consumer {
-    Consumer::new("anonymous").unwrap()
+    Consumer::anonymous()
 }
 
 /// What a client got.

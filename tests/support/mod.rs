@@ -9,6 +9,7 @@ pub mod direct;
 pub mod events;
 pub mod forward;
 pub mod http;
+pub mod heard;
 pub mod log;
 pub mod logged;
 pub mod postgres;

@@ -224,7 +224,7 @@ impl Site {
     }
 
     async fn until(&self, key: &str, reached: impl Fn(&RecordState) -> bool) -> Result<(), String> {
-        let consumer = Consumer::new("anonymous").expect("a consumer");
+        let consumer = Consumer::anonymous();
         let (name, until) = (IdempotencyKey::new(key).expect("a key"), Instant::now() + PATIENCE);
         loop {
             let record = self.handle.get(&consumer, &name).await.map_err(|error| error.to_string())?;

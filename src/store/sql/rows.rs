@@ -145,7 +145,7 @@ pub(super) fn kept_request(row: &impl Fields) -> Result<KeptRequest, sqlx::Error
 }
 
 fn consumer(row: &impl Fields) -> Result<Consumer, sqlx::Error> {
-    Consumer::new(required(row.text("consumer")?)?).map_err(decoding)
+    Consumer::from_stored(required(row.text("consumer")?)?).map_err(decoding)
 }
 
 fn key(row: &impl Fields) -> Result<IdempotencyKey, sqlx::Error> {
