@@ -12,5 +12,6 @@ mod late;
 mod postgres;
 mod postgres_faults;
 mod results;
+mod spoilt;
 mod sqlite;
 mod timeouts;

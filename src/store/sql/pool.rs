@@ -19,7 +19,13 @@ pub(in crate::store) type ConnectOptionsOf<DB> = <<DB as Database>::Connection a
 /// It has the connect options of the given pool at any moment, so that a password may change. It
 /// closes with the given pool. Its permits are its own: those of the given pool may be a part of
 /// another pool's, as in `#[sqlx::test]`.
-pub(in crate::store) struct OwnPool<DB: Database>(Arc<Mutex<Option<Open<DB>>>>);
+pub(in crate::store) struct OwnPool<DB: Database>(Arc<Place<DB>>);
+
+struct Place<DB: Database> {
+    open: Mutex<Option<Open<DB>>>,
+    /// Held while a pool closes, so that another call to close waits for it.
+    closing: tokio::sync::Mutex<()>,
+}
 
 struct Open<DB: Database> {
     pool: Pool<DB>,
@@ -65,19 +71,19 @@ impl<DB: Database> OwnPool<DB> {
 
     /// Takes a connection that is idle, if there is one.
     pub(in crate::store) fn try_acquire(&self) -> Option<PoolConnection<DB>> {
-        locked(&self.0).as_ref().and_then(|open| open.pool.try_acquire())
+        self.0.open().as_ref().and_then(|open| open.pool.try_acquire())
     }
 
     /// Returns `true` if another connection may be opened.
     pub(in crate::store) fn has_room(&self) -> bool {
         let size = |open: &Open<DB>| open.pool.size() < open.pool.options().get_max_connections();
-        locked(&self.0).as_ref().is_none_or(size)
+        self.0.open().as_ref().is_none_or(size)
     }
 
     /// Closes the connections: the idle ones first, the others when their calls have ended. If the
     /// future is dropped, those close without it.
     pub(in crate::store) async fn close(&self) {
-        close(&self.0).await;
+        self.0.close().await;
     }
 
     fn open<P, C>(&self, recipe: &Recipe<'_, DB, P, C>) -> Pool<DB>
@@ -87,7 +93,7 @@ impl<DB: Database> OwnPool<DB> {
     {
         let given = recipe.base.connect_options();
         let connect_options = || (recipe.connect_options)(given.as_ref().clone());
-        let mut place = locked(&self.0);
+        let mut place = self.0.open();
         match &mut *place {
             Some(open) => {
                 if !Arc::ptr_eq(&open.followed, &given) {
@@ -113,7 +119,7 @@ impl<DB: Database> OwnPool<DB> {
         tokio::spawn(async move {
             closed.await;
             if let Some(place) = place.upgrade() {
-                close(&place).await;
+                place.close().await;
             }
         });
     }
@@ -152,29 +158,32 @@ where
 
 impl<DB: Database> Default for OwnPool<DB> {
     fn default() -> Self {
-        Self(Arc::default())
+        Self(Arc::new(Place { open: Mutex::new(None), closing: tokio::sync::Mutex::default() }))
     }
 }
 
 impl<DB: Database> fmt::Debug for OwnPool<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let connections = locked(&self.0).as_ref().map_or(0, |open| open.pool.size());
+        let connections = self.0.open().as_ref().map_or(0, |open| open.pool.size());
         write!(f, "{connections} connections")
     }
 }
 
-fn locked<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
-    place.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-async fn close<DB: Database>(place: &Mutex<Option<Open<DB>>>) {
-    let Some(Open { pool, .. }) = locked(place).take() else { return };
-    // One by one, because sqlx closes the idle ones only when all have been given back.
-    while let Some(connection) = pool.try_acquire() {
-        // The connection is gone even if the other side did not hear of it.
-        let _ = connection.close().await;
+impl<DB: Database> Place<DB> {
+    fn open(&self) -> MutexGuard<'_, Option<Open<DB>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    pool.close().await;
+
+    async fn close(&self) {
+        let _closing = self.closing.lock().await;
+        let Some(Open { pool, .. }) = self.open().take() else { return };
+        // One by one, because sqlx closes the idle ones only when all have been given back.
+        while let Some(connection) = pool.try_acquire() {
+            // The connection is gone even if the other side did not hear of it.
+            let _ = connection.close().await;
+        }
+        pool.close().await;
+    }
 }
 
 tokio::task_local! {
