@@ -447,7 +447,8 @@ async fn send_many(layer: &IdempotencyLayer) {
         requests.spawn(router.clone().oneshot(request));
     }
     for response in requests.join_all().await {
-        assert_eq!(response.unwrap().status(), 200);
+        let response = response.unwrap();
+        assert_eq!(response.status(), 200, "{response:?}");
     }
 }
 

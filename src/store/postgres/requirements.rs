@@ -1,4 +1,4 @@
-//! What a server, an account and the tables must allow, so that every call can succeed.
+//! Requirements of a server, an account and the tables, without which calls would fail later.
 
 use sqlx::{PgConnection, Row, postgres::PgRow};
 

@@ -70,17 +70,21 @@ async fn migrate(
                 sleep(LOCK_PAUSE).await;
             }
             Err(error) if is_locked(&error) => {
-                let message = format!(
-                    "prepare: the tables `{prefix}_*` in schema {schema} could not be migrated within \
-                     {LOCK_PATIENCE:?}, because other transactions have them locked or another process \
-                     migrates them. Nothing was changed. Look for old transactions in pg_stat_activity and end \
-                     them; the next request or a call of migrate() tries again"
-                );
-                return Err(StoreError::new(StoreErrorKind::Unavailable, message).with_source(error));
+                return Err(still_locked(schema, prefix).with_source(error));
             }
             done => return done,
         }
     }
+}
+
+fn still_locked(schema: &str, prefix: &Identifier) -> StoreError {
+    let message = format!(
+        "prepare: the tables `{prefix}_*` in schema {schema} could not be migrated within {LOCK_PATIENCE:?}, \
+         because other transactions have them locked or another process migrates them. Nothing was changed. \
+         Look for old transactions in pg_stat_activity and end them; the next request or a call of migrate() \
+         tries again"
+    );
+    StoreError::new(StoreErrorKind::Unavailable, message)
 }
 
 /// Migrates in one transaction. Processes migrate one after the other.

@@ -70,11 +70,13 @@ impl<DB: Database> OwnPool<DB> {
     }
 
     /// Takes a connection that is idle, if there is one.
+    #[cfg(feature = "postgres")]
     pub(in crate::store) fn try_acquire(&self) -> Option<PoolConnection<DB>> {
         self.0.open().as_ref().and_then(|open| open.pool.try_acquire())
     }
 
     /// Returns `true` if another connection may be opened.
+    #[cfg(feature = "postgres")]
     pub(in crate::store) fn has_room(&self) -> bool {
         let size = |open: &Open<DB>| open.pool.size() < open.pool.options().get_max_connections();
         self.0.open().as_ref().is_none_or(size)

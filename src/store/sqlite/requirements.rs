@@ -1,4 +1,4 @@
-//! What the given pool and the file must allow, so that every call can succeed.
+//! Requirements of the given pool and the file, without which calls would fail later.
 
 use std::time::Duration;
 
@@ -65,7 +65,7 @@ pub(super) async fn refuse_unfitting_pool(base: &SqlitePool) -> Result<(), Store
     }
 }
 
-/// Explains why the store could not open its connection, if it was the given pool that prevented it.
+/// Explains why the store could not open its connection, if the given pool has prevented it.
 pub(super) async fn explain(base: &SqlitePool, failed: StoreError) -> StoreError {
     let given = timeout(PATIENCE, async { is_exclusive(&mut *base.acquire().await?).await });
     match given.await {
