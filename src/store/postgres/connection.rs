@@ -329,7 +329,7 @@ fn meaning(error: &dyn DatabaseError) -> Meaning {
         "42501" => (
             Misconfigured,
             "the account lacks a right: it needs USAGE on the schema, SELECT, INSERT, UPDATE, DELETE on the \
-             records and SELECT on the migrations table; to create the tables it needs CREATE on the schema",
+             tables and SELECT on the migrations table; to create the tables it needs CREATE on the schema",
         ),
         READ_ONLY => (Misconfigured, "the server is read-only: connect to the primary"),
         "26000" | "42P05" => (
