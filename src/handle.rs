@@ -4,6 +4,8 @@ mod resolution;
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::time::timeout;
+
 use self::resolution::resolve_intent;
 pub use self::resolution::{IntentResolution, ResolveIntentOutcome};
 use crate::{
@@ -95,7 +97,8 @@ impl IdempotencyHandle {
     }
 
     /// Refuses new requests with a key (503 `shutting-down`), and waits at most `limit` until all
-    /// work has ended: running attempts, the storing of their responses, background tasks.
+    /// work has ended: running attempts, the storing of their responses, background tasks. Then it
+    /// closes the store's own connections, as [`close`](Self::close) does.
     ///
     /// Call it after the server has stopped accepting. A graceful shutdown of the server alone does
     /// not wait for handlers whose client has disconnected.
@@ -105,7 +108,29 @@ impl IdempotencyHandle {
     /// [`DrainTimedOut`] if tasks were still running after `limit`. Their records are taken over
     /// when their leases run out.
     pub async fn drain(&self, limit: Duration) -> Result<(), DrainTimedOut> {
-        self.node.tasks.drain(limit).await.map_err(|running| DrainTimedOut { running, limit })
+        let drained = self.node.tasks.drain(limit).await;
+        // Also after the limit. Connections that are in use close when their calls have ended.
+        let _ = timeout(CLOSE_LIMIT, self.node.store.close()).await;
+        drained.map_err(|running| DrainTimedOut { running, limit })
+    }
+
+    /// Refuses new requests with a key (503 `shutting-down`), ends the background tasks, and closes
+    /// the store's own connections. Does not wait for running attempts: use [`drain`](Self::drain)
+    /// for a server that has served requests, and this call at the end of a test or of a job.
+    ///
+    /// The pool that the store was given stays open. A later call of this handle, or of another
+    /// layer over the same store, opens connections again.
+    ///
+    /// ```
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore};
+    /// # #[tokio::main] async fn main() {
+    /// let handle = IdempotencyLayer::new(MemoryStore::new()).handle();
+    /// handle.close().await;
+    /// # }
+    /// ```
+    pub async fn close(&self) {
+        // Running attempts are left alone, so that it does not matter whether there are any.
+        let _ = self.drain(Duration::ZERO).await;
     }
 
     /// Looks up one record, expired or not.
@@ -449,3 +474,6 @@ impl IdempotencyHandle {
         self.node.tasks.run_to_end(work(recovery)).await
     }
 }
+
+/// The time in which the store closes its connections while it is waited for.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);

@@ -74,6 +74,11 @@ impl Renewer {
         self.state().leases.remove(&attempt);
     }
 
+    /// Ends the task, which keeps the store alive, if there is no lease.
+    pub(crate) fn end_if_idle(&self) {
+        self.wake.notify_one();
+    }
+
     /// When the next lease is due. `None` ends the task: there is no lease.
     fn next_due(&self) -> Option<Instant> {
         let mut state = self.state();

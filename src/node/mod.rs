@@ -91,6 +91,12 @@ impl Node {
     }
 }
 
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.renewer.end_if_idle();
+    }
+}
+
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Node").field("store", &self.store).field("tasks", &self.tasks).finish_non_exhaustive()

@@ -244,6 +244,14 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// After any error, some records may have been deleted.
     async fn purge(&self, limit: u32) -> Result<u64, StoreError>;
+
+    /// Closes what the store has opened for itself: connections above all. Leaves the pool alone
+    /// that it was given.
+    ///
+    /// Waits for calls that are under way. The future may be dropped: their connections then close
+    /// when the calls end. A later call works and opens connections again, because clones and other
+    /// layers may share the store.
+    async fn close(&self);
 }
 
 /// A store, or a pool from which a store can be made. The argument of

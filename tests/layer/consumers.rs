@@ -19,8 +19,8 @@ use tower_idempotency::{
 
 use crate::support::{
     direct::{charge, counting, request, send},
-    http::Client,
     heard::{Logged, in_a_process_of_its_own},
+    http::Client,
     served::{Count, layer, serve},
 };
 

@@ -4,6 +4,9 @@
 mod support;
 
 mod conformance;
+mod connections;
 mod mutants;
+mod own_database;
 mod postgres;
+mod requirements;
 mod sqlite;

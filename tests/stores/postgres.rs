@@ -122,7 +122,8 @@ async fn postgres_needs_no_right_to_create_tables_once_they_are_there() {
     };
     must_name(&store().claim(&claim("k")).await.unwrap_err(), "SELECT, INSERT, UPDATE, DELETE");
     schema.run(&format!("GRANT SELECT ON {{s}}.idempotency_migrations TO {role}")).await;
-    schema.run(&format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {{s}}.idempotency_records TO {role}")).await;
+    let rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA";
+    schema.run(&format!("GRANT {rights} {{s}} TO {role}")).await;
     win(&store(), &claim("k")).await;
     schema.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }

@@ -62,6 +62,15 @@ macro_rules! forward_call {
     (purge $field:ident) => { $crate::support::forward::forward_signature! { $field
         purge<>(limit: u32) -> u64
     } };
+    (close $field:ident) => {
+        fn close<'s, 'f>(&'s self) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 'f>>
+        where
+            's: 'f,
+            Self: 'f,
+        {
+            self.$field.close()
+        }
+    };
     (transaction $field:ident) => {
         fn transaction(
             &self,

@@ -156,7 +156,7 @@ impl<T> Trapped<T> {
 
 #[async_trait::async_trait]
 impl<S: Store> Store for Trapped<S> {
-    forward!(inner: prepare renew release hold get list evict resolve purge);
+    forward!(inner: prepare renew release hold get list evict resolve purge close);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         let outcome = self.inner.claim(claim).await;

@@ -16,5 +16,6 @@ mod refused;
 mod results;
 mod rolled_back;
 mod second_run;
+mod spoilt;
 mod sqlite;
 mod timeouts;

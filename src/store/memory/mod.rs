@@ -301,6 +301,8 @@ impl Store for MemoryStore {
     async fn purge(&self, limit: u32) -> Result<u64, StoreError> {
         Ok(self.shards.purge(limit, |shard, left| shard.purge(left, &self.shards.stored)))
     }
+
+    async fn close(&self) {}
 }
 
 impl MemoryStore {

@@ -28,7 +28,7 @@ impl<'a> Call<'a> {
         match mode {
             ConnectionMode::Direct => self.prepared().fetch_all(connection).await,
             ConnectionMode::TransactionPooler => {
-                sqlx::raw_sql(AssertSqlSafe(self.text())).fetch_all(connection).await
+                sqlx::raw_sql(AssertSqlSafe(self.message(mode))).fetch_all(connection).await
             }
         }
     }
@@ -42,7 +42,7 @@ impl<'a> Call<'a> {
         let done = match mode {
             ConnectionMode::Direct => self.prepared().execute(connection).await,
             ConnectionMode::TransactionPooler => {
-                sqlx::raw_sql(AssertSqlSafe(self.text())).execute(connection).await
+                sqlx::raw_sql(AssertSqlSafe(self.message(mode))).execute(connection).await
             }
         };
         done.map(|done| done.rows_affected())
@@ -68,6 +68,13 @@ impl<'a> Call<'a> {
             Value::Int(number) => query.bind(number),
             Value::Span(span) => query.bind(PgInterval { months: 0, days: 0, microseconds: micros(span) }),
         })
+    }
+
+    fn message(&self, mode: ConnectionMode) -> String {
+        let mut statements = mode.prelude().to_vec();
+        let text = self.text();
+        statements.push(&text);
+        statements.join(";")
     }
 
     /// Returns the statement as text, with its values in it.

@@ -3,6 +3,7 @@
 mod call;
 mod connection;
 mod dialect;
+mod requirements;
 mod setup;
 mod transaction;
 
@@ -44,11 +45,16 @@ use crate::{
 /// A claim is one statement and one round trip. A duplicate of a known key writes nothing and waits
 /// for no lock.
 ///
-/// The store opens a pool of its own, with the options, hooks and address of the given pool. So a
+/// The store opens a pool of its own, with the options and the address of the given pool. So a
 /// handler that has taken every connection of the application cannot delay a completion. The
 /// store's pool does not test a connection before it uses it. After a restart of the server, the
 /// first call may fail as [`Ambiguous`](crate::store::StoreErrorKind::Ambiguous), and the layer
 /// repeats it.
+///
+/// The store's pool follows `Pool::set_connect_options` of the given one, for example when a
+/// password changes. It runs the hook `after_connect`, and then sets what the store relies on. It
+/// does not run `before_acquire` and `after_release`. It closes when the store is
+/// [closed](Store::close), when the given pool is closed, and when the store is dropped.
 ///
 /// Records are as durable as the server's settings make them. [`prepare`](Store::prepare) reports
 /// settings that forget acknowledged commits (`synchronous_commit = off`, `fsync = off`), and logs
@@ -289,6 +295,10 @@ impl Engine for PostgresStore {
     ) -> Arc<dyn StoreTransaction> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.clone());
         Slot::offer(driver, limits.begin_timeout, None, extensions)
+    }
+
+    async fn close_connections(&self) {
+        self.state.connections.close().await;
     }
 
     fn error(operation: &str, source: sqlx::Error) -> StoreError {

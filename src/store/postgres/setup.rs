@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Decode, PgConnection, Postgres, Row, Type, postgres::PgRow};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     ConnectionMode, PostgresStore,
     connection::{Settings, error},
     dialect::{self, Own},
+    requirements,
 };
 use crate::{
     error::{StoreError, StoreErrorKind},
@@ -15,7 +17,7 @@ use crate::{
     store::sql::{
         TableCreation,
         call::{Call, Statement},
-        errors::misconfigured,
+        errors::{self, misconfigured},
         setup::{self, Identifier, Migration, Ready, migration},
     },
 };
@@ -23,9 +25,14 @@ use crate::{
 impl PostgresStore {
     /// Sets up the tables. Closes a connection on which something has failed.
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Own>, StoreError> {
-        let mut connection = self.state.connections.lend(&self.pool, &self.settings).await?;
-        let schema = self.schema.as_ref().map_or_else(String::new, Identifier::to_string);
+        let (mut connection, fresh) = self.state.connections.acquire(&self.pool, &self.settings).await?;
         let Settings { mode, statement_timeout, .. } = self.settings;
+        // First of all: another engine may not know what the following statements ask.
+        in_time(statement_timeout, requirements::refuse_other_engines(&mut connection)).await?;
+        if fresh {
+            connection.arm(&self.settings).await?;
+        }
+        let schema = self.schema.as_ref().map_or_else(String::new, Identifier::to_string);
         let statement = Statement::new(SERVER, Some('$'));
         let server = one_row(&mut connection, mode, Call::new(&statement).with("schema", schema.as_str()));
         let server = in_time(statement_timeout, server).await?;
@@ -40,13 +47,48 @@ impl PostgresStore {
             }
             in_time(MIGRATION_TIMEOUT, migrate(&mut connection, mode, &schema, &self.prefix)).await?;
         }
+        let usable = requirements::check(&mut connection, mode, &schema, &self.prefix);
+        in_time(statement_timeout, usable).await?;
         connection.give_back();
         Ok(Ready::new(dialect::statements(&schema, &self.prefix), warnings(&server)?))
     }
 }
 
-/// Migrates in one transaction. Processes migrate one after the other.
+/// Migrates as soon as no other transaction has the tables locked. Each try waits only shortly:
+/// while it waits, the statements of all other nodes wait behind it.
 async fn migrate(
+    connection: &mut PgConnection,
+    mode: ConnectionMode,
+    schema: &str,
+    prefix: &Identifier,
+) -> Result<(), StoreError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match try_migrate(connection, mode, schema, prefix).await {
+            Err(error) if is_locked(&error) && Instant::now() < deadline => {
+                execute(connection, "ROLLBACK".to_owned()).await?;
+                sleep(LOCK_PAUSE).await;
+            }
+            Err(error) if is_locked(&error) => {
+                return Err(still_locked(schema, prefix).with_source(error));
+            }
+            done => return done,
+        }
+    }
+}
+
+fn still_locked(schema: &str, prefix: &Identifier) -> StoreError {
+    let message = format!(
+        "prepare: the tables `{prefix}_*` in schema {schema} could not be migrated within {LOCK_PATIENCE:?}, \
+         because other transactions have them locked or another process migrates them. Nothing was changed. \
+         Look for old transactions in pg_stat_activity and end them; the next request or a call of migrate() \
+         tries again"
+    );
+    StoreError::new(StoreErrorKind::Unavailable, message)
+}
+
+/// Migrates in one transaction. Processes migrate one after the other.
+async fn try_migrate(
     connection: &mut PgConnection,
     mode: ConnectionMode,
     schema: &str,
@@ -60,6 +102,12 @@ async fn migrate(
         tracing::info!(target: TRACING_TARGET, file = migration.file, schema, "migrated the tables");
     }
     execute(connection, "COMMIT".to_owned()).await
+}
+
+/// Returns `true` if a statement gave up its wait for a lock.
+fn is_locked(error: &StoreError) -> bool {
+    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<sqlx::Error>());
+    source.is_some_and(|source| errors::code(source).as_deref() == Some("55P03"))
 }
 
 /// Returns the version of the tables, 0 if there are none.
@@ -79,7 +127,7 @@ async fn version(
     column(&one_row(connection, mode, Call::new(&version)).await?, "version")
 }
 
-async fn one_row(
+pub(super) async fn one_row(
     connection: &mut PgConnection,
     mode: ConnectionMode,
     call: Call<'_>,
@@ -94,7 +142,7 @@ async fn execute(connection: &mut PgConnection, sql: String) -> Result<(), Store
     done.map(drop).map_err(|source| error("prepare", source))
 }
 
-fn column<'r, T>(row: &'r PgRow, name: &str) -> Result<T, StoreError>
+pub(super) fn column<'r, T>(row: &'r PgRow, name: &str) -> Result<T, StoreError>
 where
     T: Decode<'r, Postgres> + Type<Postgres>,
 {
@@ -105,7 +153,7 @@ async fn in_time<T>(
     limit: Duration,
     work: impl Future<Output = Result<T, StoreError>>,
 ) -> Result<T, StoreError> {
-    tokio::time::timeout(limit, work).await.unwrap_or_else(|elapsed| {
+    timeout(limit, work).await.unwrap_or_else(|elapsed| {
         let message = format!("prepare: did not end within {limit:?}");
         Err(StoreError::new(StoreErrorKind::Ambiguous, message).with_source(elapsed))
     })
@@ -155,12 +203,13 @@ SELECT quote_ident(coalesce(nullif(:schema, ''), current_schema()::text)) AS sch
     pg_is_in_recovery() AS standby,
     current_setting('default_transaction_read_only')::bool AS read_only,
     current_setting('synchronous_commit') = 'off' AS commit_not_flushed,
-    NOT current_setting('fsync')::bool AS fsync_off,
-    NOT current_setting('full_page_writes')::bool AS pages_torn,
-    current_setting('default_transaction_isolation') NOT IN ('read committed', 'read uncommitted')
-        AS isolated";
+    NOT current_setting('fsync')::bool AND NOT neon AS fsync_off,
+    NOT current_setting('full_page_writes')::bool AND NOT neon AS pages_torn,
+    current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII') AS few_characters,
+    NOT pg_has_role(session_user, 'USAGE') AS foreign_sessions
+FROM (SELECT current_setting('neon.timeline_id', true) IS NOT NULL AS neon) AS engine";
 
-const WARNINGS: [(&str, &str); 4] = [
+const WARNINGS: [(&str, &str); 5] = [
     (
         "commit_not_flushed",
         "synchronous_commit is off: a crash of the server forgets records that were acknowledged",
@@ -168,9 +217,14 @@ const WARNINGS: [(&str, &str); 4] = [
     ("fsync_off", "fsync is off: a crash of the machine can forget or destroy records"),
     ("pages_torn", "full_page_writes is off: a crash of the machine can destroy records"),
     (
-        "isolated",
-        "default_transaction_isolation is stricter than read committed: \
-         simultaneous claims of one key fail more often",
+        "few_characters",
+        "the encoding of the database is not UTF8: requests whose consumer has a character that it lacks are \
+         refused. Use a database with ENCODING 'UTF8'",
+    ),
+    (
+        "foreign_sessions",
+        "the role of the connection (SET ROLE) may not end sessions of its own account: a transaction that \
+         hangs is ended by its idle time-out only. Grant the account's role to it",
     ),
 ];
 
@@ -187,10 +241,14 @@ const BEGIN: &str = "
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL search_path = {schema};
 SET LOCAL statement_timeout = 0;
+SET LOCAL lock_timeout = '1s';
 SELECT pg_advisory_xact_lock(hashtextextended('{lock}', 0))";
 
 const OLDEST_VERSION: i32 = 120_000;
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
+/// The time in which a migration is tried. Other nodes work in the pauses.
+const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+const LOCK_PAUSE: Duration = Duration::from_secs(2);
 
 const MIGRATIONS: &[Migration] =
     &[migration!(1, "postgres/0001_records.sql"), migration!(2, "postgres/0002_intents.sql")];

@@ -13,7 +13,8 @@ use std::{pin::pin, time::Duration};
 
 use async_trait::async_trait;
 use sqlx::{
-    AssertSqlSafe, Connection, PgPool, Postgres, Row, Transaction,
+    AssertSqlSafe, Connection, PgPool, Postgres, Row, SqlSafeStr, Transaction,
+    pool::PoolConnection,
     postgres::{PgConnection, PgDatabaseError},
 };
 use tokio::time::timeout;
@@ -110,36 +111,43 @@ impl AttemptTransaction {
         let session = self.store.state.session.get_or_make(async || Session::learn(&self.store.pool).await);
         let session = session.await.map_err(not_begun)?;
         let text = self.begin_text(session, after_failure);
-        let begun = self.store.pool.begin_with(AssertSqlSafe(text)).await;
-        let mut transaction = begun.map_err(|source| match errors::code(&source) {
-            // An invalid transaction state: other code has left a transaction open.
-            Some(code) if code.starts_with("25") => NotBegun::Again(left_open().with_source(source)),
-            _ => not_begun(source),
-        })?;
+        let mut connection = self.store.pool.acquire().await.map_err(not_begun)?;
+        if let Err(source) = sqlx::raw_sql(AssertSqlSafe(text)).execute(&mut *connection).await {
+            connection.close_on_drop();
+            return Err(match errors::code(&source) {
+                // An invalid transaction state: other code has left a transaction open.
+                Some(code) if code.starts_with("25") => NotBegun::Again(left_open().with_source(source)),
+                Some(_) => not_begun(source),
+                None => NotBegun::Again(failed("the connection was broken", source)),
+            });
+        }
         let lock = Call::new(&statements.own.lock)
             .of_attempt(&self.attempt)
             .with("enable_seqscan", session.enable_seqscan.as_str());
-        let rows = lock.fetch_all_inside(&mut transaction, self.store.settings.mode).await;
+        let rows = lock.fetch_all_inside(&mut connection, self.store.settings.mode).await;
         let fresh = rows.and_then(|rows| rows.first().map(|row| row.try_get("fresh")).transpose());
-        let unlocked = |source| NotBegun::Again(failed("the record could not be locked", source));
-        match fresh {
+        let refused = match fresh {
             Ok(Some(true)) => {
                 let savepoint = AssertSqlSafe(format!("SAVEPOINT {}", savepoint(&self.attempt)));
-                let set = sqlx::raw_sql(savepoint).execute(&mut *transaction).await;
-                set.map(|_| transaction).map_err(unlocked)
+                let begun = Transaction::begin(connection, Some(savepoint.into_sql_str())).await;
+                return begun.map_err(unlocked);
             }
-            Ok(Some(false)) => {
-                self.abandon(transaction).await;
-                Err(NotBegun::Again(left_open()))
-            }
+            Ok(Some(false)) => NotBegun::Again(left_open()),
             Ok(None) => {
-                self.abandon(transaction).await;
                 let message = "another attempt has taken the record over";
-                Err(NotBegun::Final(TransactionError::new(TransactionErrorKind::Lost, message)))
+                NotBegun::Final(TransactionError::new(TransactionErrorKind::Lost, message))
             }
-            // A renewal of the lease came between, or the connection was broken.
-            Err(source) => Err(unlocked(source)),
-        }
+            Err(source) => {
+                // After a collision with a renewal of the lease the connection is in order. After
+                // anything else, other code may have spoilt it for every other request.
+                if transaction_error_kind(&source) != Some(TransactionErrorKind::Conflict) {
+                    connection.close_on_drop();
+                }
+                unlocked(source)
+            }
+        };
+        undo_begin(connection).await;
+        Err(refused)
     }
 
     /// Writes the last statement. Returns false if the handler has ended the transaction, or reset
@@ -171,12 +179,6 @@ impl AttemptTransaction {
         })
     }
 
-    /// Rolls back without a proof that the transaction is the one that was begun.
-    async fn abandon(&self, transaction: Transaction<'static, Postgres>) {
-        // If it takes too long, sqlx rolls it back when the connection can be used again.
-        let _ = timeout(PATIENCE, transaction.rollback()).await;
-    }
-
     /// Undoes the writes of the handler. Fails if the transaction is not the one that was begun.
     /// The lease is renewed before the row is unlocked, so that no claim takes the record over
     /// before the attempt's next write.
@@ -188,9 +190,15 @@ impl AttemptTransaction {
             .of_attempt(&self.attempt)
             .with("lease", self.limits.lease)
             .text();
-        let undo = format!("ROLLBACK TO SAVEPOINT {}; {renew}", savepoint(&self.attempt));
-        let undone = sqlx::raw_sql(AssertSqlSafe(undo)).execute(&mut *transaction).await;
-        undone.map_err(|source| failed("the transaction is not in order", source))?;
+        let undo = format!("ROLLBACK TO SAVEPOINT {}; {renew}; {PREPARED}", savepoint(&self.attempt));
+        let undone = sqlx::raw_sql(AssertSqlSafe(undo)).fetch_one(&mut *transaction).await;
+        let prepared = undone.and_then(|row| row.try_get::<i64, _>("prepared"));
+        let prepared = prepared.map_err(|source| failed("the transaction is not in order", source))?;
+        // A rollback does not bring back statements that the handler has deallocated.
+        if usize::try_from(prepared).is_ok_and(|prepared| prepared < transaction.cached_statements_size()) {
+            let cleared = transaction.clear_cached_statements().await;
+            cleared.map_err(|source| failed("the connection is not in order", source))?;
+        }
         transaction.commit().await.map_err(|source| failed("the lease could not be renewed", source))
     }
 
@@ -316,6 +324,18 @@ fn not_begun(source: impl Into<BoxError>) -> NotBegun {
     NotBegun::Final(TransactionError::new(TransactionErrorKind::Unavailable, message).with_source(source))
 }
 
+fn unlocked(source: sqlx::Error) -> NotBegun {
+    NotBegun::Again(failed("the record could not be locked", source))
+}
+
+/// Ends a transaction that no handler has seen. Closes the connection if that fails.
+async fn undo_begin(mut connection: PoolConnection<Postgres>) {
+    let undone = timeout(PATIENCE, sqlx::raw_sql("ROLLBACK").execute(&mut *connection)).await;
+    if !matches!(undone, Ok(Ok(_))) {
+        connection.close_on_drop();
+    }
+}
+
 fn left_open() -> TransactionError {
     let message = "a connection of the pool was in a transaction that other code had left open: \
                    see PostgresStore::guard_pool";
@@ -365,6 +385,8 @@ SELECT current_setting('enable_seqscan') AS enable_seqscan,
 /// The classes of errors that the same statement meets again: cardinality, data, constraints,
 /// syntax and access rules, a view's check option, and errors that a function raises.
 const REFUSED: [&str; 6] = ["21", "22", "23", "42", "44", "P0"];
+const PREPARED: &str = "SELECT count(*) AS prepared FROM pg_prepared_statements";
+
 /// A statement was refused because an earlier one of its transaction had failed.
 const ABORTED: &str = "25P02";
 /// The states in which a backend is ended, as patterns.

@@ -46,10 +46,10 @@ pub(crate) fn transaction_error_kind(error: &sqlx::Error) -> TransactionErrorKin
 /// Makes the error for a connection that could not be taken out of a pool. Nothing was sent.
 pub(in crate::store) fn connect_error(
     source: sqlx::Error,
-    refusal: fn(&dyn DatabaseError) -> Option<&'static str>,
+    meaning: impl Fn(&dyn DatabaseError) -> Option<Meaning>,
 ) -> StoreError {
-    let error = match (&source, source.as_database_error().and_then(refusal)) {
-        (_, Some(refused)) => misconfigured(refused),
+    let error = match (&source, source.as_database_error().and_then(meaning)) {
+        (_, Some((kind, hint))) => StoreError::new(kind, hint),
         (sqlx::Error::Configuration(_), None) => {
             misconfigured("the settings of the connection are not usable")
         }

@@ -3,6 +3,7 @@
 
 pub(super) mod call;
 pub(super) mod errors;
+pub(super) mod pool;
 pub(super) mod records;
 mod recovery;
 mod returning;
@@ -95,6 +96,9 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Arc<dyn StoreTransaction>;
+
+    /// Closes the store's own connections.
+    async fn close_connections(&self);
 
     fn error(operation: &str, source: sqlx::Error) -> StoreError;
 }

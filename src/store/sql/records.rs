@@ -135,6 +135,10 @@ impl<E: Engine> Store for E {
         let call = Call::new(&self.statements().await?.purges.records).with("limit", limit);
         self.change(Rank::Newcomer, "purge", call).await
     }
+
+    async fn close(&self) {
+        self.close_connections().await;
+    }
 }
 
 async fn fenced<E: Engine>(

@@ -2,15 +2,20 @@
 
 use std::{
     future::poll_fn,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use sqlx::{
-    AssertSqlSafe, Connection, Either, Executor, SqlitePool, Transaction,
+    AssertSqlSafe, Connection, Either, Executor, SqlSafeStr, SqlitePool, Transaction,
     error::DatabaseError,
-    pool::PoolConnection,
-    sqlite::{Sqlite, SqliteConnection, SqliteJournalMode, SqliteRow, SqliteSynchronous},
+    pool::{PoolConnection, PoolOptions},
+    sqlite::{
+        Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteLockingMode, SqliteRow,
+    },
 };
 use tokio::{
     sync::{Mutex, OwnedMutexGuard},
@@ -23,17 +28,21 @@ use crate::{
     store::sql::{
         Rank, Reply,
         errors::{self, Meaning},
+        pool::{OwnPool, Recipe},
     },
 };
 
 /// One connection that writes, for which writers queue fairly, and a few that read.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
-    writer: OnceLock<SqlitePool>,
+    /// Before the writer, so that it is the last to close: it removes the write-ahead log.
+    readers: OwnPool<Sqlite>,
+    writer: OwnPool<Sqlite>,
     /// The queue of newcomers. An attempt that owns its record does not wait in it: renewals and
     /// ends of attempts wait for the connection only, so they go before the writes in the queue.
     queue: Arc<Mutex<()>>,
-    readers: OnceLock<SqlitePool>,
+    /// Set while a handler may change the settings of the connection that writes.
+    with_handler: Arc<AtomicBool>,
 }
 
 impl Connections {
@@ -43,8 +52,7 @@ impl Connections {
         operation: &str,
         query: Prepared<'_>,
     ) -> Result<Vec<SqliteRow>, StoreError> {
-        let readers = self.readers.get_or_init(|| own_pool(base, MAX_READERS));
-        let mut connection = patiently(|| readers.acquire()).await.map_err(connect_error)?;
+        let mut connection = self.lend(&self.readers, base, MAX_READERS).await.map_err(connect_error)?;
         query.fetch_all(&mut *connection).await.map_err(|source| error(operation, source))
     }
 
@@ -70,12 +78,7 @@ impl Connections {
     }
 
     pub(super) async fn writer(&self, base: &SqlitePool) -> Result<PoolConnection<Sqlite>, StoreError> {
-        let pool = self.writer_pool(base);
-        patiently(|| pool.acquire()).await.map_err(connect_error)
-    }
-
-    fn writer_pool(&self, base: &SqlitePool) -> &SqlitePool {
-        self.writer.get_or_init(|| own_pool(base, 1))
+        self.lend(&self.writer, base, 1).await.map_err(connect_error)
     }
 
     /// Begins a transaction on the connection that writes.
@@ -84,9 +87,56 @@ impl Connections {
         base: &SqlitePool,
         statements: String,
     ) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        let pool = self.writer_pool(base);
-        let begun = patiently(|| pool.begin_with(AssertSqlSafe(statements.clone()))).await;
-        begun.map_err(|source| error("begin", source))
+        let statements = AssertSqlSafe(statements).into_sql_str();
+        let begun = patiently(|| async {
+            let connection = self.lend(&self.writer, base, 1).await?;
+            Transaction::begin(connection, Some(statements.clone())).await
+        });
+        begun.await.map_err(|source| error("begin", source))
+    }
+
+    /// The same, for a handler. The settings of the connection are restored afterwards.
+    pub(super) async fn begin_for_handler(
+        &self,
+        base: &SqlitePool,
+        statements: String,
+    ) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        let transaction = self.begin(base, statements).await?;
+        self.with_handler.store(true, Ordering::Relaxed);
+        Ok(transaction)
+    }
+
+    pub(super) async fn close(&self) {
+        self.readers.close().await;
+        self.writer.close().await;
+    }
+
+    async fn lend(
+        &self,
+        own: &OwnPool<Sqlite>,
+        base: &SqlitePool,
+        connections: u32,
+    ) -> Result<PoolConnection<Sqlite>, sqlx::Error> {
+        let recipe = Recipe {
+            base,
+            max_connections: connections.min(base.options().get_max_connections()),
+            pool_options: |options: PoolOptions<Sqlite>| {
+                let with_handler = Arc::clone(&self.with_handler);
+                options.acquire_timeout(ACQUIRE_TIMEOUT).after_release(move |connection, _| {
+                    Box::pin(is_in_order(connection, with_handler.swap(false, Ordering::Relaxed)))
+                })
+            },
+            connect_options,
+        };
+        patiently(|| async {
+            let (mut connection, fresh) = own.acquire(&recipe).await?;
+            if fresh && let Err(error) = arm(&mut connection).await {
+                connection.close_on_drop();
+                return Err(error);
+            }
+            Ok(connection)
+        })
+        .await
     }
 }
 
@@ -121,36 +171,39 @@ where
     }
 }
 
-fn is_busy(error: &sqlx::Error) -> bool {
+pub(super) fn is_busy(error: &sqlx::Error) -> bool {
     errors::code(error).is_some_and(|code| primary(&code) == BUSY)
 }
 
-fn own_pool(base: &SqlitePool, connections: u32) -> SqlitePool {
-    let options = base.connect_options().as_ref().clone();
-    let options = options
+fn connect_options(options: SqliteConnectOptions) -> SqliteConnectOptions {
+    options
         .shared_cache(false)
+        .locking_mode(SqliteLockingMode::Normal)
         .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(BUSY_TIMEOUT);
-    base.options()
-        .clone()
-        .min_connections(0)
-        .max_connections(connections.min(base.options().get_max_connections()).max(1))
-        .acquire_timeout(ACQUIRE_TIMEOUT)
-        .test_before_acquire(false)
-        .after_release(|connection, _| Box::pin(is_in_order(connection)))
-        .connect_lazy_with(options)
+        .busy_timeout(BUSY_TIMEOUT)
+}
+
+/// Sets what the store relies on, after the hooks of the given pool or a handler.
+async fn arm(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(ARM).execute(connection).await.map(drop)
 }
 
 /// Returns `false` if the connection is still in a transaction. A handler may have ended its
 /// transaction with its own statement. On the connection that it leaves, sqlx still counts one and
 /// never begins another.
-async fn is_in_order(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+///
+/// After a handler, returns `false` also for temporary tables, which hide others of their name.
+async fn is_in_order(connection: &mut SqliteConnection, after_handler: bool) -> Result<bool, sqlx::Error> {
     if connection.is_in_transaction() {
         // The rollback of a dropped transaction may still be on its way.
         connection.ping().await?;
     }
-    Ok(!connection.is_in_transaction())
+    if connection.is_in_transaction() || !after_handler {
+        return Ok(!connection.is_in_transaction());
+    }
+    arm(connection).await?;
+    let temporary = sqlx::query("SELECT 1 FROM sqlite_temp_schema LIMIT 1").fetch_optional(connection);
+    Ok(temporary.await?.is_none())
 }
 
 pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
@@ -160,7 +213,7 @@ pub(super) fn error(operation: &str, source: sqlx::Error) -> StoreError {
 fn connect_error(source: sqlx::Error) -> StoreError {
     errors::connect_error(source, |error| {
         let (kind, hint) = meaning(error);
-        (kind == StoreErrorKind::Misconfigured).then_some(hint)
+        matches!(kind, StoreErrorKind::Misconfigured | StoreErrorKind::Unavailable).then_some((kind, hint))
     })
 }
 
@@ -182,13 +235,20 @@ fn meaning(error: &dyn DatabaseError) -> Meaning {
             "the database is read-only: the process must own the file and may not open it read-only",
         ),
         BUSY | 6 => (Unavailable, "the database is locked by another writer"),
-        7 | 13 | 14 => (Unavailable, "the database file cannot be opened, or memory or disk are full"),
+        14 => (
+            Unavailable,
+            "the database file cannot be opened: the process must be able to write to the file and to its \
+             folder",
+        ),
+        7 | 13 => (Unavailable, "memory or disk are full"),
         10 => (Ambiguous, "the disk failed"),
         26 => (Misconfigured, "the file is not a SQLite database"),
         _ => (Internal, errors::UNEXPECTED),
     }
 }
 
+const ARM: &str = "PRAGMA query_only = OFF; PRAGMA locking_mode = NORMAL; PRAGMA journal_mode = WAL; \
+                   PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000";
 const BUSY: u32 = 5;
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 const MAX_READERS: u32 = 4;

@@ -2,6 +2,7 @@
 
 mod connection;
 mod dialect;
+mod requirements;
 mod setup;
 mod transaction;
 
@@ -36,10 +37,16 @@ use crate::{
 
 /// Keeps records in a SQLite database file.
 ///
-/// The store opens connections of its own, with the connect options of the given pool. One
-/// connection writes, and all writes of this process wait for it in one fair queue. Up to four
-/// connections read. They use write-ahead logging (`journal_mode = WAL`) and flush at every commit
-/// (`synchronous = FULL`). A duplicate of a known key only reads, and never waits for a writer.
+/// The store opens connections of its own, with the connect options of the given pool and its hook
+/// `after_connect`. One connection writes, and all writes of this process wait for it in one fair
+/// queue. Up to four connections read. They use write-ahead logging (`journal_mode = WAL`) and
+/// flush at every commit (`synchronous = FULL`), whatever options, hooks and handlers have set. A
+/// duplicate of a known key only reads, and never waits for a writer.
+///
+/// Write-ahead logging is a property of the file, so the given pool must not choose another journal
+/// mode. [`prepare`](Store::prepare) refuses a pool that does, or that locks the file for itself
+/// (`locking_mode = EXCLUSIVE`). The connections close when the store is [closed](Store::close),
+/// when the given pool is closed, and when the store is dropped.
 ///
 /// SQLite has one writer at a time. A process that is stopped while it holds the write lock stops
 /// all writers. After the busy time-out (5 s), calls fail as
@@ -203,6 +210,10 @@ impl Engine for SqliteStore {
     ) -> Arc<dyn StoreTransaction> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.lease);
         Slot::offer(driver, limits.begin_timeout, Some(limits.time_limit), extensions)
+    }
+
+    async fn close_connections(&self) {
+        self.state.connections.close().await;
     }
 
     fn error(operation: &str, source: sqlx::Error) -> StoreError {

@@ -6,13 +6,13 @@ use super::{
     SqliteStore,
     connection::error,
     dialect::{self, Own},
+    requirements,
 };
 use crate::{
     error::StoreError,
     redact::TRACING_TARGET,
     store::sql::{
         TableCreation,
-        errors::misconfigured,
         setup::{self, Identifier, Migration, Ready, migration},
     },
 };
@@ -21,8 +21,12 @@ impl SqliteStore {
     pub(super) async fn set_up(&self, creation: TableCreation) -> Result<Ready<Own>, StoreError> {
         // Detached, so that a call that is dropped half-way closes the connection and leaves no
         // transaction open.
-        let mut connection = self.state.connections.writer(&self.pool).await?.detach();
-        refuse_memory(&mut connection).await?;
+        let mut connection = match self.state.connections.writer(&self.pool).await {
+            Ok(connection) => connection.detach(),
+            Err(failed) => return Err(requirements::explain(&self.pool, failed).await),
+        };
+        requirements::refuse_memory(&mut connection).await?;
+        requirements::refuse_unfitting_pool(&self.pool).await?;
         execute(&mut connection, "BEGIN IMMEDIATE").await?;
         migrate(&mut connection, &self.prefix, creation).await?;
         execute(&mut connection, "COMMIT").await?;
@@ -30,20 +34,6 @@ impl SqliteStore {
         connection.close().await.map_err(|source| error("prepare", source))?;
         Ok(Ready::new(dialect::statements(&self.prefix), warnings))
     }
-}
-
-async fn refuse_memory(connection: &mut SqliteConnection) -> Result<(), StoreError> {
-    let file =
-        sqlx::query("SELECT file FROM pragma_database_list WHERE name = 'main'").fetch_one(connection).await;
-    let file: Option<String> =
-        file.and_then(|row| row.try_get("file")).map_err(|source| error("prepare", source))?;
-    if file.is_none_or(|file| file.is_empty()) {
-        return Err(misconfigured(
-            "an in-memory SQLite database cannot be shared by connections: \
-             use MemoryStore, or a database file",
-        ));
-    }
-    Ok(())
 }
 
 async fn migrate(

@@ -84,7 +84,7 @@ impl AttemptTransaction {
         // A newcomer queues before it asks for the connection, so that owners of records go first.
         self.set_turn(Some(connections.turn().await?));
         let begin = format!("BEGIN IMMEDIATE; SAVEPOINT {}", savepoint(&self.attempt));
-        let mut transaction = connections.begin(&self.store.pool, begin).await?;
+        let mut transaction = connections.begin_for_handler(&self.store.pool, begin).await?;
         if let Err(error) = self.watch_commits(&mut transaction).await {
             self.abandon(transaction).await;
             return Err(error);

@@ -288,4 +288,6 @@ impl Store for BrokenStore {
         }
         Ok(deleted)
     }
+
+    async fn close(&self) {}
 }
