@@ -265,7 +265,7 @@ const NONE: [bool; 4] = [false; 4];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_setting_of_a_reconciler_is_refused_or_works() {
-    let lookup = || Reconciler::new(async |_| Ok(Lookup::Unknown));
+    let lookup = || Reconciler::new().on("bank", async |_| Ok(Lookup::Unknown));
     let minute = Duration::from_secs(60);
     let reconcilers = [
         built("interval", DURATIONS, TOO_SHORT, |value| lookup().with_interval(value)),

@@ -9,7 +9,7 @@ use tower_idempotency::{Fingerprinter, IdempotencyLayer, RejectionCode};
 
 use crate::support::{
     direct::{counting, send, with_store},
-    heard::Logged,
+    heard::{Logged, in_a_process_of_its_own},
     served::layer,
 };
 
@@ -32,8 +32,13 @@ async fn mismatch(layer: IdempotencyLayer, first: Request, second: Request) -> S
     answer.problem()["detail"].as_str().unwrap().to_owned()
 }
 
-#[tokio::test]
-async fn a_mismatch_says_which_part_differs() {
+#[test]
+fn a_mismatch_says_which_part_differs() {
+    // Which events are of interest is known to all threads, and other tests change it.
+    in_a_process_of_its_own("same_request::a_mismatch_says_which_part_differs", each_part_is_named());
+}
+
+async fn each_part_is_named() {
     const JSON: &[(&str, &str)] = &[("content-type", "application/json"), ("x-tenant", "secret-1")];
     let first = || sent(Method::POST, "/charges?n=1", JSON, "{}");
     let others = [
