@@ -13,8 +13,11 @@ use axum::{
 use tower::retry::{Policy, RetryLayer};
 use tower_idempotency::Idempotency;
 
+/// What lies between a layer and a handler, with its name.
+pub type Inside = (&'static str, fn(Router) -> Router);
+
 /// Ways to run a handler again after a 5xx, or twice simultaneously.
-pub const RERUNS: [(&str, fn(Router) -> Router); 6] = [
+pub const RERUNS: [Inside; 6] = [
     ("copies-for-both", |router| router.layer(from_fn(copies))),
     ("the-original-last", |router| router.layer(from_fn(original_last))),
     ("a-copy-of-a-copy", |router| router.layer(from_fn(copy_of_copy))),
@@ -89,7 +92,7 @@ impl Policy<Request, Response, Infallible> for Twice {
 }
 
 /// Middlewares that look at a request, copy it or change it, and run the handler once.
-pub const ONCE: [(&str, fn(Router) -> Router); 4] = [
+pub const ONCE: [Inside; 4] = [
     ("a copy", |router| {
         router.layer(from_fn(async |request: Request, next: Next| {
             let (parts, body) = whole(request).await;
