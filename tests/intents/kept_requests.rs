@@ -7,6 +7,7 @@ use std::{
 
 use axum::http::{HeaderName, StatusCode, header};
 use sqlx::Postgres;
+use tower::Layer;
 use tower_idempotency::{
     Consumer, ConsumerExtractor, Fingerprinter, IdempotencyKey, IdempotencyLayer, MemoryStore, RejectionCode,
     recovery::KeptRequests,
@@ -47,7 +48,7 @@ async fn no_credential_is_in_the_database<DB: Dialect>(shop: Shop<DB>) {
 /// What a layer says when it is built wrongly.
 fn refusal(build: impl FnOnce(IdempotencyLayer) -> IdempotencyLayer) -> Option<String> {
     let layer = IdempotencyLayer::new(MemoryStore::new());
-    let refused = catch_unwind(AssertUnwindSafe(|| build(layer))).err()?;
+    let refused = catch_unwind(AssertUnwindSafe(|| build(layer).layer(()))).err()?;
     Some(refused.downcast_ref::<String>().expect("a message").clone())
 }
 
