@@ -431,7 +431,7 @@ async fn works(store: &impl Store) {
     store.renew(&[renewal]).await.unwrap();
     store.hold(&held.attempt).await.unwrap();
     let recovery = store.recovery().unwrap();
-    recovery.take_dangling(10, Duration::from_secs(1)).await.unwrap();
+    recovery.take_dangling(&["bank".to_owned()], 10, Duration::from_secs(1)).await.unwrap();
     store.purge(10).await.unwrap();
     assert!(store.evict(&held.attempt.consumer, &held.attempt.key).await.unwrap());
 }
