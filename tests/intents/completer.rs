@@ -290,7 +290,7 @@ async fn a_route_without_a_layer_needs_attention<DB: Dialect>(shop: Shop<DB>) {
     let pass = node.complete(&completer(unguarded, restore_user), 1).await;
     assert_eq!(pass.need_attention, 1);
     let needs = node.needs().await;
-    assert!(needs[0].contains("no idempotency layer") && needs[0].contains("202"), "{needs:?}");
+    assert!(needs[0].contains("no idempotency layer") && needs[0].contains("500"), "{needs:?}");
 }
 
 async fn a_look_that_nobody_waits_for_goes_on<DB: Dialect>(shop: Shop<DB>) {

@@ -405,7 +405,8 @@ async fn pay_twice(payer: &Payer, idempotency: &Idempotency, seen: &Mutex<Vec<St
         Err(error) => return error.into_response(),
         Ok(first) => seen.lock().unwrap().push(first.id),
     }
-    match payer.pay(idempotency).await {
+    let second = payer.intent(idempotency).with_arguments(&("DE02", 2000));
+    match payer.call(second).await {
         Err(error) => error.into_response(),
         Ok(second) => created(&second),
     }
