@@ -22,7 +22,7 @@ use crate::{
     phases::{Site, on_both_stores},
     support::{
         db::Db,
-        logged::Logged,
+        log::Log,
         rerun::{ONCE, RERUNS},
         served::Count,
     },
@@ -311,11 +311,11 @@ async fn a_second_run_of_the_handler_makes_no_call_on_postgres() {
 
 #[tokio::test]
 async fn a_second_run_is_logged_with_its_remedy() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let handler = async |idempotency: Idempotency| call(idempotency.intent("bank"), &Count::default()).await;
     failing_first(&store, handler, RERUNS[0].1).send("logged").await;
-    let lines = logged.lines("ERROR", "and is refused");
+    let lines = log.lines(&["ERROR", "and is refused"]);
     assert!(
         lines.len() == 1 && lines[0].contains("with_reruns") && lines[0].contains("key=logged"),
         "{lines:?}"
@@ -324,8 +324,8 @@ async fn a_second_run_is_logged_with_its_remedy() {
 
 #[tokio::test]
 async fn a_success_that_is_stored_while_an_intent_is_open_is_logged() {
-    let logged = Logged::start();
-    let warned = || logged.lines("WARN", "an intent is open");
+    let (log, _guard) = Log::listen();
+    let warned = || log.lines(&["WARN", "an intent is open"]);
     let handler = async |idempotency: Idempotency, request: Request| {
         let key = idempotency.key().as_str().to_owned();
         let outcome = async |_| match key.as_str() {
