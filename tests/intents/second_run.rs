@@ -3,12 +3,7 @@
 use std::{convert::Infallible, sync::Arc};
 
 use axum::{
-    Extension, Router,
-    body::Body,
-    extract::Request,
-    handler::Handler,
-    http::StatusCode,
-    response::{IntoResponse, Response},
+    Extension, Router, body::Body, extract::Request, handler::Handler, http::StatusCode, response::Response,
     routing::post,
 };
 use sqlx::{Postgres, Sqlite};
@@ -23,7 +18,7 @@ use crate::{
     support::{
         db::Db,
         log::Log,
-        rerun::{ONCE, RERUNS},
+        rerun::{self, ONCE, RERUNS},
         served::Count,
     },
 };
@@ -40,16 +35,7 @@ fn failing_first<T: 'static>(
     handler: impl Handler<T, ()>,
     inside: impl FnOnce(Router) -> Router,
 ) -> Node {
-    let runs = Count::default();
-    let counter = runs.clone();
-    let handler = move |request: Request| {
-        let (handler, run) = (handler.clone(), counter.add());
-        async move {
-            let response = handler.call(request, ()).await;
-            if run == 1 { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response }
-        }
-    };
-    let router = Router::new().route("/charges", post(handler));
+    let (router, runs) = rerun::failing_first(handler);
     Node::new(IdempotencyLayer::new(Arc::clone(store)), inside(router), runs)
 }
 
