@@ -62,17 +62,18 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 ///
 /// | policy | stored | abandoned attempts |
 /// |---|---|---|
-/// | default | 2xx, 3xx but 307, 308, and 4xx but 401, 403, 407, 408, 421, 425, 429 | run again |
+/// | default | 2xx, 3xx, and 4xx except 401, 403, 407, 408, 421, 425, 429 | run again |
 /// | [`at_most_once`](Self::at_most_once) | the same and 5xx; 408 holds the key | held |
-/// | [`success_only`](Self::success_only) | 2xx, and 3xx except 307, 308 | run again |
+/// | [`success_only`](Self::success_only) | 2xx and 3xx | run again |
 ///
-/// A response that is not stored releases the key, and a retry runs the handler again. The status
-/// codes are those of [RFC 9110].
+/// 307 and 308 are not stored, nor are other [responses that are no
+/// results](#responses-that-are-no-results). A response that is not stored releases the key, and a
+/// retry runs the handler again. The status codes are those of [RFC 9110].
 ///
 /// # Responses that are no results
 ///
 /// Some responses release the key under every policy, because no handler has performed the request.
-/// A [`Directive`] in the response overrides this.
+/// A [`Directive`] in the response overrides this for all but refusals.
 ///
 /// * **307 and 308** ask for this very request elsewhere. A 1xx is no final response.
 /// * **A missing route.** A 404 is a handler's own if axum had matched a route before the request
@@ -131,7 +132,8 @@ impl ResultPolicy {
     /// Use it where a second execution is worse than none. A request whose outcome is unknown never
     /// runs again: its key waits until an operator resolves it. A 408 and an error of the inner
     /// service hold the key too, because a time-out inside the layer ends in one of them. 401, 403,
-    /// 407, 421, 425 and 429 release the key as usual.
+    /// 407, 421, 425, 429 and [responses that are no results](Self#responses-that-are-no-results)
+    /// release the key as usual.
     #[must_use]
     pub fn at_most_once() -> Self {
         let classify = |status: StatusCode| match status {

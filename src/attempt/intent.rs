@@ -14,6 +14,7 @@ use crate::{
         progress::{Entered, check_name},
     },
     duration::{capped, limit},
+    error::BoxError,
     fingerprint::canonical_digest,
     node::tasks::wait_for,
     redact::TRACING_TARGET,
@@ -438,7 +439,7 @@ impl OpenIntent {
         (left < timeout).then_some("the process was stopped for too long before the call was made")
     }
 
-    async fn not_sent_because(self, cause: crate::error::BoxError) -> IntentError {
+    async fn not_sent_because(self, cause: BoxError) -> IntentError {
         if let Err(error) = self.not_sent().await {
             log_unsettled(&error);
         }

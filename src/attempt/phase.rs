@@ -8,13 +8,12 @@ use sqlx::{Connection, Database};
 use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
 
 use crate::{
-    attempt::tx_error::TxError,
-    store::sql::slot::{Last, Slot},
-};
-use crate::{
-    attempt::{Facts, idempotency::Idempotency, progress::InPhase},
+    attempt::{Facts, error::IntentError, idempotency::Idempotency, progress::InPhase, tx_error::TxError},
     error::StoreError,
-    store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind},
+    store::{
+        sql::slot::{Last, Slot},
+        transaction::{StoreTransaction, TransactionError, TransactionErrorKind},
+    },
 };
 
 impl Idempotency {
@@ -94,7 +93,7 @@ impl Idempotency {
         phase.run(step).await
     }
 
-    fn enter_phase(&self, name: &str) -> Result<InPhase, crate::attempt::error::IntentError> {
+    fn enter_phase(&self, name: &str) -> Result<InPhase, IntentError> {
         self.enter_run()?;
         self.refuse_inside_transaction()?;
         self.facts.progress.enter_phase(name)

@@ -10,9 +10,9 @@ use tokio_util::task::TaskTracker;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 use tokio_util::task::task_tracker::TrackedFuture;
 
-use crate::rejection::Rejection;
 use crate::{
     attempt::error::IntentError,
+    rejection::Rejection,
     stored::intent::{Place, UpstreamKey},
 };
 

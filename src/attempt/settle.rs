@@ -9,9 +9,6 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use crate::stored::intent::{
-    Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey,
-};
 use crate::{
     error::StoreError,
     metrics,
@@ -23,7 +20,12 @@ use crate::{
     redact::TRACING_TARGET,
     retry::retry_until,
     store::recovery::RecoveryStore,
-    stored::record::Fenced,
+    stored::{
+        intent::{
+            Intent, IntentFence, IntentState, IntentUpdate, OpenOutcome, Opening, Resource, UpstreamKey,
+        },
+        record::Fenced,
+    },
 };
 
 impl Node {

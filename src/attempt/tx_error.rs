@@ -7,7 +7,7 @@ use http::Response;
 
 use crate::{
     attempt::{error::IntentError, unguarded::Unguarded},
-    error::{BoxError, StoreError},
+    error::{BoxError, StoreError, StoreErrorKind},
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode, respond_by_default},
     store::{
@@ -70,10 +70,7 @@ impl TxError {
             "a handler asks for a transaction of a database that is not the one of its idempotency layer, or \
              whose store has no transactions, like MemoryStore"
         );
-        Self::new(Rejection::new(
-            RejectionCode::StoreMisconfigured,
-            "The request was not performed. The server's log says why.",
-        ))
+        Self::new(Rejection::of_store(StoreErrorKind::Misconfigured))
     }
 
     /// The handler runs a second time within one attempt.
@@ -142,13 +139,7 @@ impl From<IntentError> for TxError {
 
 impl From<StoreError> for TxError {
     fn from(error: StoreError) -> Self {
-        let detail = match error.is_retryable() {
-            true => {
-                "The request was not performed: the store does not answer. Send it again with the same key."
-            }
-            false => "The request was not performed. The server's log says why.",
-        };
-        let rejection = Rejection::new(RejectionCode::of_store(error.kind()), detail);
+        let rejection = Rejection::of_store(error.kind());
         Self { source: Some(error.into()), ..Self::new(rejection) }
     }
 }

@@ -7,6 +7,7 @@ use http::{Method, request::Parts};
 use crate::key::KEY_HEADER;
 #[cfg(any(feature = "axum", feature = "sqlite", feature = "postgres"))]
 use crate::{
+    error::StoreErrorKind,
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode},
 };
@@ -56,13 +57,7 @@ impl Unguarded {
     pub(crate) fn rejection(self) -> Rejection {
         let cause = match self {
             Self::NoKey => return Rejection::key_missing(),
-            Self::StoreAway => {
-                return Rejection::new(
-                    RejectionCode::StoreUnavailable,
-                    "The request was not performed: the store of idempotency keys does not answer. Send it \
-                     again with the same key.",
-                );
-            }
+            Self::StoreAway => return Rejection::of_store(StoreErrorKind::Unavailable),
             Self::Disabled => "the IdempotencyLayer is disabled: take an Option of the extractor",
             Self::OtherMethod => {
                 "the IdempotencyLayer does not guard this method: add it with IdempotencyLayer::with_methods"

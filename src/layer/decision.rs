@@ -348,14 +348,7 @@ impl Guarded {
         let (consumer, key) = (&attempt.consumer, self.settings.attempts.shown(&attempt.key));
         let source = error as &dyn Error;
         tracing::error!(target: TRACING_TARGET, %consumer, %key, error = source, "{what}");
-        let detail = match error.is_retryable() {
-            true => {
-                "The request was not performed: the store of idempotency keys does not answer. Send it again \
-                 with the same key."
-            }
-            false => "The request was not performed. The server's log says why.",
-        };
-        Rejection::new(RejectionCode::of_store(error.kind()), detail)
+        Rejection::of_store(error.kind())
     }
 
     /// Row 8: the request's fingerprint in the scheme of the record, if it is the record's.

@@ -26,7 +26,7 @@ impl Settings {
             panic!(
                 "{name} identifies who sends a request and cannot be kept with it: remove it from \
                  KeptRequests; what Restore puts back takes its place. If it is no credential, name it with \
-                 ConsumerExtractor::add_ignored_header first"
+                 ConsumerExtractor::add_ignored_header"
             );
         }
         if let Some(name) = self.fingerprinter.headers().find(|name| self.is_credential(name)) {
@@ -34,7 +34,7 @@ impl Settings {
                 "the fingerprint covers {name}, which identifies who sends a request and cannot be kept with \
                  it, so that a request that is sent again would never be the same: remove it from the \
                  Fingerprinter. If it is no credential, name it with \
-                 ConsumerExtractor::add_ignored_header first"
+                 ConsumerExtractor::add_ignored_header"
             );
         }
     }

@@ -20,10 +20,10 @@ use crate::duration::capped;
 /// says that it holds a credential, because it contains `auth`, `token`, `key`, `secret`,
 /// `session`, `signature`, `credential`, `password`, `passwd`, `cookie`, `jwt`, `assertion`,
 /// `cert`, `oidc` or `dpop`. Name those that are no credentials with
-/// [`add_ignored_header`](crate::ConsumerExtractor::add_ignored_header), before they are kept. A
-/// value that is [marked as sensitive](http::HeaderValue::is_sensitive) is left out. Do not add
-/// other headers that hold credentials. Do not keep requests whose path, query or body holds
-/// credentials: those are stored as they are.
+/// [`add_ignored_header`](crate::ConsumerExtractor::add_ignored_header). A value that is [marked as
+/// sensitive](http::HeaderValue::is_sensitive) is left out. Do not add other headers that hold
+/// credentials. Do not keep requests whose path, query or body holds credentials: those are stored
+/// as they are.
 ///
 /// A request that is sent again goes through the whole application. Whatever changes its path,
 /// query, content type or body on the way must change the kept request in the same way. Otherwise

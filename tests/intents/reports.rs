@@ -16,7 +16,7 @@ use tower_idempotency::{
 
 use crate::support::{
     direct::{self, Answer},
-    events::Events,
+    log::Log,
 };
 
 /// A node whose handler makes a transfer. Its outcome is unknown at first.
@@ -100,7 +100,7 @@ const UNREGISTERED: &str = "no reconciler of this process looks up the call";
 
 #[tokio::test(start_paused = true)]
 async fn without_a_reconciler_no_look_up_is_promised_and_an_error_says_so_once() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     let first = desk.refused().await;
     assert!(!first.looked_up && !first.operator, "{first:?}");
@@ -111,7 +111,7 @@ async fn without_a_reconciler_no_look_up_is_promised_and_an_error_says_so_once()
     for _ in 0..2 {
         assert_eq!(desk.refused().await, BY_OPERATOR);
     }
-    let error = events.one(&["ERROR", UNREGISTERED]);
+    let error = log.one(&["ERROR", UNREGISTERED]);
     for part in ["consumer=", "key=k", "attempt=", "intent=\"bank.transfer\""] {
         assert!(error.contains(part), "{part} in {error}");
     }
@@ -119,18 +119,18 @@ async fn without_a_reconciler_no_look_up_is_promised_and_an_error_says_so_once()
 
 #[tokio::test(start_paused = true)]
 async fn a_key_that_stays_held_is_a_warning_once() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     for _ in 0..5 {
         desk.refused().await;
     }
-    events.one(&["WARN", "conflict: held", "key=k"]);
-    assert_eq!(events.with(&["DEBUG", "conflict: held", "key=k"]).len(), 3);
+    log.one(&["WARN", "conflict: held", "key=k"]);
+    assert_eq!(log.lines(&["DEBUG", "conflict: held", "key=k"]).len(), 3);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_look_up_is_promised_where_a_reconciler_for_the_name_was_started() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     desk.refused().await;
     desk.handle.start_reconciler(Reconciler::new().on("mail.send", unknown())).unwrap();
@@ -139,7 +139,7 @@ async fn a_look_up_is_promised_where_a_reconciler_for_the_name_was_started() {
     assert_eq!(desk.refused().await, LOOKED_UP);
     tokio::time::sleep(6 * MINUTE).await;
     assert_eq!(desk.refused().await, LOOKED_UP);
-    events.one(&["ERROR", UNREGISTERED]);
+    log.one(&["ERROR", UNREGISTERED]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -155,25 +155,25 @@ async fn no_look_up_is_promised_of_a_call_that_needs_attention() {
 
 #[tokio::test(start_paused = true)]
 async fn a_process_whose_calls_another_one_looks_up_neither_promises_nor_complains() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     let worker = Desk::over(desk.store.clone(), |layer| layer);
     desk.send().await.assert_refused(RejectionCode::OutcomeUnknown);
     worker.handle.start_reconciler(Reconciler::new().on("bank.transfer", unknown())).unwrap();
     tokio::time::sleep(6 * MINUTE).await;
     assert_eq!(desk.refused().await, UNCLEAR);
-    assert_eq!(events.with(&["ERROR", UNREGISTERED]), [""; 0]);
+    assert_eq!(log.lines(&["ERROR", UNREGISTERED]), [""; 0]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_look_up_that_learned_nothing_says_when_the_next_one_is() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     desk.refused().await;
     tokio::time::sleep(6 * MINUTE).await;
     let reconciler = Reconciler::new().on("bank.transfer", unknown()).with_backoff(MINUTE, MINUTE);
     assert_eq!(desk.handle.reconcile(&reconciler).await.unwrap().again, 1);
-    let line = events.one(&["INFO", "a look-up has not settled its intent"]);
+    let line = log.one(&["INFO", "a look-up has not settled its intent"]);
     for part in ["consumer=", "key=k", "attempt=", "looks=1", "next_after="] {
         assert!(line.contains(part), "{part} in {line}");
     }
@@ -181,7 +181,7 @@ async fn a_look_up_that_learned_nothing_says_when_the_next_one_is() {
 
 #[tokio::test(start_paused = true)]
 async fn overlooked_names_are_reported_once() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     desk.refused().await;
     let reconciler = Reconciler::new().on("mail.send", unknown());
@@ -192,12 +192,12 @@ async fn overlooked_names_are_reported_once() {
     for _ in 0..3 {
         assert_eq!(overlooked().await, 1);
     }
-    events.one(&["ERROR", "looked up by no process", "bank.transfer"]);
+    log.one(&["ERROR", "looked up by no process", "bank.transfer"]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn names_of_another_reconciler_of_the_process_are_not_overlooked() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     desk.refused().await;
     let rarely = Reconciler::new().on("bank.transfer", unknown()).with_interval(1000 * MINUTE);
@@ -205,19 +205,19 @@ async fn names_of_another_reconciler_of_the_process_are_not_overlooked() {
     tokio::time::sleep(30 * MINUTE).await;
     let other = Reconciler::new().on("mail.send", unknown());
     assert_eq!(desk.handle.reconcile(&other).await.unwrap().overlooked, 0);
-    assert_eq!(events.with(&["looked up by no process"]), [""; 0]);
+    assert_eq!(log.lines(&["looked up by no process"]), [""; 0]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_takeover_is_one_line() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let desk = Desk::open();
     desk.outcomes.lock().unwrap().push(Outcome::MadeAndFailed);
     assert_eq!(desk.send().await.status, StatusCode::INTERNAL_SERVER_ERROR);
-    assert_eq!(events.with(&["takeover"]), [""; 0]);
+    assert_eq!(log.lines(&["takeover"]), [""; 0]);
     tokio::time::sleep(MINUTE).await;
     assert_eq!(desk.send().await.status, StatusCode::CREATED);
-    let line = events.one(&["INFO", "takeover"]);
+    let line = log.one(&["INFO", "takeover"]);
     for part in ["consumer=", "key=k", "attempt=", "attempt_number=2", "taken_over=1", "age=60"] {
         assert!(line.contains(part), "{part} in {line}");
     }
@@ -226,17 +226,17 @@ async fn a_takeover_is_one_line() {
 #[tokio::test(start_paused = true)]
 async fn what_operators_do_is_one_line_each() {
     for (logging, key) in [(KeyLogging::Plain, "key=k"), (KeyLogging::Redacted, "key=[redacted]")] {
-        let (events, _reading) = Events::read();
+        let (log, _guard) = Log::listen();
         let desk = Desk::over(MemoryStore::new(), |layer| layer.with_key_logging(logging));
         let (consumer, name) = (consumer_of(&desk).await, IdempotencyKey::new("k").unwrap());
         let open = desk.handle.list_intents(IntentFilter::Open, 10).await.unwrap().remove(0);
         desk.handle.resolve_intent(open.upstream_key, IntentResolution::Absent).await.unwrap();
-        events.one(&["INFO", "an operator has resolved an intent", "consumer=", key, "bank.transfer"]);
+        log.one(&["INFO", "an operator has resolved an intent", "consumer=", key, "bank.transfer"]);
         desk.handle.resolve(&consumer, &name, Resolution::Release).await.unwrap();
-        events.one(&["INFO", "an operator has resolved a record", "consumer=", key, "released"]);
+        log.one(&["INFO", "an operator has resolved a record", "consumer=", key, "released"]);
         assert!(desk.handle.evict(&consumer, &name).await.unwrap());
         assert!(!desk.handle.evict(&consumer, &name).await.unwrap());
-        events.one(&["INFO", "an operator has evicted a record", "consumer=", key]);
+        log.one(&["INFO", "an operator has evicted a record", "consumer=", key]);
     }
 }
 
@@ -248,11 +248,11 @@ async fn consumer_of(desk: &Desk) -> tower_idempotency::Consumer {
 
 #[tokio::test(start_paused = true)]
 async fn an_attempt_that_runs_for_long_says_so_after_pauses_that_double() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let layer = IdempotencyLayer::new(MemoryStore::new());
     let (app, _) = direct::waiting(layer, Duration::from_secs(130));
     assert_eq!(direct::send(&app, direct::charge("k")).await.status, StatusCode::OK);
-    let lines = events.with(&["WARN", "still running after", "key=k", "consumer=", "attempt="]);
+    let lines = log.lines(&["WARN", "still running after", "key=k", "consumer=", "attempt="]);
     let after: Vec<bool> = ["30s", "60s", "120s"]
         .iter()
         .zip(&lines)
@@ -263,9 +263,9 @@ async fn an_attempt_that_runs_for_long_says_so_after_pauses_that_double() {
 
 #[tokio::test(start_paused = true)]
 async fn an_attempt_that_runs_for_less_than_half_a_minute_says_nothing() {
-    let (events, _reading) = Events::read();
+    let (log, _guard) = Log::listen();
     let layer = IdempotencyLayer::new(MemoryStore::new());
     let (app, _) = direct::waiting(layer, Duration::from_secs(29));
     direct::send(&app, direct::charge("k")).await;
-    assert_eq!(events.with(&["still running"]), [""; 0]);
+    assert_eq!(log.lines(&["still running"]), [""; 0]);
 }

@@ -3,12 +3,7 @@
 use std::{convert::Infallible, sync::Arc};
 
 use axum::{
-    Extension, Router,
-    body::Body,
-    extract::Request,
-    handler::Handler,
-    http::StatusCode,
-    response::{IntoResponse, Response},
+    Extension, Router, body::Body, extract::Request, handler::Handler, http::StatusCode, response::Response,
     routing::post,
 };
 use sqlx::{Postgres, Sqlite};
@@ -22,8 +17,8 @@ use crate::{
     phases::{Site, on_both_stores},
     support::{
         db::Db,
-        logged::Logged,
-        rerun::{ONCE, RERUNS},
+        log::Log,
+        rerun::{self, ONCE, RERUNS},
         served::Count,
     },
 };
@@ -40,16 +35,7 @@ fn failing_first<T: 'static>(
     handler: impl Handler<T, ()>,
     inside: impl FnOnce(Router) -> Router,
 ) -> Node {
-    let runs = Count::default();
-    let counter = runs.clone();
-    let handler = move |request: Request| {
-        let (handler, run) = (handler.clone(), counter.add());
-        async move {
-            let response = handler.call(request, ()).await;
-            if run == 1 { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response }
-        }
-    };
-    let router = Router::new().route("/charges", post(handler));
+    let (router, runs) = rerun::failing_first(handler);
     Node::new(IdempotencyLayer::new(Arc::clone(store)), inside(router), runs)
 }
 
@@ -311,11 +297,11 @@ async fn a_second_run_of_the_handler_makes_no_call_on_postgres() {
 
 #[tokio::test]
 async fn a_second_run_is_logged_with_its_remedy() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
     let handler = async |idempotency: Idempotency| call(idempotency.intent("bank"), &Count::default()).await;
     failing_first(&store, handler, RERUNS[0].1).send("logged").await;
-    let lines = logged.lines("ERROR", "and is refused");
+    let lines = log.lines(&["ERROR", "and is refused"]);
     assert!(
         lines.len() == 1 && lines[0].contains("with_reruns") && lines[0].contains("key=logged"),
         "{lines:?}"
@@ -324,8 +310,8 @@ async fn a_second_run_is_logged_with_its_remedy() {
 
 #[tokio::test]
 async fn a_success_that_is_stored_while_an_intent_is_open_is_logged() {
-    let logged = Logged::start();
-    let warned = || logged.lines("WARN", "an intent is open");
+    let (log, _guard) = Log::listen();
+    let warned = || log.lines(&["WARN", "an intent is open"]);
     let handler = async |idempotency: Idempotency, request: Request| {
         let key = idempotency.key().as_str().to_owned();
         let outcome = async |_| match key.as_str() {

@@ -19,8 +19,9 @@ use tower_idempotency::{
 
 use crate::support::{
     direct::{charge, counting, request, send},
-    heard::{Logged, in_a_process_of_its_own},
     http::Client,
+    log::Log,
+    process::in_a_process_of_its_own,
     served::{Count, layer, serve},
 };
 
@@ -47,13 +48,13 @@ const REFRESHED: [&str; 2] = [
 #[test]
 fn a_refreshed_jwt_never_runs_twice() {
     in_a_process_of_its_own("consumers::a_refreshed_jwt_never_runs_twice", async {
-        let (logged, _guard) = Logged::listen();
+        let (log, _guard) = Log::listen();
         let (app, runs) = counting(layer());
         for token in REFRESHED {
             send(&app, bearer(token)).await.assert_refused(RejectionCode::ConsumerUnidentified);
         }
         assert_eq!(runs.get(), 0);
-        let errors = logged.lines("ERROR");
+        let errors = log.lines(&["ERROR tower_idempotency"]);
         assert_eq!(errors.len(), 1, "{errors:?}");
         assert!(
             errors[0].contains("outside of the idempotency layer") && errors[0].contains("JWT"),
@@ -83,7 +84,7 @@ async fn authenticate(mut request: Request, next: Next) -> Response {
 #[test]
 fn an_opaque_token_is_announced_once_as_a_guess() {
     in_a_process_of_its_own("consumers::an_opaque_token_is_announced_once_as_a_guess", async {
-        let (logged, _guard) = Logged::listen();
+        let (log, _guard) = Log::listen();
         let (app, runs) = counting(layer());
         assert_eq!(send(&app, bearer("t1")).await.status, StatusCode::CREATED);
         assert_eq!(send(&app, bearer("t2")).await.status, StatusCode::CREATED);
@@ -91,7 +92,7 @@ fn an_opaque_token_is_announced_once_as_a_guess() {
         send(&other, bearer("t1")).await;
         assert!(send(&app, bearer("t1")).await.is_replay());
         assert_eq!(runs.get(), 2);
-        let warnings = logged.lines("WARN");
+        let warnings = log.lines(&["WARN tower_idempotency"]);
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         assert!(warnings[0].contains("a token that is refreshed"), "{warnings:?}");
     });
@@ -100,7 +101,7 @@ fn an_opaque_token_is_announced_once_as_a_guess() {
 #[test]
 fn a_guess_that_is_chosen_is_not_announced() {
     in_a_process_of_its_own("consumers::a_guess_that_is_chosen_is_not_announced", async {
-        let (logged, _guard) = Logged::listen();
+        let (log, _guard) = Log::listen();
         let (app, runs) = counting(layer().with_consumer(ConsumerExtractor::authorization_digest()));
         assert_eq!(send(&app, bearer(REFRESHED[0])).await.status, StatusCode::CREATED);
         assert!(send(&app, bearer(REFRESHED[0])).await.is_replay());
@@ -108,7 +109,11 @@ fn a_guess_that_is_chosen_is_not_announced() {
         assert_eq!(send(&shared, with(&[("x-api-key", "a")])).await.status, StatusCode::CREATED);
         assert!(send(&shared, with(&[("x-api-key", "b")])).await.is_replay());
         assert_eq!(runs.get(), 1);
-        assert!(logged.lines("WARN").is_empty() && logged.lines("ERROR").is_empty(), "{logged:?}");
+        assert!(
+            log.lines(&["WARN tower_idempotency"]).is_empty()
+                && log.lines(&["ERROR tower_idempotency"]).is_empty(),
+            "{log:?}"
+        );
     });
 }
 
@@ -139,7 +144,7 @@ async fn a_credential_in_the_uri_is_refused() {
 #[test]
 fn the_anonymous_scope_is_announced_once() {
     in_a_process_of_its_own("consumers::the_anonymous_scope_is_announced_once", async {
-        let (logged, _guard) = Logged::listen();
+        let (log, _guard) = Log::listen();
         let (app, runs) = counting(layer());
         let ordinary =
             [("x-request-id", "1"), ("traceparent", "2"), ("x-csrf-token", "3"), ("sec-fetch-user", "?1")];
@@ -147,7 +152,7 @@ fn the_anonymous_scope_is_announced_once() {
             assert_eq!(send(&app, with(headers)).await.status, StatusCode::CREATED);
         }
         assert_eq!(runs.get(), 1);
-        let warnings = logged.lines("WARN");
+        let warnings = log.lines(&["WARN tower_idempotency"]);
         assert_eq!(warnings.len(), 1, "{warnings:?}");
         assert!(warnings[0].contains("anonymous scope"), "{warnings:?}");
     });
@@ -160,7 +165,7 @@ fn authentication_inside_of_the_layer_is_an_error_that_names_the_order() {
         async {
             let by_closure = ConsumerExtractor::from_fn(|parts| parts.extensions.get::<Consumer>().cloned());
             for extractor in [ConsumerExtractor::extension(), by_closure, ConsumerExtractor::default()] {
-                let (logged, _guard) = Logged::listen();
+                let (log, _guard) = Log::listen();
                 let runs = Count::default();
                 let counter = runs.clone();
                 let app = Router::new()
@@ -171,7 +176,7 @@ fn authentication_inside_of_the_layer_is_an_error_that_names_the_order() {
                     let answer = send(&app, bearer(REFRESHED[0])).await;
                     answer.assert_refused(RejectionCode::ConsumerUnidentified);
                 }
-                let errors = logged.lines("ERROR");
+                let errors = log.lines(&["ERROR tower_idempotency"]);
                 assert_eq!((errors.len(), runs.get()), (1, 0), "{errors:?}");
                 assert!(
                     errors[0].contains("authentication layer outside of the idempotency layer"),
@@ -185,7 +190,7 @@ fn authentication_inside_of_the_layer_is_an_error_that_names_the_order() {
 #[test]
 fn each_cause_of_a_403_is_logged_once_with_its_remedy() {
     in_a_process_of_its_own("consumers::each_cause_of_a_403_is_logged_once_with_its_remedy", async {
-        let (logged, _guard) = Logged::listen();
+        let (log, _guard) = Log::listen();
         let (app, _) = counting(layer());
         let causes: [(&[(&str, &str)], &str); 4] = [
             (&[("cookie", "AWSALB=secret")], "add_ignored_cookie"),
@@ -198,7 +203,7 @@ fn each_cause_of_a_403_is_logged_once_with_its_remedy() {
                 send(&app, with(headers)).await.assert_refused(RejectionCode::ConsumerUnidentified);
             }
         }
-        let errors = logged.lines("ERROR");
+        let errors = log.lines(&["ERROR tower_idempotency"]);
         assert_eq!(errors.len(), causes.len(), "{errors:?}");
         for ((_, remedy), error) in causes.iter().zip(&errors) {
             assert!(error.contains(remedy) && !error.contains("secret"), "{error}");

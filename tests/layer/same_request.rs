@@ -9,7 +9,8 @@ use tower_idempotency::{Fingerprinter, IdempotencyLayer, RejectionCode};
 
 use crate::support::{
     direct::{counting, send, with_store},
-    heard::{Logged, in_a_process_of_its_own},
+    log::Log,
+    process::in_a_process_of_its_own,
     served::layer,
 };
 
@@ -68,12 +69,11 @@ async fn each_part_is_named() {
         (sent(Method::PATCH, "/charges", JSON, "{ }"), "another method and query."),
     ];
     for (second, part) in others {
-        let (logged, _guard) = Logged::listen();
+        let (log, _guard) = Log::listen();
         let fingerprinter = Fingerprinter::default().add_header(HeaderName::from_static("x-tenant"));
         let detail = mismatch(layer().with_fingerprint(fingerprinter), first(), second).await;
         assert!(detail.contains(part) && !detail.contains("secret"), "{detail}");
-        let lines = logged.lines("INFO");
-        let line = lines.iter().find(|line| line.contains("mismatch")).expect("a line");
+        let line = log.one(&["INFO", "mismatch"]);
         let part = part.trim_start_matches("another ").trim_end_matches('.');
         assert!(line.contains(&format!("difference={part}")) && !line.contains("secret"), "{line}");
     }

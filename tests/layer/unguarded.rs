@@ -12,7 +12,7 @@ use tower_idempotency::{Idempotency, IdempotencyLayer, MemoryStore, RejectionCod
 
 use crate::support::{
     direct::{Answer, request, send},
-    logged::Logged,
+    log::Log,
     served::layer,
 };
 
@@ -58,29 +58,29 @@ fn assert_not_guarded(answers: &[Answer]) {
 
 #[tokio::test]
 async fn a_layer_that_is_missing_is_named() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     for method in [Method::POST, Method::PUT, Method::DELETE, Method::PATCH] {
         assert_not_guarded(&answers(&app(), method).await);
     }
-    assert_eq!(logged.lines("ERROR", "no IdempotencyLayer").len(), 16);
+    assert_eq!(log.lines(&["ERROR", "no IdempotencyLayer"]).len(), 16);
 }
 
 #[tokio::test]
 async fn a_layer_that_was_added_before_the_route_is_named() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let added_before = Router::new().route("/other", any(|| async {})).layer(layer()).merge(app());
     assert_not_guarded(&answers(&added_before, Method::POST).await);
-    assert_eq!(logged.lines("ERROR", "Router::layer after Router::route").len(), 4);
+    assert_eq!(log.lines(&["ERROR", "Router::layer after Router::route"]).len(), 4);
 }
 
 #[tokio::test]
 async fn a_method_that_is_not_guarded_is_named() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let app = app().layer(layer());
     for method in [Method::PUT, Method::DELETE] {
         assert_not_guarded(&answers(&app, method).await);
     }
-    assert_eq!(logged.lines("ERROR", "with_methods").len(), 8);
+    assert_eq!(log.lines(&["ERROR", "with_methods"]).len(), 8);
     let guarded = self::app().layer(layer().with_methods([Method::PUT]));
     assert_eq!(answers(&guarded, Method::PUT).await[0].status, StatusCode::CREATED);
 }
@@ -96,14 +96,14 @@ async fn a_safe_method_needs_no_attempt() {
 
 #[tokio::test]
 async fn a_disabled_layer_leaves_optional_attempts_out() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let app = app().layer(layer().disabled());
     for method in [Method::POST, Method::PUT] {
         let answers = answers(&app, method).await;
         assert_not_guarded(&answers[..2]);
         assert_eq!((&answers[2].body[..], &answers[3].body[..]), (&b"none"[..], &b"false"[..]));
     }
-    assert_eq!(logged.lines("ERROR", "is disabled").len(), 4);
+    assert_eq!(log.lines(&["ERROR", "is disabled"]).len(), 4);
 }
 
 #[tokio::test]
@@ -114,11 +114,11 @@ async fn a_key_in_a_header_of_the_application_is_seen_by_its_layer() {
         request.headers_mut().insert(name, "k".parse().unwrap());
         send(app, request).await
     };
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let app = app().layer(layer().with_key_header(header.clone()));
     assert_eq!(send_with(&app, Method::POST, &header).await.status, StatusCode::CREATED);
     assert_not_guarded(&[send_with(&app, Method::PUT, &header).await]);
-    assert_eq!(logged.lines("ERROR", "with_methods").len(), 1);
+    assert_eq!(log.lines(&["ERROR", "with_methods"]).len(), 1);
     // The layer is there: the client has used another header.
     let standard = HeaderName::from_static("idempotency-key");
     for method in [Method::POST, Method::PUT] {

@@ -1,6 +1,9 @@
-//! Signals to processes that a test has started.
+//! Processes that a test starts, and signals to them.
 
-use std::{fs, process::Child};
+use std::{
+    env, fs,
+    process::{Child, Command},
+};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -29,6 +32,19 @@ pub fn is_stopped(child: &Child) -> bool {
     stat(Pid::from_child(child).as_raw_nonzero().get()).is_some_and(|stat| stat.starts_with('T'))
 }
 
+/// Runs the body of a test in a process of its own, for what happens once in the life of a process. `name` is the test's.
+pub fn in_a_process_of_its_own(name: &str, body: impl Future<Output = ()>) {
+    if env::var(ALONE).is_ok_and(|alone| alone == name) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        return runtime.block_on(body);
+    }
+    let test = env::current_exe().expect("a test knows its own path");
+    let output = Command::new(test).args(["--exact", name, "--nocapture"]).env(ALONE, name).output().unwrap();
+    let shown = [output.stdout, output.stderr].concat();
+    let shown = String::from_utf8_lossy(&shown);
+    assert!(output.status.success() && shown.contains("1 passed"), "{name}: {shown}");
+}
+
 fn parent_of(id: i32) -> Option<i32> {
     stat(id)?.split(' ').nth(1)?.parse().ok()
 }
@@ -38,3 +54,5 @@ fn stat(id: i32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
     Some(stat.rsplit_once(") ")?.1.to_owned())
 }
+
+const ALONE: &str = "TEST_ALONE";

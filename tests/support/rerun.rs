@@ -6,12 +6,16 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::Request,
-    http::{Extensions, request::Parts},
+    handler::Handler,
+    http::{Extensions, StatusCode, request::Parts},
     middleware::{Next, from_fn},
-    response::Response,
+    response::{IntoResponse, Response},
+    routing::post,
 };
 use tower::retry::{Policy, RetryLayer};
 use tower_idempotency::Idempotency;
+
+use super::served::Count;
 
 /// What lies between a layer and a handler, with its name.
 pub type Inside = (&'static str, fn(Router) -> Router);
@@ -25,6 +29,20 @@ pub const RERUNS: [Inside; 6] = [
     ("tower-retry", |router| router.layer(RetryLayer::new(Twice(true)))),
     ("a-hedge", |router| router.layer(from_fn(hedge))),
 ];
+
+/// A router whose handler fails in its first run, and the number of its runs.
+pub fn failing_first<T: 'static>(handler: impl Handler<T, ()>) -> (Router, Count) {
+    let runs = Count::default();
+    let counter = runs.clone();
+    let handler = move |request: Request| {
+        let (handler, run) = (handler.clone(), counter.add());
+        async move {
+            let response = handler.call(request, ()).await;
+            if run == 1 { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response }
+        }
+    };
+    (Router::new().route("/charges", post(handler)), runs)
+}
 
 async fn whole(request: Request) -> (Parts, Bytes) {
     let (parts, body) = request.into_parts();

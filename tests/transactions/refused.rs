@@ -6,7 +6,7 @@ use tower_idempotency::{Directive, RejectionCode, ResultPolicy, Tx, TxError};
 
 use crate::{
     bank::{Answered, Bank, Db, End, charge, charge_once, on_both_stores, unique},
-    support::logged::Logged,
+    support::log::Log,
 };
 
 on_both_stores!(
@@ -82,9 +82,9 @@ async fn the_class_of_an_error_of_postgres_says_whether_a_retry_makes_sense() {
 
 #[tokio::test]
 async fn a_success_that_is_rolled_back_is_logged() {
-    let logged = Logged::start();
+    let (log, _guard) = Log::listen();
     let bank = Bank::<Sqlite>::open().await;
-    let warned = || logged.lines("WARN", "rolled back").len();
+    let warned = || log.lines(&["WARN", "rolled back"]).len();
     for (directive, end) in [(Directive::Release, End::Released), (Directive::Hold, End::Held)] {
         let before = warned();
         let handler = move |mut tx: Tx<Sqlite>| async move {
@@ -97,7 +97,7 @@ async fn a_success_that_is_rolled_back_is_logged() {
         node.until(&key, end).await;
         assert_eq!((warned() - before, bank.charges().await), (1, 0), "{directive:?}");
     }
-    let line = logged.lines("WARN", "rolled back").remove(0);
+    let line = log.lines(&["WARN", "rolled back"]).remove(0);
     assert!(line.contains("202") && line.contains("key=Release"), "{line}");
     // A policy of the application.
     let before = warned();

@@ -18,7 +18,7 @@ use crate::{
     bank::{Bank, Db, End, Node, charge, charge_once, on_both_stores, unique},
     support::{
         direct,
-        rerun::{ONCE, RERUNS, Twice},
+        rerun::{self, ONCE, RERUNS, Twice},
         served::Count,
     },
 };
@@ -40,16 +40,8 @@ fn failing_first<DB: Db, T: 'static>(
     handler: impl Handler<T, ()>,
     inside: impl FnOnce(Router) -> Router,
 ) -> Node {
-    let runs = Count::default();
-    let counter = runs.clone();
-    let handler = move |request: Request| {
-        let (handler, run) = (handler.clone(), counter.add());
-        async move {
-            let response = handler.call(request, ()).await;
-            if run == 1 { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response }
-        }
-    };
-    Node::new(bank.layer(), inside(Router::new().route("/charges", post(handler))), runs)
+    let (router, runs) = rerun::failing_first(handler);
+    Node::new(bank.layer(), inside(router), runs)
 }
 
 /// Checks that the first request is refused without a charge, and that a retry makes one.
