@@ -13,9 +13,8 @@ use axum::{
 };
 use rustix::process::{Signal, getppid};
 use sqlx::{
-    Database, PgConnection, Postgres, Sqlite, SqliteConnection,
-    postgres::PgPoolOptions,
-    sqlite::{SqliteConnectOptions, SqlitePoolOptions},
+    Database, PgConnection, Postgres, Sqlite, SqliteConnection, postgres::PgPoolOptions,
+    sqlite::SqlitePoolOptions,
 };
 use tokio::{net::TcpListener, time::sleep};
 use tower_idempotency::{
@@ -119,29 +118,15 @@ fn isolation(name: &str) -> IsolationLevel {
 pub fn app(database_url: &str, settings: &Settings) -> Router {
     let trap = Trap::default();
     if database_url.starts_with("sqlite:") {
-        let store = Trapped::new(SqliteStore::new(sqlite_pool(database_url, &trap)), trap.clone());
+        let pool = SqlitePoolOptions::new().max_connections(4);
+        let pool = pool.connect_lazy(database_url).expect("DATABASE_URL is one of SQLite");
+        let store = Trapped::new(SqliteStore::new(pool), trap.clone());
         return router::<Sqlite>(settings, store, trap);
     }
     let pool = PgPoolOptions::new().max_connections(10).acquire_timeout(Duration::from_secs(5));
     let pool = pool.connect_lazy(database_url).expect("DATABASE_URL is one of PostgreSQL");
     let store = PostgresStore::new(pool).with_statement_timeout(settings.statement_timeout);
     router::<Postgres>(settings, Trapped::new(store, trap.clone()), trap)
-}
-
-/// The store's own connections have the hook too.
-fn sqlite_pool(url: &str, trap: &Trap) -> sqlx::SqlitePool {
-    let trap = trap.clone();
-    let options = SqlitePoolOptions::new().max_connections(4).after_connect(move |connection, _| {
-        let trap = trap.clone();
-        Box::pin(async move {
-            connection.lock_handle().await?.set_commit_hook(move || {
-                trap.reach_commit();
-                true
-            });
-            Ok(())
-        })
-    });
-    options.connect_lazy_with(url.parse::<SqliteConnectOptions>().expect("DATABASE_URL is one of SQLite"))
 }
 
 fn router<DB: Writes>(settings: &Settings, store: impl IntoStore, trap: Trap) -> Router {
@@ -227,6 +212,9 @@ async fn charge<DB: Writes>(directions: Directions, mut tx: Tx<DB>) -> Response 
         return (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response();
     }
     directions.reach(Point::Written);
+    if directions.trap.is_set(directions.idempotency.key().as_str(), Point::Completed) {
+        DB::trap_commit(&mut tx, directions.trap.clone()).await;
+    }
     sleep(directions.sleep_inside).await;
     (StatusCode::CREATED, [("x-charge", id.clone())], format!("charge {id}")).into_response()
 }
@@ -254,10 +242,13 @@ pub trait Writes: Database {
         sql: &'static str,
         parameters: &[&str],
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Has the database step into the trap when it commits, if it calls something then.
+    fn trap_commit(connection: &mut Self::Connection, trap: Trap) -> impl Future<Output = ()> + Send;
 }
 
 macro_rules! writes {
-    ($database:ty, $connection:ty) => {
+    ($database:ty, $connection:ty, |$trapped:ident, $trap:ident| $trap_commit:expr) => {
         impl Writes for $database {
             async fn run(
                 connection: &mut $connection,
@@ -267,12 +258,21 @@ macro_rules! writes {
                 let query = parameters.iter().fold(sqlx::query(sql), |query, text| query.bind(*text));
                 query.execute(connection).await.map(drop)
             }
+
+            async fn trap_commit($trapped: &mut $connection, $trap: Trap) {
+                $trap_commit
+            }
         }
     };
 }
 
-writes!(Postgres, PgConnection);
-writes!(Sqlite, SqliteConnection);
+writes!(Postgres, PgConnection, |_connection, _trap| ());
+writes!(Sqlite, SqliteConnection, |connection, trap| {
+    connection.lock_handle().await.expect("the connection is idle").set_commit_hook(move || {
+        trap.reach_commit();
+        true
+    });
+});
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()

@@ -128,7 +128,7 @@ impl Trap {
         }
     }
 
-    fn is_set(&self, key: &str, point: Point) -> bool {
+    pub fn is_set(&self, key: &str, point: Point) -> bool {
         self.lock().get(key).is_some_and(|(set, _)| *set == point)
     }
 
