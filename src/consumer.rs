@@ -7,7 +7,9 @@ use std::{fmt, sync::Arc};
 
 use http::{HeaderName, HeaderValue, header, request::Parts};
 
-use self::credentials::{Authorization, READ_BY_VALUE, cookie_names, identifies, is_in_uri};
+use self::credentials::{
+    Authorization, READ_BY_VALUE, cookie_names, digest, identifies, is_in_uri, is_secret,
+};
 use self::unidentified::{warn_of_anonymous, warn_of_digest};
 pub(crate) use self::{credentials::is_credential, unidentified::Unidentified};
 use crate::head::{lines_of, only_line_of};
@@ -204,6 +206,10 @@ impl ConsumerExtractor {
     /// A request is refused if it has no such header, two of them, or a value that is no
     /// [`Consumer`]. `Host` is taken from the URI where HTTP/2 has it.
     ///
+    /// A header whose name contains `authorization`, `token`, `key`, `secret`, `session`,
+    /// `password`, `passwd`, `cookie`, `jwt` or `assertion` holds a credential: the consumer is a
+    /// digest of its value, so that the credential itself is neither stored nor logged.
+    ///
     /// ```
     /// # use tower_idempotency::ConsumerExtractor;
     /// let extractor = ConsumerExtractor::header(http::HeaderName::from_static("x-account"));
@@ -359,7 +365,13 @@ impl fmt::Debug for ConsumerExtractor {
 
 fn named_by(parts: &Parts, name: &HeaderName) -> Option<Consumer> {
     let line = only_line_of(parts, name)?;
-    Consumer::new(std::str::from_utf8(line.as_bytes()).ok()?).ok()
+    let value = std::str::from_utf8(line.as_bytes()).ok()?;
+    let consumer = Consumer::new(value).ok()?;
+    Some(if is_secret(name) {
+        Consumer::reserved(&format!("header:{}", digest(name, value)))
+    } else {
+        consumer
+    })
 }
 
 /// `None` if the request has no `Authorization`.

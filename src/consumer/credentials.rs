@@ -17,6 +17,16 @@ pub(super) fn identifies(name: &HeaderName) -> bool {
     is_credential(name) || names && !is_harmless(name.as_str())
 }
 
+/// A header whose value is a credential itself, and not the name of its owner.
+pub(super) fn is_secret(name: &HeaderName) -> bool {
+    SECRET_WORDS.iter().any(|word| name.as_str().contains(word)) && is_credential(name)
+}
+
+/// The digest of the value of a header.
+pub(super) fn digest(name: &HeaderName, value: &str) -> String {
+    hex(&Sha256::digest([name.as_str(), " ", value].concat()))
+}
+
 /// Headers of browsers, of the protocol and against forged forms, which say nothing about the
 /// sender.
 fn is_harmless(name: &str) -> bool {
@@ -132,6 +142,19 @@ const CREDENTIAL_WORDS: [&str; 18] = [
     "hmac",
     "saml",
     "wsse",
+];
+
+const SECRET_WORDS: [&str; 10] = [
+    "authorization",
+    "token",
+    "key",
+    "secret",
+    "session",
+    "password",
+    "passwd",
+    "cookie",
+    "jwt",
+    "assertion",
 ];
 
 const IDENTITY_WORDS: [&str; 17] = [
