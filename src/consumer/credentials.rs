@@ -7,20 +7,28 @@ use crate::{head::original_uri, key::hex};
 
 /// A header whose name says that it holds a credential.
 pub(crate) fn is_credential(name: &HeaderName) -> bool {
-    let name = name.as_str();
-    CREDENTIAL_WORDS.iter().any(|word| name.contains(word)) && !is_harmless(name)
+    CREDENTIAL_WORDS.are_in(name.as_str()) && !is_harmless(name.as_str())
 }
 
 /// A header that says who sends the request: a credential, or a name that a proxy has put there.
 pub(super) fn identifies(name: &HeaderName) -> bool {
-    let names = IDENTITY_WORDS.iter().any(|word| name.as_str().contains(word));
-    is_credential(name) || names && !is_harmless(name.as_str())
+    is_credential(name) || IDENTITY_WORDS.are_in(name.as_str()) && !is_harmless(name.as_str())
+}
+
+/// A header whose value is a credential itself, and not the name of its owner.
+pub(super) fn is_secret(name: &HeaderName) -> bool {
+    SECRET_WORDS.are_in(name.as_str()) && is_credential(name)
+}
+
+/// The digest of the value of a header.
+pub(super) fn digest(name: &HeaderName, value: &str) -> String {
+    hex(&Sha256::digest([name.as_str(), " ", value].concat()))
 }
 
 /// Headers of browsers, of the protocol and against forged forms, which say nothing about the
 /// sender.
 fn is_harmless(name: &str) -> bool {
-    name.starts_with("sec-") || ["csrf", "xsrf", "user-agent"].iter().any(|word| name.contains(word))
+    name.starts_with("sec-") || HARMLESS_WORDS.are_in(name)
 }
 
 /// A credential in the URI: a name with a password, or a parameter of the query.
@@ -110,10 +118,39 @@ pub(super) fn cookie_names(line: &HeaderValue) -> impl Iterator<Item = &[u8]> {
     })
 }
 
+/// Words of two ASCII letters and more, and the pairs of letters with which they begin: most names
+/// of headers have none of those, and are not compared with each word.
+struct Words<const N: usize> {
+    words: [&'static str; N],
+    beginnings: [u32; 32],
+}
+
+impl<const N: usize> Words<N> {
+    const fn new(words: [&'static str; N]) -> Self {
+        let mut beginnings = [0; 32];
+        let mut at = 0;
+        while at < N {
+            let word = words[at].as_bytes();
+            beginnings[(word[0] & 31) as usize] |= 1 << (word[1] & 31);
+            at += 1;
+        }
+        Self { words, beginnings }
+    }
+
+    fn are_in(&self, name: &str) -> bool {
+        let name = name.as_bytes();
+        name.windows(2).enumerate().any(|(at, pair)| {
+            let seconds = self.beginnings[usize::from(pair[0] & 31)];
+            seconds >> (pair[1] & 31) & 1 == 1
+                && self.words.iter().any(|word| name[at..].starts_with(word.as_bytes()))
+        })
+    }
+}
+
 /// Credentials that are read by their values.
 pub(super) const READ_BY_VALUE: [HeaderName; 2] = [header::AUTHORIZATION, header::COOKIE];
 
-const CREDENTIAL_WORDS: [&str; 15] = [
+const CREDENTIAL_WORDS: Words<18> = Words::new([
     "auth",
     "token",
     "key",
@@ -129,10 +166,58 @@ const CREDENTIAL_WORDS: [&str; 15] = [
     "cert",
     "oidc",
     "dpop",
-];
+    "hmac",
+    "saml",
+    "wsse",
+]);
 
-const IDENTITY_WORDS: [&str; 7] =
-    ["user", "account", "merchant", "customer", "principal", "identity", "client-id"];
+const SECRET_WORDS: Words<10> = Words::new([
+    "authorization",
+    "token",
+    "key",
+    "secret",
+    "session",
+    "password",
+    "passwd",
+    "cookie",
+    "jwt",
+    "assertion",
+]);
+
+const IDENTITY_WORDS: Words<17> = Words::new([
+    "user",
+    "account",
+    "merchant",
+    "customer",
+    "consumer",
+    "partner",
+    "member",
+    "principal",
+    "subject",
+    "identity",
+    "client-id",
+    "client-dn",
+    "ssl-client",
+    "tls-client",
+    "spiffe",
+    "email",
+    "login",
+]);
+
+/// Against forged forms and robots; of App Engine; asks for a signed answer; the key of this layer
+/// or of another one.
+const HARMLESS_WORDS: Words<10> = Words::new([
+    "csrf",
+    "xsrf",
+    "antiforgery",
+    "anti-forgery",
+    "requestverification",
+    "captcha",
+    "user-agent",
+    "user-ip",
+    "accept-signature",
+    "idempotency",
+]);
 
 /// Without what stands between their words.
 const CREDENTIAL_PARAMETERS: [&str; 22] = [
@@ -196,6 +281,14 @@ mod tests {
             "x-session-id",
             "x-account-id",
             "x-client-id",
+            "x-consumer-id",
+            "x-forwarded-email",
+            "x-ssl-client-s-dn",
+            "ssl-client-subject-dn",
+            "x-client-dn",
+            "x-spiffe-id",
+            "x-wsse",
+            "x-shopify-hmac-sha256",
             "dpop",
             "ocp-apim-subscription-key",
         ];
@@ -226,6 +319,13 @@ mod tests {
             "user-agent",
             "x-b3-traceid",
             "x-correlation-id",
+            "idempotency-key",
+            "x-idempotency-key",
+            "requestverificationtoken",
+            "x-anti-forgery-token",
+            "x-recaptcha-token",
+            "x-appengine-user-ip",
+            "accept-signature",
             "x-csrf-token",
             "x-forwarded-for",
             "x-forwarded-host",
@@ -238,6 +338,17 @@ mod tests {
         for name in not {
             assert!(!identifies(&HeaderName::from_static(name)), "{name}");
         }
+    }
+
+    #[test]
+    fn words_are_found_wherever_they_stand() {
+        for word in CREDENTIAL_WORDS.words {
+            for name in [word.to_owned(), format!("x-{word}"), format!("{word}-x"), format!("xx{word}xx")] {
+                assert!(CREDENTIAL_WORDS.are_in(&name), "{name}");
+            }
+            assert!(!CREDENTIAL_WORDS.are_in(&format!("x{}", &word[..word.len() - 1])), "{word}");
+        }
+        assert!(!CREDENTIAL_WORDS.are_in("") && !CREDENTIAL_WORDS.are_in("a"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use http::{HeaderName, HeaderValue, header, request::Parts};
 
 use super::{
     Consumer,
-    credentials::{Authorization, READ_BY_VALUE, cookie_names, identifies, is_in_uri},
+    credentials::{Authorization, READ_BY_VALUE, cookie_names, digest, identifies, is_in_uri, is_secret},
     unidentified::{Unidentified, warn_of_anonymous, warn_of_digest},
 };
 use crate::head::{lines_of, only_line_of};
@@ -33,9 +33,12 @@ type Find = dyn Fn(&Parts) -> Option<Consumer> + Send + Sync;
 /// * more than one `Authorization` line
 /// * another header that says who sends the request, alone or beside `Authorization`: every header
 ///   whose name contains `auth`, `token`, `key`, `secret`, `session`, `signature`, `credential`,
-///   `password`, `passwd`, `cookie`, `jwt`, `assertion`, `cert`, `oidc`, `dpop`, `user`, `account`,
-///   `merchant`, `customer`, `principal`, `identity` or `client-id`, but for the header of the key,
-///   `User-Agent`, `Sec-*` and tokens against request forgery (`csrf`, `xsrf`)
+///   `password`, `passwd`, `cookie`, `jwt`, `assertion`, `cert`, `oidc`, `dpop`, `hmac`, `saml`,
+///   `wsse`, `user`, `account`, `merchant`, `customer`, `consumer`, `partner`, `member`,
+///   `principal`, `subject`, `identity`, `client-id`, `client-dn`, `ssl-client`, `tls-client`,
+///   `spiffe`, `email` or `login`, but for the header of the key, names with `idempotency`,
+///   `User-Agent`, `Sec-*`, `Accept-Signature`, `user-ip`, and tokens against forged requests and
+///   robots (`csrf`, `xsrf`, `antiforgery`, `anti-forgery`, `requestverification`, `captcha`)
 /// * a `Cookie` without `Authorization`
 /// * a credential in the URI: a user name, or a query parameter such as `api_key` or `access_token`
 ///
@@ -101,6 +104,10 @@ impl ConsumerExtractor {
     ///
     /// A request is refused if it has no such header, two of them, or a value that is no
     /// [`Consumer`]. `Host` is taken from the URI where HTTP/2 has it.
+    ///
+    /// A header whose name contains `authorization`, `token`, `key`, `secret`, `session`,
+    /// `password`, `passwd`, `cookie`, `jwt` or `assertion` holds a credential: the consumer is a
+    /// digest of its value, so that the credential itself is neither stored nor logged.
     ///
     /// ```
     /// # use tower_idempotency::ConsumerExtractor;
@@ -257,7 +264,13 @@ impl fmt::Debug for ConsumerExtractor {
 
 fn named_by(parts: &Parts, name: &HeaderName) -> Option<Consumer> {
     let line = only_line_of(parts, name)?;
-    Consumer::new(std::str::from_utf8(line.as_bytes()).ok()?).ok()
+    let value = std::str::from_utf8(line.as_bytes()).ok()?;
+    let consumer = Consumer::new(value).ok()?;
+    Some(if is_secret(name) {
+        Consumer::reserved(&format!("header:{}", digest(name, value)))
+    } else {
+        consumer
+    })
 }
 
 /// `None` if the request has no `Authorization`.

@@ -3,7 +3,10 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use http::HeaderName;
@@ -81,7 +84,8 @@ impl Unidentified {
 
 /// Says once that all callers without a credential share one scope.
 pub(super) fn warn_of_anonymous() {
-    if is_first("anonymous", usize::MAX) {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    if is_first_time(&WARNED) {
         tracing::warn!(
             target: TRACING_TARGET,
             "a request without a credential that this layer knows belongs to the anonymous scope, which all \
@@ -94,7 +98,8 @@ pub(super) fn warn_of_anonymous() {
 
 /// Says once that credentials are taken for identities.
 pub(super) fn warn_of_digest() {
-    if is_first("digest", usize::MAX) {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    if is_first_time(&WARNED) {
         tracing::warn!(
             target: TRACING_TARGET,
             "the consumer is a digest of Authorization: a token that is refreshed, or a new password, \
@@ -103,6 +108,11 @@ pub(super) fn warn_of_digest() {
              ConsumerExtractor::authorization_digest()"
         );
     }
+}
+
+/// `true` once. Requests do not wait for each other here.
+fn is_first_time(warned: &AtomicBool) -> bool {
+    !warned.load(Ordering::Relaxed) && !warned.swap(true, Ordering::Relaxed)
 }
 
 /// `true` once for each text, for as long as fewer than `most` are known.

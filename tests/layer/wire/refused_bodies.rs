@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::{Router, http::StatusCode, routing::post};
+use axum::{Router, extract::DefaultBodyLimit, http::StatusCode, routing::post};
 use bytes::Bytes;
 use http_body_util::Full;
 use tokio::time::timeout;
@@ -17,7 +17,9 @@ const LARGE: usize = 3 * 1024 * 1024;
 
 async fn serve_with(layer: IdempotencyLayer) -> std::net::SocketAddr {
     let handler = |body: Bytes| async move { (StatusCode::CREATED, body.len().to_string()) };
-    serve(Router::new().route("/charges", post(handler)).layer(layer)).await
+    // Only the limits of the layer count.
+    let handler = post(handler).layer(DefaultBodyLimit::disable());
+    serve(Router::new().route("/charges", handler).layer(layer)).await
 }
 
 /// The bytes of a chunked upload.
