@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod adversary;
 mod bounds;
 mod cancellation;
 mod compose;
