@@ -104,6 +104,7 @@ impl RequestCopy {
 pub(crate) struct Runs {
     used: Mutex<Vec<Arc<RequestCopy>>>,
     /// The copies by whose extensions a transaction was begun.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
     begun: Mutex<Vec<Arc<RequestCopy>>>,
     second: OnceLock<Rejection>,
 }
@@ -130,6 +131,7 @@ impl Runs {
     /// Notes that a transaction is begun by the extensions of this copy. Returns `false` if one was
     /// begun by those of another since the copy was made. What a middleware has extracted does not
     /// tell the handler's requests behind it apart.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
     fn begin(&self, copy: &Arc<RequestCopy>) -> bool {
         let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
         let since = |other: &&Arc<RequestCopy>| other.last_begin() > copy.made_after_begin;

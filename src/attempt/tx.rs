@@ -86,6 +86,9 @@ impl<DB: Database> Tx<DB> {
     ///
     /// The future borrows nothing of the request and may be dropped.
     ///
+    /// A transaction that was begun by one copy of the extensions is not begun again by another
+    /// that was made before: the two may be two runs of the handler. Begin it again by the same.
+    ///
     /// # Errors
     ///
     /// [`TxError`] if the request has no key or is not guarded, the layer's store is of another
