@@ -129,8 +129,8 @@ impl Runs {
     }
 
     /// Notes that a transaction is begun by the extensions of this copy. Returns `false` if one was
-    /// begun by those of another since the copy was made. What a middleware has extracted does not
-    /// tell the handler's requests behind it apart.
+    /// begun by those of another since the copy was made. Behind a middleware that has extracted an
+    /// attempt, copies that no extractor has seen cannot be told apart otherwise.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     fn begin(&self, copy: &Arc<RequestCopy>) -> bool {
         let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
