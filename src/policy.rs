@@ -87,7 +87,11 @@ type Classify = dyn Fn(StatusCode) -> Directive + Send + Sync;
 ///   they turn a request away, or requests have no body, let their error handler say
 ///   `Directive::Release`: with `at_most_once` a 503 is stored otherwise. A handler that does its
 ///   work without a single await, does not read the body and answers 503 says `Directive::Store`.
-/// * **Refusals** of this layer, or of another one inside it.
+/// * **Refusals** of this layer, or of another one inside it. If a handler has run, with
+///   `at_most_once` they hold the key after its panic, time-out or second run. A handler that has
+///   done something which the layer does not know, and answers with a [`TxError`](crate::TxError)
+///   or an [`IntentError`](crate::IntentError), says `Directive::Hold` where it must not run again.
+///   A refusal is not stored by `Directive::Store`.
 ///
 /// # gRPC
 ///

@@ -28,6 +28,10 @@ pub(crate) struct RequestCopy {
     made_after: u64,
     /// The number of its last use of the attempt.
     last_use: AtomicU64,
+    /// The number of the last begin by its originals before it was made: 0 if there was none.
+    made_after_begin: u64,
+    /// The number of the last transaction that was begun by its extensions, without an extractor.
+    last_begin: AtomicU64,
     /// An extractor has seen it: it is the request of a handler or a middleware, and not the
     /// extensions that one of them keeps.
     extracted: AtomicBool,
@@ -38,6 +42,7 @@ impl Clone for CopyOfRequest {
         Self(Arc::new(RequestCopy {
             original: Some(Arc::clone(&self.0)),
             made_after: self.0.made_after.max(self.0.last_use()),
+            made_after_begin: self.0.made_after_begin.max(self.0.last_begin()),
             ..RequestCopy::default()
         }))
     }
@@ -58,6 +63,10 @@ impl RequestCopy {
 
     fn last_use(&self) -> u64 {
         self.last_use.load(Ordering::SeqCst)
+    }
+
+    fn last_begin(&self) -> u64 {
+        self.last_begin.load(Ordering::SeqCst)
     }
 
     fn is_extracted(&self) -> bool {
@@ -94,6 +103,9 @@ impl RequestCopy {
 #[derive(Debug, Default)]
 pub(crate) struct Runs {
     used: Mutex<Vec<Arc<RequestCopy>>>,
+    /// The copies by whose extensions a transaction was begun.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    begun: Mutex<Vec<Arc<RequestCopy>>>,
     second: OnceLock<Rejection>,
 }
 
@@ -116,6 +128,23 @@ impl Runs {
         true
     }
 
+    /// Notes that a transaction is begun by the extensions of this copy. Returns `false` if one was
+    /// begun by those of another since the copy was made. Behind a middleware that has extracted an
+    /// attempt, copies that no extractor has seen cannot be told apart otherwise.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    fn begin(&self, copy: &Arc<RequestCopy>) -> bool {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = |other: &&Arc<RequestCopy>| other.last_begin() > copy.made_after_begin;
+        if begun.iter().filter(since).any(|other| !Arc::ptr_eq(copy, other)) {
+            return false;
+        }
+        let last = begun.iter().map(|other| other.last_begin()).max().unwrap_or(0);
+        if copy.last_begin.swap(last + 1, Ordering::SeqCst) == 0 {
+            begun.push(Arc::clone(copy));
+        }
+        true
+    }
+
     /// The answer if a second run has used the attempt, whatever that run has answered.
     pub(crate) fn second(&self) -> Option<Rejection> {
         self.second.get().cloned()
@@ -127,8 +156,16 @@ impl Facts {
     /// second run: the key is released then, with `code`, and no transaction is committed.
     pub(crate) fn enter_run(&self, copy: Option<&Arc<RequestCopy>>, code: RejectionCode) -> bool {
         // A handle that was not extracted is that of the run that uses it.
-        let Some(copy) = copy else { return true };
-        let entered = self.runs.enter(copy);
+        copy.is_none_or(|copy| self.entered(self.runs.enter(copy), code))
+    }
+
+    /// The same for a transaction that is begun by the extensions of this copy.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn enter_run_by(&self, copy: Option<&Arc<RequestCopy>>, code: RejectionCode) -> bool {
+        copy.is_none_or(|copy| self.entered(self.runs.enter(copy) && self.runs.begin(copy), code))
+    }
+
+    fn entered(&self, entered: bool, code: RejectionCode) -> bool {
         if !entered {
             tracing::error!(
                 target: TRACING_TARGET, consumer = %self.attempt.consumer,

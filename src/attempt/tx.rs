@@ -9,8 +9,11 @@ use std::{
 use http::Extensions;
 use sqlx::Database;
 
-use super::{idempotency::Idempotency, run::RequestCopy, tx_error::TxError, unguarded::Unguarded};
-use crate::store::sql::slot::{Lent, Slot};
+use super::{Facts, idempotency::Idempotency, run::RequestCopy, tx_error::TxError, unguarded::Unguarded};
+use crate::{
+    rejection::RejectionCode,
+    store::sql::slot::{Lent, Slot},
+};
 
 /// The transaction of an attempt, in a database of sqlx. The handler's writes through it are
 /// committed together with the stored response, or not at all.
@@ -83,6 +86,9 @@ impl<DB: Database> Tx<DB> {
     ///
     /// The future borrows nothing of the request and may be dropped.
     ///
+    /// A transaction that was begun by one copy of the extensions is not begun again by another
+    /// that was made before: the two may be two runs of the handler. Begin it again by the same.
+    ///
     /// # Errors
     ///
     /// [`TxError`] if the request has no key or is not guarded, the layer's store is of another
@@ -90,13 +96,20 @@ impl<DB: Database> Tx<DB> {
     /// or it cannot begin. Answer with
     /// [`TxError::into_http_response`].
     pub fn begin(extensions: &Extensions) -> impl Future<Output = Result<Self, TxError>> + Send + use<DB> {
+        Self::begin_in(extensions, Facts::enter_run_by)
+    }
+
+    fn begin_in(
+        extensions: &Extensions,
+        enter: EnterRun,
+    ) -> impl Future<Output = Result<Self, TxError>> + Send + use<DB> {
         let slot = extensions.get::<Arc<Slot<DB>>>().cloned();
         let facts = extensions.get::<Idempotency>().map(|idempotency| Arc::clone(&idempotency.facts));
         let (request, unguarded) = (RequestCopy::of(extensions), Unguarded::of(extensions));
         async move {
             match (slot, facts) {
                 (Some(_), Some(facts)) if facts.progress.is_phase_open() => Err(TxError::in_phase()),
-                (Some(_), Some(facts)) if !facts.enter_run(request.as_ref(), TxError::SECOND_RUN) => {
+                (Some(_), Some(facts)) if !enter(&facts, request.as_ref(), TxError::SECOND_RUN) => {
                     Err(TxError::second_run())
                 }
                 (Some(slot), _) => slot.lend().await.map(Self).map_err(TxError::from),
@@ -106,6 +119,9 @@ impl<DB: Database> Tx<DB> {
         }
     }
 }
+
+/// Lets a run use the attempt for its transaction.
+type EnterRun = fn(&Facts, Option<&Arc<RequestCopy>>, RejectionCode) -> bool;
 
 impl<DB: Database> Deref for Tx<DB> {
     type Target = DB::Connection;
@@ -138,7 +154,7 @@ mod extract {
     use sqlx::Database;
 
     use crate::attempt::{
-        idempotency::Idempotency, run::RequestCopy, tx::Tx, tx_error::TxError, unguarded::Unguarded,
+        Facts, idempotency::Idempotency, run::RequestCopy, tx::Tx, tx_error::TxError, unguarded::Unguarded,
     };
 
     impl IntoResponse for TxError {
@@ -153,7 +169,7 @@ mod extract {
         async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, TxError> {
             RequestCopy::extracted_from(&parts.extensions);
             match parts.extensions.get::<Idempotency>() {
-                Some(_) => Self::begin(&parts.extensions).await,
+                Some(_) => Self::begin_in(&parts.extensions, Facts::enter_run).await,
                 None => Err(TxError::unguarded(Unguarded::of_request(parts))),
             }
         }

@@ -97,7 +97,7 @@ impl Judge {
                 && let Some(rejection) = self.facts.runs.second()
             {
                 drop(ended);
-                return Judged { outcome: End::Release.into(), verdict: Verdict::Refused(rejection) };
+                return self.without_result(rejection);
             }
             if matches!(ended, HandlerEnd::Performed(Ok(_))) && self.transaction_is_in_use() {
                 // If the body of the response has the transaction, this gives it back.
@@ -249,17 +249,28 @@ impl Judge {
     }
 
     fn directive(&self, parts: &Parts, status: StatusCode) -> Directive {
-        // A refusal, of this layer or of one inside it, is never stored.
-        if parts.extensions.get::<Rejection>().is_some() {
-            return Directive::Release;
+        let directive = parts.extensions.get::<Directive>().copied();
+        if let Some(rejection) = parts.extensions.get::<Rejection>() {
+            return self.directive_of_refusal(rejection, directive);
         }
-        if let Some(directive) = parts.extensions.get::<Directive>() {
-            return *directive;
+        if let Some(directive) = directive {
+            return directive;
         }
         if self.may_lack_a_header(status) || !self.is_used() && self.reach.is_turned_away(status) {
             return Directive::Release;
         }
         self.settings.policy.directive(status)
+    }
+
+    /// A refusal, of this layer or of one inside it, is never stored.
+    fn directive_of_refusal(&self, rejection: &Rejection, directive: Option<Directive>) -> Directive {
+        // The layer inside has run a handler, which has no result.
+        let ran = rejection.code().is_end_without_result() && matches!(self.end_without_result(), End::Hold);
+        match directive {
+            Some(Directive::Hold) => Directive::Hold,
+            None if ran => Directive::Hold,
+            Some(_) | None => Directive::Release,
+        }
     }
 
     /// Warns of a success whose writes are rolled back, because it is not stored.

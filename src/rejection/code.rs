@@ -153,6 +153,11 @@ impl RejectionCode {
             StoreErrorKind::Internal => Self::Internal,
         }
     }
+
+    /// A handler has run, and ended without a result.
+    pub(crate) fn is_end_without_result(self) -> bool {
+        matches!(self, Self::HandlerPanicked | Self::ResponseIncomplete | Self::MaxExecutionExceeded)
+    }
 }
 
 impl fmt::Display for RejectionCode {

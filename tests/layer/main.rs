@@ -3,7 +3,6 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod adversary_leaks;
 mod bounds;
 mod cancellation;
 mod compose;
@@ -11,8 +10,10 @@ mod concurrency;
 mod consumers;
 mod crash;
 mod flood;
+mod gateways;
 mod grpc;
 mod harness;
+mod held_refusals;
 mod limits;
 mod middleware;
 mod nesting;

@@ -9,6 +9,7 @@ mod ended;
 mod extraction;
 mod kept;
 mod late;
+mod late_begins;
 mod not_results;
 mod postgres;
 mod postgres_faults;
