@@ -25,6 +25,8 @@ struct Place<DB: Database> {
     open: Mutex<Option<Open<DB>>>,
     /// Held while a pool closes, so that another call to close waits for it.
     closing: tokio::sync::Mutex<()>,
+    /// The pool that closes before this one.
+    before: Option<OwnPool<DB>>,
 }
 
 struct Open<DB: Database> {
@@ -45,6 +47,16 @@ pub(in crate::store) struct Recipe<'a, DB: Database, P, C> {
 pub(in crate::store) type Acquired<DB> = (PoolConnection<DB>, bool);
 
 impl<DB: Database> OwnPool<DB> {
+    fn new(before: Option<Self>) -> Self {
+        Self(Arc::new(Place { open: Mutex::default(), closing: tokio::sync::Mutex::default(), before }))
+    }
+
+    /// Makes a pool that closes after another one.
+    #[cfg(feature = "sqlite")]
+    pub(in crate::store) fn closing_after(other: &Self) -> Self {
+        Self::new(Some(other.clone()))
+    }
+
     /// Takes a connection. Hooks of the given pool have run on a fresh one, and may have changed
     /// its settings.
     pub(in crate::store) async fn acquire<P, C>(
@@ -160,7 +172,13 @@ where
 
 impl<DB: Database> Default for OwnPool<DB> {
     fn default() -> Self {
-        Self(Arc::new(Place { open: Mutex::new(None), closing: tokio::sync::Mutex::default() }))
+        Self::new(None)
+    }
+}
+
+impl<DB: Database> Clone for OwnPool<DB> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
     }
 }
 
@@ -177,6 +195,9 @@ impl<DB: Database> Place<DB> {
     }
 
     async fn close(&self) {
+        if let Some(before) = &self.before {
+            Box::pin(before.close()).await;
+        }
         let _closing = self.closing.lock().await;
         let Some(Open { pool, .. }) = self.open().take() else { return };
         // One by one, because sqlx closes the idle ones only when all have been given back.

@@ -18,6 +18,7 @@ use sqlx::{
     },
 };
 use tokio::{
+    runtime::Handle,
     sync::{Mutex, OwnedMutexGuard},
     time::{Instant, sleep, timeout},
 };
@@ -33,16 +34,35 @@ use crate::{
 };
 
 /// One connection that writes, for which writers queue fairly, and a few that read.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Connections {
-    /// Before the writer, so that it is the last to close: it removes the write-ahead log.
     readers: OwnPool<Sqlite>,
+    /// The last to close, because it removes the write-ahead log. Of two connections that close
+    /// simultaneously, neither does.
     writer: OwnPool<Sqlite>,
     /// The queue of newcomers. An attempt that owns its record does not wait in it: renewals and
     /// ends of attempts wait for the connection only, so they go before the writes in the queue.
     queue: Arc<Mutex<()>>,
     /// Set while a handler may change the settings of the connection that writes.
     with_handler: Arc<AtomicBool>,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        let readers = OwnPool::default();
+        let writer = OwnPool::closing_after(&readers);
+        Self { readers, writer, queue: Arc::default(), with_handler: Arc::default() }
+    }
+}
+
+impl Drop for Connections {
+    /// Closes the connections one after the other. Without a runtime they close simultaneously.
+    fn drop(&mut self) {
+        if let Ok(runtime) = Handle::try_current() {
+            let writer = self.writer.clone();
+            runtime.spawn(async move { writer.close().await });
+        }
+    }
 }
 
 impl Connections {
@@ -107,7 +127,6 @@ impl Connections {
     }
 
     pub(super) async fn close(&self) {
-        self.readers.close().await;
         self.writer.close().await;
     }
 
