@@ -54,6 +54,8 @@ impl<DB: Db> Bank<DB> {
             INSERT INTO accounts VALUES (1, 100), (2, 100)",
         )
         .await;
+        // Some tests look whether a request waits for something, and the first one would wait for this.
+        bank.store.prepare().await.unwrap();
         bank
     }
 
