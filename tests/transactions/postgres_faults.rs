@@ -6,7 +6,7 @@ use axum::{Router, http::StatusCode, routing::post};
 use sqlx::{PgPool, Postgres, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
-    IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx, TxError,
+    IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx, TxError, store::Store,
 };
 
 use crate::{
@@ -109,10 +109,11 @@ impl Remote {
     }
 
     /// A node whose handler waits at the gate after it has charged.
-    fn node(&self, gate: &Gate, store_timeout: Duration) -> Node {
+    async fn node(&self, gate: &Gate, store_timeout: Duration) -> Node {
         let url = self.database.url_through(self.proxy.address());
         let pool = PgPoolOptions::new().max_connections(4).connect_lazy(&url).unwrap();
         let store = PostgresStore::new(pool).with_statement_timeout(Duration::from_secs(2));
+        store.prepare().await.unwrap();
         let layer = IdempotencyLayer::new(store).with_lease(LONG).with_reaper(Reaper::off());
         let layer = layer.with_store_timeout(store_timeout);
         let (passed, runs) = (gate.clone(), Count::default());
@@ -150,7 +151,7 @@ impl Remote {
 async fn a_commit_whose_reply_is_lost_is_found_out() {
     let remote = Remote::start().await;
     let gate = Gate::new();
-    let node = remote.node(&gate, PATIENT);
+    let node = remote.node(&gate, PATIENT).await;
     let answer = node.start("k");
     gate.entered().await;
     remote.proxy.set(Fault::HoldRepliesFrom(b"COMMIT"));
@@ -171,7 +172,7 @@ async fn a_commit_whose_reply_is_lost_is_found_out() {
 async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() {
     let remote = Remote::start().await;
     let gate = Gate::new();
-    let node = remote.node(&gate, Duration::from_millis(500));
+    let node = remote.node(&gate, Duration::from_millis(500)).await;
     let answer = node.start("k");
     gate.entered().await;
     remote.proxy.set(Fault::HoldRepliesFrom(b"COMMIT"));
@@ -189,7 +190,7 @@ async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() 
 async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the_table() {
     let remote = Remote::start().await;
     let gate = Gate::new();
-    let node = remote.node(&gate, PATIENT);
+    let node = remote.node(&gate, PATIENT).await;
     let warm = node.start("warm");
     gate.entered().await;
     gate.open();
@@ -197,7 +198,7 @@ async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the
     let (mut lost, mut committed) = (0, 0);
     for limit in (0..1500).step_by(60) {
         let (gate, key) = (Gate::new(), format!("cut-{limit}"));
-        let node = remote.node(&gate, PATIENT);
+        let node = remote.node(&gate, PATIENT).await;
         let before = remote.charges().await;
         let answer = node.start(key.clone());
         gate.entered().await;
