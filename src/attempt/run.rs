@@ -24,14 +24,10 @@ pub(crate) struct CopyOfRequest(Arc<RequestCopy>);
 pub(crate) struct RequestCopy {
     /// The copy of which this one was made.
     original: Option<Arc<RequestCopy>>,
-    /// The number of the last use of its originals before it was made: 0 if there was none.
-    made_after: u64,
-    /// The number of its last use of the attempt.
-    last_use: AtomicU64,
-    /// The number of the last begin by its originals before it was made: 0 if there was none.
-    made_after_begin: u64,
-    /// The number of the last transaction that was begun by its extensions, without an extractor.
-    last_begin: AtomicU64,
+    /// Its uses of the attempt.
+    uses: Uses,
+    /// The transactions that were begun by its extensions, without an extractor.
+    begins: Uses,
     /// An extractor has seen it: it is the request of a handler or a middleware, and not the
     /// extensions that one of them keeps.
     extracted: AtomicBool,
@@ -41,10 +37,29 @@ impl Clone for CopyOfRequest {
     fn clone(&self) -> Self {
         Self(Arc::new(RequestCopy {
             original: Some(Arc::clone(&self.0)),
-            made_after: self.0.made_after.max(self.0.last_use()),
-            made_after_begin: self.0.made_after_begin.max(self.0.last_begin()),
+            uses: self.0.uses.of_copy(),
+            begins: self.0.begins.of_copy(),
             ..RequestCopy::default()
         }))
+    }
+}
+
+/// The place of one copy in the order of uses, which are numbered from 1.
+#[derive(Debug, Default)]
+struct Uses {
+    /// The last use by its originals before it was made: 0 if there was none.
+    made_after: u64,
+    /// Its own last use: 0 if there was none.
+    last: AtomicU64,
+}
+
+impl Uses {
+    fn last(&self) -> u64 {
+        self.last.load(Ordering::SeqCst)
+    }
+
+    fn of_copy(&self) -> Self {
+        Self { made_after: self.made_after.max(self.last()), ..Self::default() }
     }
 }
 
@@ -61,14 +76,6 @@ impl RequestCopy {
         copy.inspect(|copy| copy.extracted.store(true, Ordering::SeqCst))
     }
 
-    fn last_use(&self) -> u64 {
-        self.last_use.load(Ordering::SeqCst)
-    }
-
-    fn last_begin(&self) -> u64 {
-        self.last_begin.load(Ordering::SeqCst)
-    }
-
     fn is_extracted(&self) -> bool {
         self.extracted.load(Ordering::SeqCst)
     }
@@ -82,7 +89,9 @@ impl RequestCopy {
     /// belong to the run that has used it.
     fn representative(self: &Arc<Self>) -> &Arc<Self> {
         let mut copy = self;
-        while let (Some(original), true, false) = (&copy.original, copy.made_after > 0, copy.is_extracted()) {
+        while let (Some(original), true, false) =
+            (&copy.original, copy.uses.made_after > 0, copy.is_extracted())
+        {
             copy = original;
         }
         copy
@@ -102,11 +111,37 @@ impl RequestCopy {
 /// The runs of the handler that have used its attempt.
 #[derive(Debug, Default)]
 pub(crate) struct Runs {
-    used: Mutex<Vec<Arc<RequestCopy>>>,
+    used: Users,
     /// The copies by whose extensions a transaction was begun.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
-    begun: Mutex<Vec<Arc<RequestCopy>>>,
+    begun: Users,
     second: OnceLock<Rejection>,
+}
+
+/// The copies that have used something.
+#[derive(Debug, Default)]
+struct Users(Mutex<Vec<Arc<RequestCopy>>>);
+
+impl Users {
+    /// Notes that a copy uses it. Returns `false` if one of another run has used it since the copy
+    /// was made.
+    fn note(
+        &self,
+        copy: &Arc<RequestCopy>,
+        uses: impl Fn(&RequestCopy) -> &Uses,
+        same_run: impl Fn(&Arc<RequestCopy>) -> bool,
+    ) -> bool {
+        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = |other: &&Arc<RequestCopy>| uses(other).last() > uses(copy).made_after;
+        if users.iter().filter(since).any(|other| !same_run(other)) {
+            return false;
+        }
+        let last = users.iter().map(|other| uses(other).last()).max().unwrap_or(0);
+        if uses(copy).last.swap(last + 1, Ordering::SeqCst) == 0 {
+            users.push(Arc::clone(copy));
+        }
+        true
+    }
 }
 
 impl Runs {
@@ -114,18 +149,10 @@ impl Runs {
     /// it since the copy was made.
     fn enter(&self, copy: &Arc<RequestCopy>) -> bool {
         let copy = copy.representative();
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        let same_run = |other| {
+        let same_run = |other: &Arc<_>| {
             Arc::ptr_eq(copy, other) || copy.is_kept_by_run_of(other) || other.is_kept_by_run_of(copy)
         };
-        if used.iter().any(|other| other.last_use() > copy.made_after && !same_run(other)) {
-            return false;
-        }
-        let last = used.iter().map(|other| other.last_use()).max().unwrap_or(0);
-        if copy.last_use.swap(last + 1, Ordering::SeqCst) == 0 {
-            used.push(Arc::clone(copy));
-        }
-        true
+        self.used.note(copy, |copy| &copy.uses, same_run)
     }
 
     /// Notes that a transaction is begun by the extensions of this copy. Returns `false` if one was
@@ -133,16 +160,7 @@ impl Runs {
     /// attempt, copies that no extractor has seen cannot be told apart otherwise.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     fn begin(&self, copy: &Arc<RequestCopy>) -> bool {
-        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = |other: &&Arc<RequestCopy>| other.last_begin() > copy.made_after_begin;
-        if begun.iter().filter(since).any(|other| !Arc::ptr_eq(copy, other)) {
-            return false;
-        }
-        let last = begun.iter().map(|other| other.last_begin()).max().unwrap_or(0);
-        if copy.last_begin.swap(last + 1, Ordering::SeqCst) == 0 {
-            begun.push(Arc::clone(copy));
-        }
-        true
+        self.begun.note(copy, |copy| &copy.begins, |other| Arc::ptr_eq(copy, other))
     }
 
     /// The answer if a second run has used the attempt, whatever that run has answered.
