@@ -172,11 +172,11 @@ impl IdempotencyHandle {
     /// [`StoreError`]; the record may be deleted. Calling again is harmless.
     pub async fn evict(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<bool, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        let (running, keys) = (Arc::clone(&self.node.running), self.node.key_logging());
+        let (node, keys) = (Arc::clone(&self.node), self.node.key_logging());
         self.call(|store| async move {
             let evicted = store.evict(&consumer, &key).await?;
             // Not before: while the record exists, a duplicate must not pass beside its attempt.
-            running.forget(&consumer, &key);
+            node.forget(&consumer, &key);
             if evicted {
                 let key = keys.shown(&key);
                 tracing::info!(target: TRACING_TARGET, %consumer, %key, "an operator has evicted a record");
@@ -211,7 +211,7 @@ impl IdempotencyHandle {
         resolution: Resolution,
     ) -> Result<ResolveOutcome, StoreError> {
         let (consumer, key) = (consumer.clone(), key.clone());
-        let (running, keys) = (Arc::clone(&self.node.running), self.node.key_logging());
+        let (node, keys) = (Arc::clone(&self.node), self.node.key_logging());
         let shown = match resolution {
             Resolution::Release => "released",
             Resolution::Complete(_) => "completed",
@@ -220,7 +220,7 @@ impl IdempotencyHandle {
             let outcome = store.resolve(&consumer, &key, resolution).await?;
             // Not after other outcomes: the attempt of the record may still be running.
             if outcome == ResolveOutcome::Resolved {
-                running.forget(&consumer, &key);
+                node.forget(&consumer, &key);
                 let key = keys.shown(&key);
                 tracing::info!(
                     target: TRACING_TARGET, %consumer, %key, resolution = shown,

@@ -2,7 +2,7 @@
 
 mod structured_field;
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use http::{HeaderMap, HeaderName};
 use sha2::{Digest, Sha256};
@@ -12,7 +12,7 @@ use uuid::Uuid;
 ///
 /// It has 1 to 255 bytes of printable ASCII.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct IdempotencyKey(Box<str>);
+pub struct IdempotencyKey(Arc<str>);
 
 impl IdempotencyKey {
     /// Makes a key from its decoded value.

@@ -63,7 +63,7 @@ pub use handle::IdempotencyHandle;
 pub use jobs::IntentLog;
 pub use key::{IdempotencyKey, KeySyntax};
 pub use layer::IdempotencyLayer;
-pub use node::reaper::Reaper;
+pub use node::{cache::ReplayCache, reaper::Reaper};
 pub use policy::{Directive, ResultPolicy};
 pub use recovery::{Lookup, Reconcile, Reconciler};
 pub use rejection::{ProblemJson, Rejection, RejectionCode};

@@ -16,7 +16,6 @@ use crate::{
     duration::{capped, limit},
     error::BoxError,
     fingerprint::canonical_digest,
-    node::tasks::wait_for,
     redact::TRACING_TARGET,
     stored::{
         intent::{
@@ -471,7 +470,7 @@ impl OpenIntent {
         if self.idempotency.has_its_record_locked() {
             return Ok(());
         }
-        let settled = wait_for(task, wait).await;
+        let settled = node.tasks.wait_for(task, wait).await;
         match settled.map_err(IntentError::NotRecorded)? {
             Fenced::Applied => Ok(()),
             Fenced::Lost => Err(IntentError::Lost),

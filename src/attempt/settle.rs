@@ -14,7 +14,7 @@ use crate::{
     metrics,
     node::{
         FIRST_LATE_PAUSE, Node, RETRY, UNDO_LIMIT,
-        errand::{receive, repeat_for},
+        errand::{receive, repeat_while},
         tasks::no_answer,
     },
     redact::TRACING_TARGET,
@@ -49,7 +49,8 @@ impl Node {
         opening: Opening,
         caller: oneshot::Sender<Delivery>,
     ) {
-        let (outcome, may_arrive_late) = repeat_for(&caller, || recovery.open_intent(&opening)).await;
+        let open_once = async || self.replays.note(recovery.open_intent(&opening).await);
+        let (outcome, may_arrive_late) = repeat_while(|| !caller.is_closed(), open_once).await;
         // If the handler has gone, the delivery is dropped here, which withdraws the intent.
         let _ = caller.send(Delivery { node: self, opening, may_arrive_late, outcome: Some(outcome) });
     }
@@ -101,7 +102,7 @@ impl Node {
         update: IntentUpdate,
         give_up: Instant,
     ) -> Result<Fenced, StoreError> {
-        let settle_once = || self.settle_once(intent, fence, &update);
+        let settle_once = async || self.replays.note(self.settle_once(intent, fence, &update).await);
         retry_until(give_up, RETRY, settle_once, |error| {
             let error = error as &dyn std::error::Error;
             tracing::warn!(

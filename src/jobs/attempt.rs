@@ -10,7 +10,7 @@ use crate::{
     attempt::{Ended, Facts, Ownership, idempotency::Idempotency},
     error::StoreError,
     jobs::{error::IntentLogError, response_of, result_of},
-    node::{ends::End, tasks::wait_for},
+    node::ends::End,
     redact::{TRACING_TARGET, traced},
 };
 
@@ -109,8 +109,8 @@ impl Drop for LogAttempt {
 }
 
 async fn end(ownership: Ownership, end: End) -> Result<Ended, StoreError> {
-    let limit = ownership.settings.settle_wait();
-    wait_for(end_in_background(ownership, end), limit).await
+    let facts = Arc::clone(ownership.facts());
+    facts.node.tasks.wait_for(end_in_background(ownership, end), facts.settings.settle_wait()).await
 }
 
 fn end_in_background(ownership: Ownership, end: End) -> JoinHandle<Result<Ended, StoreError>> {

@@ -12,14 +12,14 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
     attempt::{Ended, Facts, Ownership},
-    error::StoreError,
+    error::{BoxError, StoreError},
     node::{
         ends::{End, Written},
-        tasks::wait_for,
+        work::Work,
     },
     rejection::Rejection,
     store::transaction::{StoreTransaction, TransactionError, TransactionErrorKind, TransactionUsage},
@@ -49,18 +49,16 @@ pub(crate) enum Closed {
     Refused(Rejection),
 }
 
-type Closing = JoinHandle<Result<Closed, StoreError>>;
-
-/// Ends the attempt in a task that goes on when waiting for it takes too long.
+/// Ends the attempt. The work goes on in a task when waiting for it takes too long.
 pub(crate) async fn close(ownership: Ownership, Outcome { end, keeps_writes }: Outcome) -> Closed {
     let facts = Arc::clone(ownership.facts());
     let tasks = &facts.node.tasks;
     let Some(transaction) = used_transaction(&facts).await else {
-        let closing = tasks.spawn(end_as(ownership, end));
+        let closing = tasks.begin(end_as(ownership, end));
         return wait_for_end(&facts, closing, facts.settings.settle_wait()).await;
     };
     if keeps_writes && let End::Complete(response) = end {
-        let closing = tasks.spawn(commit(ownership, transaction, response));
+        let closing = tasks.begin(commit(ownership, transaction, response));
         return wait_for_commit(&facts, closing).await;
     }
     close_rolled_back(ownership, transaction, end).await
@@ -80,15 +78,19 @@ async fn used_transaction(facts: &Facts) -> Option<Arc<dyn StoreTransaction>> {
     None
 }
 
-async fn wait_for_end(facts: &Facts, closing: Closing, limit: Duration) -> Closed {
-    wait_for(closing, limit).await.unwrap_or_else(|error| {
+async fn wait_for_end<E: Into<BoxError>>(
+    facts: &Facts,
+    closing: impl Future<Output = Result<Result<Closed, StoreError>, E>>,
+    limit: Duration,
+) -> Closed {
+    facts.node.tasks.wait_for(closing, limit).await.unwrap_or_else(|error| {
         facts.log_failure(&error, SENT_EARLY);
         Closed::AsJudged
     })
 }
 
-async fn wait_for_commit(facts: &Facts, closing: Closing) -> Closed {
-    wait_for(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
+async fn wait_for_commit(facts: &Facts, closing: Work<Result<Closed, StoreError>>) -> Closed {
+    facts.node.tasks.wait_for(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
         facts.log_failure(&error, "it is not known yet whether the transaction was committed");
         Closed::Refused(TransactionErrorKind::Unconfirmed.rejection())
     })
@@ -142,7 +144,10 @@ async fn end_after(
             ownership.log_failure(&error, ENDED_BY_HANDLER);
             return hold(ownership).await;
         }
-        Err(error) => ownership.log_failure(&error, "the transaction was lost"),
+        Err(error) => {
+            ownership.node.replays.note_lost(error.kind());
+            ownership.log_failure(&error, "the transaction was lost");
+        }
         Ok(()) => {}
     }
     end_as(ownership, end).await
@@ -169,6 +174,7 @@ async fn commit(
     // The transaction has the record locked, which stands in for the lease.
     ownership.leave_lease();
     let Err(error) = transaction.commit(response).await else { return Ok(Closed::AsJudged) };
+    ownership.node.replays.note_lost(error.kind());
     if error.kind() == TransactionErrorKind::Ended {
         ownership.log_failure(&error, ENDED_BY_HANDLER);
         return hold(ownership).await;

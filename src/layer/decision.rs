@@ -256,7 +256,7 @@ impl Guarded {
                 return Ok(Decision::Pass);
             }
             let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
-            if claim.fingerprint == fingerprint || !may_be_taken_over(&record) {
+            if claim.fingerprint == fingerprint || !record.is_lapsed() {
                 return response_of_record(&self.node, &self.settings, &record).await.map(Decision::Replay);
             }
             // The store hands an abandoned record only to the same fingerprint.
@@ -431,9 +431,5 @@ fn overloaded() -> Rejection {
 /// A claim might be won: by the clock of this process, the record has expired or its lease ran out.
 fn may_be_claimed(record: &Record) -> bool {
     let completed = matches!(record.state, RecordState::Completed { .. });
-    completed && record.expires_at <= SystemTime::now() || may_be_taken_over(record)
-}
-
-fn may_be_taken_over(record: &Record) -> bool {
-    matches!(record.state, RecordState::InProgress { lease_remaining } if lease_remaining.is_zero())
+    completed && record.expires_at <= SystemTime::now() || record.is_lapsed()
 }

@@ -12,26 +12,25 @@ use bytes::Bytes;
 use http::{HeaderValue, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tokio::{
-    sync::oneshot,
-    task::{JoinError, JoinHandle},
-};
+use tokio::sync::oneshot;
 
 use crate::{
     layer::{answer::passed, body::ResponseBody, grpc::translated, readiness::Call, settings::Settings},
+    node::work::{Panicked, Work},
     redact::TRACING_TARGET,
     rejection::{ProblemJson, Rejection, respond},
 };
 
 type Waiting<B, E> = Pin<Box<dyn Future<Output = Result<Response<B>, E>> + Send>>;
 
-/// The result of a guarded request's task.
+/// The result of a guarded request.
 pub(crate) type Answer<B, E> = Result<Response<ResponseBody<B>>, E>;
 
 pin_project! {
     /// Response future of [`IdempotencyService`](crate::layer::IdempotencyService).
     ///
-    /// Dropping it does not cancel an attempt that was begun.
+    /// It carries a guarded request out while it is polled. Dropping it does not cancel an attempt
+    /// that was begun: the rest runs in a task.
     pub struct ResponseFuture<F, B, E> {
         #[pin]
         inner: Inner<F, B, E>,
@@ -45,7 +44,7 @@ pin_project! {
         Passed { #[pin] future: F, settings: Option<Arc<Settings>> },
         Waiting { future: Waiting<B, E>, settings: Option<Arc<Settings>> },
         Refused { response: Option<Response<Bytes>> },
-        Guarded { task: JoinHandle<Answer<B, E>>, _caller: oneshot::Sender<()> },
+        Guarded { work: Work<Answer<B, E>>, _caller: oneshot::Sender<()> },
     }
 }
 
@@ -75,9 +74,9 @@ impl<F, B, E> ResponseFuture<F, B, E> {
         Self::new(Inner::Refused { response: Some(response) })
     }
 
-    /// Waits for a task, which learns through `caller` that the client has gone.
-    pub(crate) fn guarded(task: JoinHandle<Answer<B, E>>, caller: oneshot::Sender<()>) -> Self {
-        Self::new(Inner::Guarded { task, _caller: caller })
+    /// Carries work out, which learns through `caller` that the client has gone.
+    pub(crate) fn guarded(work: Work<Answer<B, E>>, caller: oneshot::Sender<()>) -> Self {
+        Self::new(Inner::Guarded { work, _caller: caller })
     }
 }
 
@@ -117,8 +116,8 @@ where
                 let response = response.take().unwrap_or_default();
                 Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
             }
-            Projected::Guarded { task, .. } => {
-                Poll::Ready(ready!(Pin::new(task).poll(cx)).unwrap_or_else(|error| Ok(task_ended(&error))))
+            Projected::Guarded { work, .. } => {
+                Poll::Ready(ready!(Pin::new(work).poll(cx)).unwrap_or_else(|error| Ok(panicked(&error))))
             }
         }
     }
@@ -130,9 +129,9 @@ impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
     }
 }
 
-/// A closure of the application panicked, which may be the renderer, or the runtime is going down.
-fn task_ended<B>(error: &JoinError) -> Response<ResponseBody<B>> {
+/// A closure of the application panicked, which may be the renderer.
+fn panicked<B>(error: &Panicked) -> Response<ResponseBody<B>> {
     let error = error as &dyn std::error::Error;
-    tracing::error!(target: TRACING_TARGET, error, "the task of a request ended early");
+    tracing::error!(target: TRACING_TARGET, error, "the work for a request ended early");
     respond(Rejection::failed(), &ProblemJson::default()).map(|data| ResponseBody::buffered(data, None))
 }

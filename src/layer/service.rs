@@ -1,4 +1,4 @@
-//! The service: passes a request through, refuses it, or guards it in a task.
+//! The service: passes a request through, refuses it, or guards it.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -93,7 +93,7 @@ where
             Entrance::Guard(guarded) => {
                 let (caller, gone) = oneshot::channel();
                 let task = guard(guarded, self.inner.clone(), parts, body, gone);
-                ResponseFuture::guarded(self.node.tasks.spawn(task), caller)
+                ResponseFuture::guarded(self.node.tasks.begin(task), caller)
             }
         };
         future.for_grpc(grpc)
@@ -111,7 +111,7 @@ fn entrance(node: &Arc<Node>, settings: &Arc<Settings>, parts: &mut Parts) -> En
     })
 }
 
-/// The task of a guarded request, which goes on when its caller has gone.
+/// The work of a guarded request, which goes on when its caller has gone.
 async fn guard<S, ReqBody, ResBody>(
     guarded: Guarded,
     inner: S,

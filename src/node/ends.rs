@@ -48,7 +48,7 @@ impl Node {
             if let Some(lease) = lease {
                 lease.leave();
             }
-            renew_if_late(lease, self.end_once(attempt, end))
+            renew_if_late(lease, async { self.replays.note(self.end_once(attempt, end).await) })
         };
         // After every error, also one that looks final: a server may be read-only while another
         // becomes the primary.

@@ -12,8 +12,8 @@ use crate::error::{StoreError, StoreErrorKind};
 
 /// Repeats a call while its reply is lost and its caller waits. Returns the last outcome, and
 /// `true` if an earlier try may still be carried out after it.
-pub(crate) async fn repeat_for<C, T, F: Future<Output = Result<T, StoreError>>>(
-    caller: &oneshot::Sender<C>,
+pub(crate) async fn repeat_while<T, F: Future<Output = Result<T, StoreError>>>(
+    is_awaited: impl Fn() -> bool,
     mut call: impl FnMut() -> F,
 ) -> (Result<T, StoreError>, bool) {
     let (mut tries, mut may_arrive_late) = (1, false);
@@ -22,7 +22,7 @@ pub(crate) async fn repeat_for<C, T, F: Future<Output = Result<T, StoreError>>>(
         let ambiguous = matches!(&outcome, Err(error) if error.kind() == StoreErrorKind::Ambiguous);
         // Once a try may have arrived, a later one that certainly failed does not make it undone.
         may_arrive_late |= ambiguous;
-        if !ambiguous || caller.is_closed() {
+        if !ambiguous || !is_awaited() {
             return (outcome, may_arrive_late);
         }
         sleep(RETRY.after(tries)).await;

@@ -1,13 +1,16 @@
 //! One process over a store: its attempts, its leases and its tasks, which must not be cut off.
 
+pub(crate) mod cache;
 mod claims;
 pub(crate) mod ends;
 pub(crate) mod errand;
+mod joined;
 pub(crate) mod leases;
 pub(crate) mod lookups;
 pub(crate) mod reaper;
 pub(crate) mod running;
 pub(crate) mod tasks;
+pub(crate) mod work;
 
 use std::{
     fmt,
@@ -18,9 +21,11 @@ use std::{
     time::Duration,
 };
 
-use self::{leases::Renewer, lookups::Lookups, running::Running, tasks::Tasks};
+use self::{cache::Replays, joined::Joined, leases::Renewer, lookups::Lookups, running::Running, tasks::Tasks};
 use crate::{
+    consumer::Consumer,
     error::{StoreError, StoreErrorKind},
+    key::IdempotencyKey,
     redact::{KeyLogging, TRACING_TARGET},
     retry::Backoff,
     store::{Store, recovery::RecoveryStore},
@@ -34,6 +39,8 @@ pub(crate) struct Node {
     pub(crate) tasks: Tasks,
     pub(crate) renewer: Arc<Renewer>,
     pub(crate) running: Arc<Running>,
+    pub(crate) replays: Arc<Replays>,
+    joined: Joined,
     pub(crate) lookups: Lookups,
     reaper_runs: AtomicBool,
     nesting_warned: AtomicBool,
@@ -43,6 +50,7 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn new(store: Arc<dyn Store>) -> Arc<Self> {
         let tasks = Tasks::default();
+        let replays = Arc::clone(&tasks.replays);
         let running = Arc::<Running>::default();
         let renewer = Renewer::new(Arc::clone(&store), tasks.clone(), Arc::clone(&running));
         Arc::new(Self {
@@ -51,11 +59,20 @@ impl Node {
             tasks,
             renewer,
             running,
+            replays,
+            joined: Joined::default(),
             lookups: Lookups::default(),
             reaper_runs: AtomicBool::new(false),
             nesting_warned: AtomicBool::new(false),
             redacts_keys: AtomicBool::new(false),
         })
+    }
+
+    /// Lets the next claim of a key that an operator has ended ask the store.
+    pub(crate) fn forget(&self, consumer: &Consumer, key: &IdempotencyKey) {
+        self.running.forget(consumer, key);
+        self.replays.forget(consumer, key);
+        self.joined.forget(consumer, key);
     }
 
     /// Tells once that a layer around guards the same requests with the same records.

@@ -1,10 +1,10 @@
 //! Tasks of a node: those that must run to their end, and those in the background.
 
-use std::{fmt, future::Future, time::Duration};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use tokio::{
     runtime::Handle,
-    task::{JoinError, JoinHandle},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_util::{
@@ -15,8 +15,12 @@ use tokio_util::{
     },
 };
 
+use super::{
+    cache::Replays,
+    work::Work,
+};
 use crate::{
-    error::{StoreError, StoreErrorKind},
+    error::{BoxError, StoreError, StoreErrorKind},
     redact::{subscribed, traced},
     retry::jittered,
 };
@@ -32,6 +36,8 @@ pub(crate) struct Tasks {
     pub(crate) draining: CancellationToken,
     /// Cancelled when background tasks must end.
     pub(crate) stopped: CancellationToken,
+    /// Emptied by the calls that fail as they do when the connection to the store is lost.
+    pub(crate) replays: Arc<Replays>,
 }
 
 impl Tasks {
@@ -53,6 +59,15 @@ impl Tasks {
         self.tracked.spawn_on(traced(work), runtime)
     }
 
+    /// Lets the caller carry work out itself. Like a task of [`spawn`](Self::spawn), it runs to its
+    /// end, and span and subscriber of the caller travel with it.
+    pub(crate) fn begin<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Work<T> {
+        Work::new(self.tracked.track_future(traced(work)))
+    }
+
     /// Lets draining wait for work, in whatever task it runs.
     pub(crate) fn track<F: Future>(&self, work: F) -> TrackedFuture<F> {
         self.tracked.track_future(work)
@@ -72,7 +87,7 @@ impl Tasks {
         &self,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
-        end_of(self.spawn(work)).await
+        self.replays.note(end_of(self.spawn(work)).await)
     }
 
     /// Runs a call of the store to its end and waits at most `limit`.
@@ -81,7 +96,21 @@ impl Tasks {
         limit: Duration,
         work: impl Future<Output = Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
-        wait_for(self.spawn(work), limit).await
+        self.wait_for(self.begin(work), limit).await
+    }
+
+    /// Waits at most `limit` for a task or work with the store. After that it goes on, and its effect is not
+    /// known.
+    pub(crate) async fn wait_for<T, E: Into<BoxError>>(
+        &self,
+        work: impl Future<Output = Result<Result<T, StoreError>, E>>,
+        limit: Duration,
+    ) -> Result<T, StoreError> {
+        self.replays.note(match timeout(limit, work).await {
+            Ok(answer) => answer.unwrap_or_else(|error| Err(task_ended(error))),
+            // The handle of a task is dropped, which detaches it; work that is dropped becomes a task.
+            Err(elapsed) => Err(no_answer(limit).with_source(elapsed)),
+        })
     }
 
     /// Starts a task that runs for as long as the layer does, with the subscriber of its caller. It
@@ -136,23 +165,10 @@ pub(crate) async fn end_of<T>(task: JoinHandle<Result<T, StoreError>>) -> Result
     task.await.unwrap_or_else(|error| Err(task_ended(error)))
 }
 
-/// Waits at most `limit` for a task that works with the store. After that it goes on, and its
-/// effect is not known.
-pub(crate) async fn wait_for<T>(
-    task: JoinHandle<Result<T, StoreError>>,
-    limit: Duration,
-) -> Result<T, StoreError> {
-    match timeout(limit, end_of(task)).await {
-        Ok(answer) => answer,
-        // The task is detached, not cancelled, when its handle is dropped.
-        Err(elapsed) => Err(no_answer(limit).with_source(elapsed)),
-    }
-}
-
 pub(crate) fn no_answer(limit: Duration) -> StoreError {
     StoreError::new(StoreErrorKind::Ambiguous, format!("the store did not answer within {limit:?}"))
 }
 
-fn task_ended(error: JoinError) -> StoreError {
+fn task_ended(error: impl Into<BoxError>) -> StoreError {
     StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
 }

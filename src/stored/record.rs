@@ -245,6 +245,11 @@ impl Record {
         Self { attempt: Some(attempt), attempt_number, ..record }
     }
 
+    /// Its lease ran out or was released: a claim with its fingerprint might take it over.
+    pub(crate) fn is_lapsed(&self) -> bool {
+        matches!(self.state, RecordState::InProgress { lease_remaining } if lease_remaining.is_zero())
+    }
+
     /// The stored response of a completed record; `None` in any other state.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use crate::{
     attempt::settings::{TransactionOptions, checked_lease},
     duration::{capped, limit},
     layer::{IdempotencyLayer, StoreOutage, kept_requests::KeptRequests},
-    node::reaper::Reaper,
+    node::{cache::ReplayCache, reaper::Reaper},
     redact::KeyLogging,
 };
 
@@ -170,6 +170,24 @@ impl IdempotencyLayer {
     #[must_use]
     pub fn with_reaper(self, reaper: Reaper) -> Self {
         self.set(|settings| settings.reaper = reaper)
+    }
+
+    /// Sets how completed records are cached for replays that follow each other closely. Default:
+    /// [`ReplayCache::default`], 16 MiB for 5 s.
+    ///
+    /// The layer, its clones and its handles have one cache, whichever of them it is set with. The
+    /// last call counts, and empties it.
+    ///
+    /// ```
+    /// # #[cfg(feature = "memory")] {
+    /// # use tower_idempotency::{IdempotencyLayer, MemoryStore, ReplayCache};
+    /// let layer = IdempotencyLayer::new(MemoryStore::new()).with_replay_cache(ReplayCache::off());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_replay_cache(self, cache: ReplayCache) -> Self {
+        self.node().replays.configure(&cache);
+        self
     }
 
     /// Sets how the transactions of handlers (`Tx`) are begun and ended. Default:
