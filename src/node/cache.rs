@@ -240,7 +240,8 @@ impl State {
     /// Drops what is over, and the oldest until the rest fits.
     fn make_room(&mut self, max_bytes: usize) {
         let now = Instant::now();
-        while let Some(oldest) = self.by_age.pop_front_if(|oldest| oldest.until <= now || self.bytes > max_bytes)
+        while let Some(oldest) =
+            self.by_age.pop_front_if(|oldest| oldest.until <= now || self.bytes > max_bytes)
         {
             self.bytes -= oldest.bytes;
             let Record { consumer, key, .. } = &oldest.record;

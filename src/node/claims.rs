@@ -10,13 +10,8 @@ use tokio::{
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::{
-    FIRST_LATE_PAUSE, Node, UNDO_LIMIT,
-    cache::Look,
-    ends::End,
-    errand::repeat_while,
-    joined::Place,
-    leases::usable,
-    tasks::no_answer,
+    FIRST_LATE_PAUSE, Node, UNDO_LIMIT, cache::Look, ends::End, errand::repeat_while, joined::Place,
+    leases::usable, tasks::no_answer,
 };
 use crate::{
     error::StoreError,
@@ -168,7 +163,9 @@ impl Drop for Delivery {
     fn drop(&mut self) {
         let won = matches!(self.outcome, Some(Ok(ClaimOutcome::Won { .. })));
         // Without a runtime, the end of its lease gives the key back.
-        if (won || self.may_arrive_late) && let Ok(runtime) = Handle::try_current() {
+        if (won || self.may_arrive_late)
+            && let Ok(runtime) = Handle::try_current()
+        {
             let (node, claim, may_arrive_late) =
                 (Arc::clone(&self.node), self.claim.clone(), self.may_arrive_late);
             let release = async move {

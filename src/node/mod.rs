@@ -21,7 +21,9 @@ use std::{
     time::Duration,
 };
 
-use self::{cache::Replays, joined::Joined, leases::Renewer, lookups::Lookups, running::Running, tasks::Tasks};
+use self::{
+    cache::Replays, joined::Joined, leases::Renewer, lookups::Lookups, running::Running, tasks::Tasks,
+};
 use crate::{
     consumer::Consumer,
     error::{StoreError, StoreErrorKind},

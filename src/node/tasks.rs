@@ -2,11 +2,7 @@
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
-use tokio::{
-    runtime::Handle,
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
 use tokio_util::{
     sync::CancellationToken,
     task::{
@@ -15,10 +11,7 @@ use tokio_util::{
     },
 };
 
-use super::{
-    cache::Replays,
-    work::Work,
-};
+use super::{cache::Replays, work::Work};
 use crate::{
     error::{BoxError, StoreError, StoreErrorKind},
     redact::{subscribed, traced},
@@ -61,10 +54,7 @@ impl Tasks {
 
     /// Lets the caller carry work out itself. Like a task of [`spawn`](Self::spawn), it runs to its
     /// end, and span and subscriber of the caller travel with it.
-    pub(crate) fn begin<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = T> + Send + 'static,
-    ) -> Work<T> {
+    pub(crate) fn begin<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Work<T> {
         Work::new(self.tracked.track_future(traced(work)))
     }
 

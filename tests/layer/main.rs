@@ -4,6 +4,7 @@
 mod support;
 
 mod bounds;
+mod cache;
 mod cancellation;
 mod compose;
 mod concurrency;
@@ -14,6 +15,7 @@ mod gateways;
 mod grpc;
 mod harness;
 mod held_refusals;
+mod joined;
 mod limits;
 mod middleware;
 mod nesting;

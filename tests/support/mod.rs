@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary compiles its own copy and uses a part of it")]
 
 pub mod app;
+pub mod asked;
 pub mod database;
 pub mod db;
 pub mod direct;
