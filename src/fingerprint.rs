@@ -5,16 +5,23 @@ mod difference;
 mod digest;
 mod scheme;
 
-use std::{fmt, sync::Arc};
+use std::{
+    borrow::Cow,
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use bytes::Bytes;
-use http::{HeaderName, request::Parts};
+use http::{HeaderName, request::Parts, uri::PathAndQuery};
 use serde::Serialize;
 
 pub use self::canonical_json::InvalidPointer;
 #[cfg(test)]
 pub(crate) use self::canonical_json::canonicalize;
-use self::{digest::Secret, scheme::ARGUMENTS_VERSION};
+use self::{
+    digest::Secret,
+    scheme::{ARGUMENTS_VERSION, OptionsId},
+};
 pub(crate) use self::{digest::canonical_digest, scheme::Comparison};
 use crate::head::original_uri;
 
@@ -90,9 +97,11 @@ pub struct Fingerprinter {
     secret: Option<Secret>,
     target: Arc<Target>,
     previous: Vec<Fingerprinter>,
+    /// Computed when it is first needed.
+    options: OnceLock<OptionsId>,
 }
 
-type Target = dyn Fn(&Parts) -> String + Send + Sync;
+type Target = dyn Fn(&Parts) -> Cow<'_, str> + Send + Sync;
 type Custom = dyn Fn(&Parts, &Bytes) -> Vec<u8> + Send + Sync;
 
 #[derive(Clone)]
@@ -111,6 +120,7 @@ impl Default for Fingerprinter {
             secret: None,
             target: Arc::new(original_target),
             previous: Vec::new(),
+            options: OnceLock::new(),
         }
     }
 }
@@ -166,6 +176,7 @@ impl Fingerprinter {
     ) -> Result<Self, InvalidPointer> {
         let pointers = excluded.into_iter().map(canonical_json::Pointer::parse).collect::<Result<_, _>>()?;
         self.payload = Payload::CanonicalJson(pointers);
+        self.options = OnceLock::new();
         Ok(self)
     }
 
@@ -181,6 +192,7 @@ impl Fingerprinter {
     #[must_use]
     pub fn add_header(mut self, name: HeaderName) -> Self {
         self.headers.push(name);
+        self.options = OnceLock::new();
         self
     }
 
@@ -199,6 +211,7 @@ impl Fingerprinter {
     #[must_use]
     pub fn keyed(mut self, id: u32, secret: impl Into<Vec<u8>>) -> Self {
         self.secret = Some(Secret { id, key: secret.into() });
+        self.options = OnceLock::new();
         self
     }
 
@@ -215,7 +228,7 @@ impl Fingerprinter {
     /// ```
     #[must_use]
     pub fn with_target(mut self, target: impl Fn(&Parts) -> String + Send + Sync + 'static) -> Self {
-        self.target = Arc::new(target);
+        self.target = Arc::new(move |parts| target(parts).into());
         self
     }
 
@@ -243,9 +256,9 @@ impl fmt::Debug for Fingerprinter {
     }
 }
 
-fn original_target(parts: &Parts) -> String {
+fn original_target(parts: &Parts) -> Cow<'_, str> {
     let uri = original_uri(parts);
-    uri.path_and_query().map_or_else(|| uri.path().to_owned(), ToString::to_string)
+    uri.path_and_query().map_or(uri.path(), PathAndQuery::as_str).into()
 }
 
 #[cfg(test)]
@@ -344,6 +357,21 @@ mod tests {
         let keyed = plain.clone().keyed(1, "secret");
         assert_eq!(of(&keyed)[9..41], mac.finalize().into_bytes()[..]);
         assert_ne!(of(&keyed)[41..], of(&plain)[41..]);
+    }
+
+    #[test]
+    fn options_that_change_after_a_use_change_the_scheme() {
+        let (parts, body) = (request("POST", "/", &[]), Bytes::from("{}"));
+        let used = Fingerprinter::default();
+        let stored = used.fingerprint(&parts, &body);
+        for changed in [
+            used.clone().keyed(1, "one"),
+            used.clone().add_header(http::header::HOST),
+            used.clone().canonical_json([]).unwrap(),
+        ] {
+            assert_eq!(changed.compare(&stored, &parts, &body), Comparison::Unknown);
+        }
+        assert!(matches!(used.compare(&stored, &parts, &body), Comparison::Same(_)));
     }
 
     #[test]

@@ -4,7 +4,11 @@ use std::{fmt, future::Future};
 
 use bytes::Bytes;
 use tokio_util::either::Either;
-use tracing::{Instrument, dispatcher, instrument::WithSubscriber, subscriber::NoSubscriber};
+use tracing::{
+    Instrument, dispatcher,
+    instrument::{Instrumented, WithDispatch, WithSubscriber},
+    subscriber::NoSubscriber,
+};
 
 use crate::key::IdempotencyKey;
 
@@ -50,14 +54,21 @@ impl fmt::Debug for Length<'_> {
     }
 }
 
+/// Work with the subscriber that was current where it was made, if there was one.
+pub(crate) type Subscribed<F> = Either<WithDispatch<F>, F>;
+/// Work with the span and the subscriber that were current where it was made.
+pub(crate) type Traced<F> = Subscribed<Instrumented<F>>;
+
 /// Lets the span and the subscriber of the caller travel with work into another task.
-pub(crate) fn traced<F: Future>(work: F) -> impl Future<Output = F::Output> {
+#[inline]
+pub(crate) fn traced<F: Future>(work: F) -> Traced<F> {
     subscribed(work.in_current_span())
 }
 
 /// Lets the subscriber of the caller travel with work into another task, without the span. Where
 /// there is no subscriber, a global one that is set later gets the events.
-pub(crate) fn subscribed<F: Future>(work: F) -> impl Future<Output = F::Output> {
+#[inline]
+pub(crate) fn subscribed<F: Future>(work: F) -> Subscribed<F> {
     let current = dispatcher::get_default(|current| (!current.is::<NoSubscriber>()).then(|| current.clone()));
     match current {
         Some(current) => Either::Left(work.with_subscriber(current)),

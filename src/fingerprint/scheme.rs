@@ -1,5 +1,7 @@
 //! Fingerprints as bytes: version, scheme, digest of the whole, and short digests of its parts.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, header, request::Parts};
 
@@ -31,6 +33,11 @@ pub(super) enum Version {
 }
 
 type SchemeId = [u8; SCHEME_LENGTH];
+/// Digest of the options, id of the secret.
+pub(super) type OptionsId = [u8; SCHEME_LENGTH - 1];
+
+/// A covered part with its bytes.
+type Covered<'a> = (Part, Cow<'a, [u8]>);
 
 impl Fingerprinter {
     /// Computes the fingerprint of a request.
@@ -60,12 +67,17 @@ impl Fingerprinter {
         let bytes = match version {
             Version::Whole => [&id[..], &self.whole_digest(parts, body)].concat(),
             Version::Parts => {
-                let covered = self.parts_of(parts);
+                let target = (self.target)(parts);
+                let covered = self.parts_of(&target, parts);
                 let mut input = Input::new(self.secret.as_ref());
                 covered.iter().for_each(|(_, bytes)| input.field(bytes));
                 self.payload.add_to(version, &mut input, parts, body);
                 let digest = input.digest();
-                [&id[..], &digest, &self.part_digests(&digest, &covered).concat()].concat()
+                let mut bytes = Vec::with_capacity(id.len() + digest.len() + covered.len() * PART_LENGTH);
+                bytes.extend(id);
+                bytes.extend(digest);
+                bytes.extend(self.part_digests(&digest, &covered).flatten());
+                bytes
             }
         };
         Fingerprint(bytes.into())
@@ -90,19 +102,18 @@ impl Fingerprinter {
     }
 
     /// The covered parts but the payload.
-    fn parts_of(&self, parts: &Parts) -> Vec<(Part, Vec<u8>)> {
-        let target = (self.target)(parts);
+    fn parts_of<'a>(&self, target: &'a str, parts: &'a Parts) -> Vec<Covered<'a>> {
         let (path, query) = target.split_at(target.find('?').unwrap_or(target.len()));
         let mut covered = vec![
-            (Part::Method, parts.method.as_str().into()),
-            (Part::Path, path.into()),
-            (Part::Query, query.into()),
+            (Part::Method, parts.method.as_str().as_bytes().into()),
+            (Part::Path, path.as_bytes().into()),
+            (Part::Query, query.as_bytes().into()),
         ];
         let headers =
-            self.headers.iter().map(|name| (Part::Header(name.clone()), counted_lines(parts, name)));
+            self.headers.iter().map(|name| (Part::Header(name.clone()), counted_lines(parts, name).into()));
         covered.extend(headers);
         if self.payload.has_content_type() {
-            covered.push((Part::ContentType, counted_lines(parts, &header::CONTENT_TYPE)));
+            covered.push((Part::ContentType, counted_lines(parts, &header::CONTENT_TYPE).into()));
         }
         covered
     }
@@ -111,8 +122,8 @@ impl Fingerprinter {
     /// not seen to be equal, and a guess of a part can be told from most others, but not from all.
     /// The payload has none. So its guesses can only be tested as with the digest of the whole, by
     /// a person who knows all other parts.
-    fn part_digests(&self, whole: &[u8], covered: &[(Part, Vec<u8>)]) -> Vec<[u8; PART_LENGTH]> {
-        let digest_of = |(at, (_, bytes)): (usize, &(Part, Vec<u8>))| {
+    fn part_digests(&self, whole: &[u8], covered: &[Covered<'_>]) -> impl Iterator<Item = [u8; PART_LENGTH]> {
+        let digest_of = move |(at, (_, bytes)): (usize, &Covered<'_>)| {
             let mut input = Input::new(self.secret.as_ref());
             input.field(whole);
             input.length(at);
@@ -120,12 +131,13 @@ impl Fingerprinter {
             let digest = input.digest();
             [digest[0], digest[1]]
         };
-        covered.iter().enumerate().map(digest_of).collect()
+        covered.iter().enumerate().map(digest_of)
     }
 
     /// The parts in which a request differs from that of a record in this scheme.
     fn difference(&self, version: Version, record: &Fingerprint, parts: &Parts) -> Difference {
-        let covered = self.parts_of(parts);
+        let target = (self.target)(parts);
+        let covered = self.parts_of(&target, parts);
         let differing = match version {
             Version::Whole => None,
             Version::Parts => self.differing(&record.0[SCHEME_LENGTH..], &covered),
@@ -144,7 +156,7 @@ impl Fingerprinter {
     }
 
     /// The parts whose digests differ from those of a record; `None` if the record is damaged.
-    fn differing(&self, recorded: &[u8], covered: &[(Part, Vec<u8>)]) -> Option<Vec<Part>> {
+    fn differing(&self, recorded: &[u8], covered: &[Covered<'_>]) -> Option<Vec<Part>> {
         let (whole, recorded) = recorded.split_at_checked(DIGEST_LENGTH)?;
         let own = self.part_digests(whole, covered);
         let differing = covered.iter().zip(own).zip(recorded.chunks(PART_LENGTH));
@@ -155,15 +167,21 @@ impl Fingerprinter {
 
     /// Version of the algorithm, digest of the options, id of the secret.
     fn id(&self, version: Version) -> SchemeId {
+        let mut id = [version as u8; SCHEME_LENGTH];
+        id[1..].copy_from_slice(self.options.get_or_init(|| self.options_id()));
+        id
+    }
+
+    fn options_id(&self) -> OptionsId {
         let mut options = Input::new(None);
         self.headers.iter().for_each(|name| options.field(name.as_str().as_bytes()));
         options.length(self.headers.len());
         options.field(if self.secret.is_some() { b"hmac" } else { b"hash" });
         self.payload.describe(&mut options);
-        let mut id = [version as u8; SCHEME_LENGTH];
+        let mut id = OptionsId::default();
         // Four bytes tell the few schemes of one application apart.
-        id[1..5].copy_from_slice(&options.digest()[..4]);
-        id[5..].copy_from_slice(&self.secret.as_ref().map_or(0, |secret| secret.id).to_be_bytes());
+        id[..4].copy_from_slice(&options.digest()[..4]);
+        id[4..].copy_from_slice(&self.secret.as_ref().map_or(0, |secret| secret.id).to_be_bytes());
         id
     }
 }

@@ -169,7 +169,7 @@ impl Judge {
             return self.judge_represented(parts, representation);
         }
         let first = StoredResponse::of(&parts, stored);
-        let outcome = self.outcome_stored(first.clone(), status);
+        let outcome = self.outcome_stored(&first, status);
         let verdict = match first.body == StoredBody::NotKept {
             true => Verdict::Passed(Ok(Response::from_parts(parts, body))),
             false => Verdict::Stored(first, parts.extensions),
@@ -188,11 +188,11 @@ impl Judge {
     fn judge_represented<B, E>(&self, parts: Parts, representation: Representation) -> Judged<B, E> {
         let too_large = representation.data().len() > self.settings.response_body_limit;
         let first = StoredResponse::represented(parts.status, representation);
-        let mut stored = first.clone();
-        if too_large {
-            stored.body = StoredBody::NotKept;
-        }
-        let outcome = self.outcome_stored(stored, parts.status);
+        let outcome = match too_large {
+            true => self
+                .outcome_stored(&StoredResponse { body: StoredBody::NotKept, ..first.clone() }, parts.status),
+            false => self.outcome_stored(&first, parts.status),
+        };
         Judged { outcome, verdict: Verdict::Stored(first, parts.extensions) }
     }
 
@@ -312,15 +312,23 @@ impl Judge {
         is_overloaded && self.reach.was_answered_immediately() && !self.is_used()
     }
 
-    fn outcome_stored(&self, mut response: StoredResponse, status: StatusCode) -> Outcome {
+    fn outcome_stored(&self, response: &StoredResponse, status: StatusCode) -> Outcome {
         if status.is_success() {
             self.facts.warn_of_open_intents();
         }
         let keeps_writes = status.is_success()
             || status.is_redirection()
             || status.is_client_error() && self.settings.attempts.transactions.keep_writes_of_client_errors;
-        response.remove_headers(&self.settings.headers_not_kept);
-        Outcome { end: End::Complete(self.facts.node.codec.response(&response)), keeps_writes }
+        let codec = &self.facts.node.codec;
+        let encoded = match &*self.settings.headers_not_kept {
+            [] => codec.response(response),
+            names => {
+                let mut kept = response.clone();
+                kept.remove_headers(names);
+                codec.response(&kept)
+            }
+        };
+        Outcome { end: End::Complete(encoded), keeps_writes }
     }
 
     fn without_result<B, E>(&self, rejection: Rejection) -> Judged<B, E> {

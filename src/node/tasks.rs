@@ -55,7 +55,7 @@ impl Tasks {
     /// Lets the caller carry work out itself. Like a task of [`spawn`](Self::spawn), it runs to its
     /// end, and span and subscriber of the caller travel with it.
     pub(crate) fn begin<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Work<T> {
-        Work::new(self.tracked.track_future(traced(work)))
+        Work::new(&self.tracked, work)
     }
 
     /// Lets draining wait for work, in whatever task it runs.

@@ -9,14 +9,22 @@ use std::{
 };
 
 use tokio::runtime::Handle;
+use tokio_util::task::{TaskTracker, task_tracker::TrackedFuture};
+
+use crate::redact::{Traced, traced};
 
 /// Work that its caller polls. Dropped before its end, it goes on in a task of its own: a claim
 /// that is cut off in the middle would leave its key or its connection behind.
 pub(crate) struct Work<T> {
     /// `None` after its end.
-    rest: Option<Pin<Box<dyn Rest<T> + Send>>>,
+    rest: Option<Rest<T>>,
     runtime: Handle,
+    /// A task needs bounds that a type with a destructor cannot have.
+    run_in_task: fn(Rest<T>, &Handle),
 }
+
+/// Boxed before it is wrapped, so that it is moved once.
+type Rest<T> = TrackedFuture<Traced<Pin<Box<dyn Future<Output = T> + Send>>>>;
 
 /// The work has panicked.
 #[derive(Debug, thiserror::Error)]
@@ -25,11 +33,15 @@ pub(crate) struct Panicked;
 
 impl<T> Work<T> {
     /// Panics outside of a runtime.
-    pub(super) fn new(work: impl Future<Output = T> + Send + 'static) -> Self
+    pub(super) fn new(tracker: &TaskTracker, work: impl Future<Output = T> + Send + 'static) -> Self
     where
         T: Send + 'static,
     {
-        Self { rest: Some(Box::pin(work)), runtime: Handle::current() }
+        Self {
+            rest: Some(tracker.track_future(traced(Box::pin(work)))),
+            runtime: Handle::current(),
+            run_in_task: |rest, runtime| drop(runtime.spawn(rest)),
+        }
     }
 }
 
@@ -39,7 +51,7 @@ impl<T> Future for Work<T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         // Polled after its end, it never completes again.
         let Some(rest) = &mut self.rest else { return Poll::Pending };
-        let end = match catch_unwind(AssertUnwindSafe(|| rest.as_mut().poll(cx))) {
+        let end = match catch_unwind(AssertUnwindSafe(|| Pin::new(rest).poll(cx))) {
             Ok(polled) => Ok(ready!(polled)),
             Err(_) => Err(Panicked),
         };
@@ -51,7 +63,7 @@ impl<T> Future for Work<T> {
 impl<T> Drop for Work<T> {
     fn drop(&mut self) {
         if let Some(rest) = self.rest.take() {
-            rest.run_in_task(&self.runtime);
+            (self.run_in_task)(rest, &self.runtime);
         }
     }
 }
@@ -59,17 +71,6 @@ impl<T> Drop for Work<T> {
 impl<T> fmt::Debug for Work<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Work").field("ended", &self.rest.is_none()).finish_non_exhaustive()
-    }
-}
-
-/// The rest of some work. It knows how to become a task, so that [`Work`] needs no bounds.
-trait Rest<T>: Future<Output = T> {
-    fn run_in_task(self: Pin<Box<Self>>, runtime: &Handle);
-}
-
-impl<T: Send + 'static, F: Future<Output = T> + Send + 'static> Rest<T> for F {
-    fn run_in_task(self: Pin<Box<Self>>, runtime: &Handle) {
-        runtime.spawn(self);
     }
 }
 
@@ -87,7 +88,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn dropped_work_runs_to_its_end() {
         let (sender, ended) = oneshot::channel();
-        let work = Work::new(async {
+        let work = Work::new(&TaskTracker::new(), async {
             sleep(Duration::from_secs(2)).await;
             sender.send(()).unwrap();
         });
@@ -98,13 +99,13 @@ mod tests {
     #[tokio::test]
     async fn dropped_before_its_first_poll_it_runs_too() {
         let (sender, ended) = oneshot::channel();
-        drop(Work::new(async { sender.send(()).unwrap() }));
+        drop(Work::new(&TaskTracker::new(), async { sender.send(()).unwrap() }));
         ended.await.unwrap();
     }
 
     #[tokio::test]
     async fn a_panic_is_an_answer() {
-        let work: Work<()> = Work::new(async { panic!("in the work") });
+        let work: Work<()> = Work::new(&TaskTracker::new(), async { panic!("in the work") });
         assert!(work.await.is_err());
     }
 
@@ -112,7 +113,8 @@ mod tests {
     fn after_its_runtime_it_is_dropped() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let (sender, mut ended) = oneshot::channel::<()>();
-        let work = runtime.block_on(async { Work::new(async { sender.send(()).unwrap() }) });
+        let work =
+            runtime.block_on(async { Work::new(&TaskTracker::new(), async { sender.send(()).unwrap() }) });
         drop(runtime);
         drop(work);
         assert!(ended.try_recv().is_err());
