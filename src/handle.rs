@@ -165,7 +165,8 @@ impl IdempotencyHandle {
     /// [kept request](crate::recovery::KeptRequests). Returns `true` if there was one.
     ///
     /// Use it with care: the next request with the key runs the handler, even if an attempt is
-    /// running at the same time.
+    /// running at the same time. Another process may replay a completed record for as long as its
+    /// [`ReplayCache`](crate::ReplayCache) holds it.
     ///
     /// # Errors
     ///

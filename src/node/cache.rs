@@ -201,7 +201,7 @@ impl Replays {
         state.make_room(max_bytes);
     }
 
-    /// Drops a record that an operator has ended. What a claim that is under way learns is not
+    /// Drops a record that an operator has ended. The answer to a claim that is under way is not
     /// cached either.
     pub(crate) fn forget(&self, consumer: &Consumer, key: &IdempotencyKey) {
         let mut state = self.write();

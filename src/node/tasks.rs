@@ -89,8 +89,8 @@ impl Tasks {
         self.wait_for(self.begin(work), limit).await
     }
 
-    /// Waits at most `limit` for a task or work with the store. After that it goes on, and its effect is not
-    /// known.
+    /// Waits at most `limit` for a task or work with the store. After that it goes on, and its
+    /// effect is not known.
     pub(crate) async fn wait_for<T, E: Into<BoxError>>(
         &self,
         work: impl Future<Output = Result<Result<T, StoreError>, E>>,
