@@ -236,7 +236,13 @@ impl Guarded {
     pub(crate) async fn decide(&self, parts: &Parts, body: &Bytes) -> Result<Decision, Rejection> {
         self.check_store()?;
         self.settings.reaper.ensure_running(&self.node);
-        let mut claim = self.new_claim(parts, body);
+        let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
+        let (key, window) = self.key(&fingerprint);
+        // Before ids are made for a claim, which replays from the cache do not need.
+        if let Ok(record) = self.node.known(&self.consumer, &key) {
+            return self.answer_by(&record, &fingerprint, parts, body).await;
+        }
+        let mut claim = self.new_claim(key, window, fingerprint);
         if self.settings.in_flight.available_permits() == 0 {
             return self.decide_without_place(&claim, parts, body).await;
         }
@@ -278,11 +284,22 @@ impl Guarded {
             Ok(record) => record.filter(|record| !may_be_claimed(record)).ok_or_else(overloaded)?,
             Err(error) => return self.without_store(&claim.attempt, &error),
         };
-        if self.is_of_outer_layer(&record, parts) {
+        self.answer_by(&record, &claim.fingerprint, parts, body).await
+    }
+
+    /// Rows 8 to 12: the answer of a record that is not claimed.
+    async fn answer_by(
+        &self,
+        record: &Record,
+        fingerprint: &Fingerprint,
+        parts: &Parts,
+        body: &Bytes,
+    ) -> Result<Decision, Rejection> {
+        if self.is_of_outer_layer(record, parts) {
             return Ok(Decision::Pass);
         }
-        self.same_request(&record, &claim.fingerprint, parts, body)?;
-        response_of_record(&self.node, &self.settings, &record).await.map(Decision::Replay)
+        self.same_request(record, fingerprint, parts, body)?;
+        response_of_record(&self.node, &self.settings, record).await.map(Decision::Replay)
     }
 
     /// Row 7: a place for the handler among those that run simultaneously.
@@ -315,15 +332,18 @@ impl Guarded {
         Ok(())
     }
 
-    fn new_claim(&self, parts: &Parts, body: &Bytes) -> Claim {
-        let fingerprint = self.settings.fingerprinter.fingerprint(parts, body);
-        let (key, window) = match &self.key {
+    /// The key, and how long it counts if it is derived from the request.
+    fn key(&self, fingerprint: &Fingerprint) -> (IdempotencyKey, Option<Duration>) {
+        match &self.key {
             KeySource::Sent(key) => (key.clone(), None),
             KeySource::Derived(window) => {
                 (IdempotencyKey::from_digest(fingerprint.as_bytes()), Some(*window))
             }
             KeySource::Resent(resent) => (resent.key.clone(), None),
-        };
+        }
+    }
+
+    fn new_claim(&self, key: IdempotencyKey, window: Option<Duration>, fingerprint: Fingerprint) -> Claim {
         let attempt = Attempt::new(self.consumer.clone(), key);
         let claim = self.settings.attempts.new_claim(attempt, fingerprint);
         Claim { retention: window.unwrap_or(claim.retention), ..claim }

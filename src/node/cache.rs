@@ -120,7 +120,7 @@ pub(crate) struct Replays(RwLock<State>);
 
 #[derive(Debug)]
 struct State {
-    limits: Option<Limits>,
+    settings: ReplayCache,
     /// Counts the moments at which what the store has shown before lost its worth.
     epoch: u64,
     records: HashMap<(Consumer, IdempotencyKey), Arc<Cached>>,
@@ -146,7 +146,7 @@ pub(crate) struct Look {
 impl Default for Replays {
     fn default() -> Self {
         Self(RwLock::new(State {
-            limits: ReplayCache::default().0,
+            settings: ReplayCache::default(),
             epoch: 0,
             records: HashMap::new(),
             by_age: VecDeque::new(),
@@ -165,10 +165,10 @@ impl Replays {
     }
 
     /// Begins again, empty, with these limits.
-    pub(crate) fn configure(&self, cache: &ReplayCache) {
+    pub(crate) fn configure(&self, cache: ReplayCache) {
         let mut state = self.write();
         state.empty();
-        state.limits = cache.0;
+        state.settings = cache;
     }
 
     /// The completed record of a key. If there is none, the store is asked next, and the returned
@@ -186,7 +186,7 @@ impl Replays {
     pub(crate) fn keep(&self, record: &Record, look: Look) {
         let RecordState::Completed { response } = &record.state else { return };
         let mut state = self.write();
-        let Some(Limits { max_bytes, time_to_live }) = state.limits else { return };
+        let Some(Limits { max_bytes, time_to_live }) = state.settings.0 else { return };
         let (consumer, key) = (&record.consumer, &record.key);
         let bytes = OVERHEAD + response.len() + consumer.as_str().len() + key.as_str().len();
         let expires_early = record.expires_at < SystemTime::now() + time_to_live + CLOCK_TOLERANCE;
@@ -343,7 +343,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_oldest_make_room_and_forgotten_ones_count() {
         let replays = Replays::default();
-        replays.configure(&ReplayCache::default().with_max_bytes(100_000));
+        replays.configure(ReplayCache::default().with_max_bytes(100_000));
         for number in 0..1000 {
             let record = record(&format!("k{number}"), 10_000);
             keep(&replays, &record);
@@ -364,7 +364,7 @@ mod tests {
     async fn a_cache_that_is_off_keeps_nothing() {
         let (replays, record) = (Replays::default(), record("k", 10));
         keep(&replays, &record);
-        replays.configure(&ReplayCache::off().with_max_bytes(1).with_time_to_live(Duration::from_secs(1)));
+        replays.configure(ReplayCache::off().with_max_bytes(1).with_time_to_live(Duration::from_secs(1)));
         assert!(look(&replays, &record).is_err());
         keep(&replays, &record);
         assert!(look(&replays, &record).is_err());

@@ -14,7 +14,9 @@ use super::{
     leases::usable, tasks::no_answer,
 };
 use crate::{
+    consumer::Consumer,
     error::StoreError,
+    key::IdempotencyKey,
     redact::TRACING_TARGET,
     stored::record::{Attempt, Claim, ClaimOutcome, Record},
 };
@@ -28,7 +30,7 @@ impl Node {
     ) -> Result<ClaimOutcome, StoreError> {
         let give_up = Instant::now() + limit;
         loop {
-            let look = match self.known(&claim.attempt) {
+            let look = match self.known(&claim.attempt.consumer, &claim.attempt.key) {
                 Ok(record) => return Ok(ClaimOutcome::Exists(Box::new(record))),
                 Err(look) => look,
             };
@@ -52,22 +54,19 @@ impl Node {
         }
     }
 
-    /// Looks up the record of a key, without claiming it.
+    /// Looks up the record of a key in the store, without claiming it.
     pub(crate) async fn look_up(
         &self,
         attempt: &Attempt,
         limit: Duration,
     ) -> Result<Option<Record>, StoreError> {
-        if let Ok(record) = self.known(attempt) {
-            return Ok(Some(record));
-        }
         let (store, Attempt { consumer, key, .. }) = (Arc::clone(&self.store), attempt.clone());
         self.tasks.call(limit, async move { store.get(&consumer, &key).await }).await
     }
 
     /// The record of a key that an attempt of this process runs for, or that is cached. Otherwise,
     /// the moment before the store is asked.
-    fn known(&self, Attempt { consumer, key, .. }: &Attempt) -> Result<Record, Look> {
+    pub(crate) fn known(&self, consumer: &Consumer, key: &IdempotencyKey) -> Result<Record, Look> {
         self.running.find(consumer, key).map_or_else(|| self.replays.find(consumer, key), Ok)
     }
 

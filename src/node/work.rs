@@ -113,8 +113,9 @@ mod tests {
     fn after_its_runtime_it_is_dropped() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let (sender, mut ended) = oneshot::channel::<()>();
-        let work =
-            runtime.block_on(async { Work::new(&TaskTracker::new(), async { sender.send(()).unwrap() }) });
+        let entered = runtime.enter();
+        let work = Work::new(&TaskTracker::new(), async { sender.send(()).unwrap() });
+        drop(entered);
         drop(runtime);
         drop(work);
         assert!(ended.try_recv().is_err());

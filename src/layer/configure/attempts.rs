@@ -186,7 +186,7 @@ impl IdempotencyLayer {
     /// ```
     #[must_use]
     pub fn with_replay_cache(self, cache: ReplayCache) -> Self {
-        self.node().replays.configure(&cache);
+        self.node().replays.configure(cache);
         self
     }
 
