@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderName, request::Parts, uri::PathAndQuery};
+use http::{HeaderName, request::Parts};
 use serde::Serialize;
 
 pub use self::canonical_json::InvalidPointer;
@@ -258,7 +258,12 @@ impl fmt::Debug for Fingerprinter {
 
 fn original_target(parts: &Parts) -> Cow<'_, str> {
     let uri = original_uri(parts);
-    uri.path_and_query().map_or(uri.path(), PathAndQuery::as_str).into()
+    match uri.path_and_query() {
+        Some(target) if target.as_str().starts_with('/') => target.as_str().into(),
+        // Written with the slash that a target in absolute form may lack.
+        Some(target) => target.to_string().into(),
+        None => uri.path().into(),
+    }
 }
 
 #[cfg(test)]
@@ -312,6 +317,12 @@ mod tests {
             request("POST", "http://a/pay", &[("host", "a"), ("user-agent", "x"), ("traceparent", "1")]);
         let two = request("POST", "/pay", &[("host", "b"), ("authorization", "y")]);
         assert!(!differs((&one, "1"), (&two, "1")));
+    }
+
+    #[test]
+    fn a_target_without_a_path_has_a_slash() {
+        let bare = request("POST", "http://a.example?x=1", &[]);
+        assert!(!differs((&bare, "1"), (&request("POST", "/?x=1", &[]), "1")));
     }
 
     #[test]
