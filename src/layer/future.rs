@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     layer::{answer::passed, body::ResponseBody, grpc::translated, readiness::Call, settings::Settings},
-    node::work::{Panicked, Work},
+    node::work::{EndedEarly, Work},
     redact::TRACING_TARGET,
     rejection::{ProblemJson, Rejection, respond},
 };
@@ -29,8 +29,8 @@ pub(crate) type Answer<B, E> = Result<Response<ResponseBody<B>>, E>;
 pin_project! {
     /// Response future of [`IdempotencyService`](crate::layer::IdempotencyService).
     ///
-    /// It carries a guarded request out while it is polled. Dropping it does not cancel an attempt
-    /// that was begun: the rest runs in a task.
+    /// A guarded request that is not answered immediately runs in a task. Dropping this future does
+    /// not cancel an attempt that was begun.
     pub struct ResponseFuture<F, B, E> {
         #[pin]
         inner: Inner<F, B, E>,
@@ -117,7 +117,7 @@ where
                 Poll::Ready(Ok(response.map(|data| ResponseBody::buffered(data, None))))
             }
             Projected::Guarded { work, .. } => {
-                Poll::Ready(ready!(Pin::new(work).poll(cx)).unwrap_or_else(|error| Ok(panicked(&error))))
+                Poll::Ready(ready!(work.poll_or_move(cx)).unwrap_or_else(|error| Ok(ended_early(&error))))
             }
         }
     }
@@ -129,8 +129,8 @@ impl<F, B, E> fmt::Debug for ResponseFuture<F, B, E> {
     }
 }
 
-/// A closure of the application panicked, which may be the renderer.
-fn panicked<B>(error: &Panicked) -> Response<ResponseBody<B>> {
+/// A closure of the application panicked, which may be the renderer, or the runtime is going down.
+fn ended_early<B>(error: &EndedEarly) -> Response<ResponseBody<B>> {
     let error = error as &dyn std::error::Error;
     tracing::error!(target: TRACING_TARGET, error, "the work for a request ended early");
     respond(Rejection::failed(), &ProblemJson::default()).map(|data| ResponseBody::buffered(data, None))

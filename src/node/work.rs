@@ -3,12 +3,16 @@
 use std::{
     fmt,
     future::Future,
+    mem,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
-use tokio::runtime::Handle;
+use tokio::{
+    runtime::Handle,
+    task::{JoinError, JoinHandle},
+};
 use tokio_util::task::{TaskTracker, task_tracker::TrackedFuture};
 
 use crate::redact::{Traced, traced};
@@ -16,20 +20,25 @@ use crate::redact::{Traced, traced};
 /// Work that its caller polls. Dropped before its end, it goes on in a task of its own: a claim
 /// that is cut off in the middle would leave its key or its connection behind.
 pub(crate) struct Work<T> {
-    /// `None` after its end.
-    rest: Option<Rest<T>>,
+    state: State<T>,
     runtime: Handle,
     /// A task needs bounds that a type with a destructor cannot have.
-    run_in_task: fn(Rest<T>, &Handle),
+    run_in_task: fn(Rest<T>, &Handle) -> JoinHandle<T>,
+}
+
+enum State<T> {
+    Here(Rest<T>),
+    InTask(JoinHandle<T>),
+    Ended,
 }
 
 /// Boxed before it is wrapped, so that it is moved once.
 type Rest<T> = TrackedFuture<Traced<Pin<Box<dyn Future<Output = T> + Send>>>>;
 
-/// The work has panicked.
+/// The work has panicked, or its runtime has shut down.
 #[derive(Debug, thiserror::Error)]
-#[error("it panicked")]
-pub(crate) struct Panicked;
+#[error("it ended early")]
+pub(crate) struct EndedEarly(#[source] Option<JoinError>);
 
 impl<T> Work<T> {
     /// Panics outside of a runtime.
@@ -38,45 +47,69 @@ impl<T> Work<T> {
         T: Send + 'static,
     {
         Self {
-            rest: Some(tracker.track_future(traced(Box::pin(work)))),
+            state: State::Here(tracker.track_future(traced(Box::pin(work)))),
             runtime: Handle::current(),
-            run_in_task: |rest, runtime| drop(runtime.spawn(rest)),
+            run_in_task: |rest, runtime| runtime.spawn(rest),
+        }
+    }
+
+    /// Polls the work. If it does not end immediately, the rest goes on in a task, even if the
+    /// caller keeps it and does not poll it again.
+    pub(crate) fn poll_or_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, EndedEarly>> {
+        match Pin::new(&mut *self).poll(cx) {
+            Poll::Pending if self.move_to_task() => Pin::new(self).poll(cx),
+            polled => polled,
+        }
+    }
+
+    fn move_to_task(&mut self) -> bool {
+        match mem::replace(&mut self.state, State::Ended) {
+            State::Here(rest) => {
+                self.state = State::InTask((self.run_in_task)(rest, &self.runtime));
+                true
+            }
+            moved => {
+                self.state = moved;
+                false
+            }
         }
     }
 }
 
 impl<T> Future for Work<T> {
-    type Output = Result<T, Panicked>;
+    type Output = Result<T, EndedEarly>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        // Polled after its end, it never completes again.
-        let Some(rest) = &mut self.rest else { return Poll::Pending };
-        let end = match catch_unwind(AssertUnwindSafe(|| Pin::new(rest).poll(cx))) {
-            Ok(polled) => Ok(ready!(polled)),
-            Err(_) => Err(Panicked),
+        let end = match &mut self.state {
+            State::Here(rest) => match catch_unwind(AssertUnwindSafe(|| Pin::new(rest).poll(cx))) {
+                Ok(polled) => Ok(ready!(polled)),
+                Err(_) => Err(EndedEarly(None)),
+            },
+            State::InTask(task) => ready!(Pin::new(task).poll(cx)).map_err(|error| EndedEarly(Some(error))),
+            // Polled after its end, it never completes again.
+            State::Ended => return Poll::Pending,
         };
-        self.rest = None;
+        self.state = State::Ended;
         Poll::Ready(end)
     }
 }
 
 impl<T> Drop for Work<T> {
     fn drop(&mut self) {
-        if let Some(rest) = self.rest.take() {
-            (self.run_in_task)(rest, &self.runtime);
-        }
+        // A task that is not awaited goes on.
+        self.move_to_task();
     }
 }
 
 impl<T> fmt::Debug for Work<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Work").field("ended", &self.rest.is_none()).finish_non_exhaustive()
+        f.debug_struct("Work").field("ended", &matches!(self.state, State::Ended)).finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{future::poll_fn, time::Duration};
 
     use tokio::{
         sync::oneshot,
@@ -101,6 +134,20 @@ mod tests {
         let (sender, ended) = oneshot::channel();
         drop(Work::new(&TaskTracker::new(), async { sender.send(()).unwrap() }));
         ended.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_does_not_end_immediately_needs_no_more_polls() {
+        let (sender, ended) = oneshot::channel();
+        let mut work = Work::new(&TaskTracker::new(), async {
+            tokio::task::yield_now().await;
+            sender.send(()).unwrap();
+            7
+        });
+        let first = poll_fn(|cx| Poll::Ready(work.poll_or_move(cx))).await;
+        assert!(first.is_pending());
+        ended.await.unwrap();
+        assert_eq!(poll_fn(|cx| work.poll_or_move(cx)).await.unwrap(), 7);
     }
 
     #[tokio::test]
