@@ -69,10 +69,9 @@ impl Database {
     /// Copies the one record of the table under numbered keys, so that each can be replayed.
     pub async fn copy_record(&self, keys: u64) -> Result<()> {
         let (first, last) = (FIRST_NUMBER + 1, FIRST_NUMBER + keys - 1);
-        let copies = self
-            .copies("'key-' || i", "expires_at", &format!("generate_series({first}, {last}) AS i"))
-            .await?;
-        self.execute(&format!("{copies}; VACUUM (ANALYZE) idempotency_records; CHECKPOINT")).await
+        let series = format!("generate_series({first}, {last}) AS i");
+        self.execute(&self.copies("'key-' || i", "expires_at", &series).await?).await?;
+        self.execute("VACUUM (ANALYZE) idempotency_records").await
     }
 
     /// Fills the table with copies of its one record under random keys that expire within a day.
@@ -107,6 +106,11 @@ impl Database {
         let copies = self.copies("gen_random_uuid()::text", "now() - interval '1 hour'", &series).await?;
         self.execute(&format!("{copies}; ANALYZE idempotency_records")).await?;
         self.execute("CHECKPOINT").await
+    }
+
+    pub async fn expired(&self) -> Result<u64> {
+        let count = "SELECT count(*)::text FROM idempotency_records WHERE expires_at < now()";
+        Ok(self.text(count).await?.parse()?)
     }
 
     /// The statement that copies the record of the first key, with whatever columns the table has.

@@ -1,6 +1,9 @@
 //! The driver: runs the pairs, round by round, and has the report written.
 
-use std::{process::Stdio, time::Duration};
+use std::{
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -71,7 +74,7 @@ pub async fn drive(options: Options) -> Result<()> {
     let redis = Redis::start(&sqlite_directory).await;
     let process = server.process().await?;
     let driver = Driver { options, url, server, process, redis, sqlite_directory };
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     let mut measured = Vec::new();
     for pair in all(&driver.options.millions).into_iter().filter(|pair| driver.selects(pair)) {
         match driver.run(&pair).await {
@@ -128,7 +131,11 @@ impl Driver {
             points.push(self.measure(pair, &sides, connections).await?);
         }
         drop(sides);
-        if matches!(pair.subject.place, Place::Postgres) {
+        if pair.before == Before::Expire {
+            let left = self.database(&pair.subject).expired().await?;
+            eprintln!("  {left} of a million expired records are left: with 0, the purge ended too early");
+        }
+        if pair.subject.place == Place::Postgres {
             // A connection reports what it has counted when it is closed.
             tokio::time::sleep(Duration::from_millis(500)).await;
             let deadlocks = self.database(&pair.subject).deadlocks().await?;
@@ -225,7 +232,10 @@ impl Driver {
         let server = Server::start("layer", &self.place(side)?).await?;
         expect_created(send_one(server.port, 200).await?)?;
         drop(server);
-        self.database(side).fill((million * 1e6) as u64).await
+        let begin = Instant::now();
+        self.database(side).fill((million * 1e6) as u64).await?;
+        eprintln!("  filled in {:.0} s", begin.elapsed().as_secs_f64());
+        Ok(())
     }
 
     fn database(&self, side: &Side) -> Database {

@@ -29,7 +29,7 @@ pub fn svg(measured: &[(Pair, Vec<Point>)]) -> String {
     let (width, height) = (COLUMN * PANELS.len() as f64, ROW * curves.len() as f64);
     let mut svg = format!(
         "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" font-family=\"sans-serif\" font-size=\"11\" \
-         fill=\"currentColor\" xmlns=\"http://www.w3.org/2000/svg\">\n\
+         fill=\"currentColor\" style=\"max-width:100%;height:auto\" xmlns=\"http://www.w3.org/2000/svg\">\n\
          <title>Figures of the layer and its partners by the number of connections</title>\n"
     );
     for (row, (pair, points)) in curves.iter().enumerate() {
