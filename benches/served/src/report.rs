@@ -30,7 +30,8 @@ pub fn write(measured: &Measured, setting: &Setting, into_guide: bool) -> Result
     let tables = [circumstances(setting), goals(measured), ratios(measured), figures(measured)].join("\n");
     println!("{tables}");
     if into_guide {
-        fs::write("src/guide/cost_tables.md", tables)?;
+        // The plots follow it in the guide.
+        fs::write("src/guide/cost_tables.md", tables + "\n# Plots\n\n")?;
         fs::write("src/guide/cost_plots.svg", plot::svg(measured))?;
     }
     Ok(())
