@@ -128,7 +128,10 @@ impl Driver {
         }
         let mut points = Vec::new();
         for connections in self.connections(pair) {
-            points.push(self.measure(pair, &sides, connections).await?);
+            match self.measure(pair, &sides, connections).await {
+                Ok(point) => points.push(point),
+                Err(error) => eprintln!("  {connections:5} connections are not measured: {error}"),
+            }
         }
         drop(sides);
         if pair.before == Before::Expire {
