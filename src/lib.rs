@@ -115,6 +115,10 @@ pub mod guide {
     pub mod proof {}
     #[doc = include_str!("guide/fault_runs.md")]
     pub mod fault_runs {}
+    #[doc = include_str!("guide/cost.md")]
+    #[doc = include_str!("guide/cost_tables.md")]
+    #[doc = include_str!("guide/cost_plots.svg")]
+    pub mod cost {}
     #[doc = include_str!("guide/intents_index.md")]
     pub mod intents_index {}
 }
