@@ -1,5 +1,6 @@
 //! One process over a store: its attempts, its leases and its tasks, which must not be cut off.
 
+mod begins;
 mod claims;
 pub(crate) mod ends;
 pub(crate) mod errand;

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use sqlx::Postgres;
 use tower_idempotency::{IdempotencyLayer, RejectionCode, TransactionOptions, Tx};
 
-use crate::bank::{Bank, Db, Gate, charge_once, on_both_stores};
+use crate::bank::{Bank, Db, Gate, charge_once, with_both_strategies};
 
-on_both_stores!(duplicates_on_another_node_do_not_wait_for_a_transaction);
+with_both_strategies!(duplicates_on_another_node_do_not_wait_for_a_transaction);
 
 async fn duplicates_on_another_node_do_not_wait_for_a_transaction<DB: Db>(bank: Bank<DB>) {
     duplicates_during_a_transaction_of_two_seconds(&bank, Duration::from_secs(4)).await;

@@ -16,11 +16,11 @@ use tower::Layer;
 use tower_idempotency::{ResultPolicy, TransactionOptions, Tx};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, on_both_stores},
+    bank::{Bank, Db, End, Node, charge, with_both_strategies},
     support::served::Count,
 };
 
-on_both_stores!(
+with_both_strategies!(
     only_an_ok_of_grpc_is_committed,
     a_grpc_status_in_the_head_decides_on_the_writes,
     at_most_once_stores_a_grpc_status_without_the_writes,

@@ -12,11 +12,11 @@ use tower::{ServiceBuilder, ServiceExt};
 use tower_idempotency::{Directive, RejectionCode, ResultPolicy, TransactionOptions, Tx, layer::RequestBody};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, on_both_stores, unique},
+    bank::{Bank, Db, End, Node, charge, unique, with_both_strategies},
     support::{direct, served::Count},
 };
 
-on_both_stores!(
+with_both_strategies!(
     successes_and_redirects_are_committed_with_their_response,
     a_client_error_is_stored_without_the_writes,
     writes_of_client_errors_are_kept_if_that_is_set,

@@ -1,0 +1,153 @@
+//! The end of an attempt that has its key by its transaction alone.
+//!
+//! What is rolled back leaves nothing: the next retry runs immediately.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::time::timeout;
+
+use crate::{
+    attempt::{Facts, Ownership},
+    error::StoreError,
+    layer::closing::{Closed, ENDED_BY_HANDLER, Outcome, SHORT_WAIT, wait_for_commit},
+    node::{RETRY, ends::End},
+    redact::TRACING_TARGET,
+    retry::retry_until,
+    store::transaction::{SingleTransaction, TransactionErrorKind},
+    stored::record::{Fenced, Record, RecordState},
+};
+
+/// Ends the attempt in a task that goes on when waiting for it takes too long.
+pub(super) async fn close(
+    ownership: Ownership,
+    transaction: Arc<dyn SingleTransaction>,
+    Outcome { end, keeps_writes }: Outcome,
+) -> Closed {
+    let facts = Arc::clone(ownership.facts());
+    let tasks = &facts.node.tasks;
+    match end {
+        End::Complete(response) => {
+            let closing = tasks.spawn(complete(ownership, transaction, response, keeps_writes));
+            wait_for_commit(&facts, closing).await
+        }
+        End::Release | End::Hold => {
+            let holds = matches!(end, End::Hold);
+            let closing = tasks.spawn(roll_back(ownership, transaction, holds));
+            // A rollback waits behind a statement that still runs. The client of a request that was
+            // not performed does not.
+            let limit = if holds { facts.settings.settle_wait() } else { SHORT_WAIT };
+            match timeout(limit, closing).await {
+                Ok(Ok(Ok(closed))) => closed,
+                Ok(Ok(Err(error))) => {
+                    facts.log_failure(&error, "the end of an attempt is not stored");
+                    Closed::AsJudged
+                }
+                Ok(Err(_)) | Err(_) => Closed::AsJudged,
+            }
+        }
+    }
+}
+
+/// Commits the completed record, with or without the writes of the handler.
+async fn complete(
+    ownership: Ownership,
+    transaction: Arc<dyn SingleTransaction>,
+    response: Bytes,
+    keeps_writes: bool,
+) -> Result<Closed, StoreError> {
+    let committed = match keeps_writes {
+        true => transaction.commit(response).await,
+        false => transaction.complete(response).await,
+    };
+    let Err(error) = committed else { return Ok(Closed::AsJudged) };
+    match error.kind() {
+        TransactionErrorKind::Ended => {
+            ownership.log_failure(&error, ENDED_BY_HANDLER);
+            return hold(&ownership, &transaction).await;
+        }
+        // Another attempt may have completed or claimed the key, or this one after all.
+        TransactionErrorKind::Unconfirmed | TransactionErrorKind::Lost | TransactionErrorKind::Conflict => {
+            ownership.log_failure(&error, "the transaction was not committed");
+        }
+        kind => {
+            ownership.log_failure(&error, "the transaction was not committed");
+            return Ok(Closed::Refused(kind.rejection()));
+        }
+    }
+    Ok(match outcome(&ownership, &transaction).await? {
+        Some(record) if is_completed_by(&record, &ownership) => Closed::AsJudged,
+        Some(record) if record.fingerprint == ownership.fingerprint => Closed::Superseded(Box::new(record)),
+        // The commit's outcome was unknown; that there is no record shows that it was not committed.
+        _ if error.kind() == TransactionErrorKind::Unconfirmed => {
+            Closed::Refused(TransactionErrorKind::Lost.rejection())
+        }
+        _ => Closed::Refused(error.kind().rejection()),
+    })
+}
+
+fn is_completed_by(record: &Record, facts: &Facts) -> bool {
+    record.attempt == Some(facts.attempt.id) && matches!(record.state, RecordState::Completed { .. })
+}
+
+/// Asks what became of the transaction, for as long as the attempt might have run.
+async fn outcome(
+    facts: &Facts,
+    transaction: &Arc<dyn SingleTransaction>,
+) -> Result<Option<Record>, StoreError> {
+    retry_until(
+        facts.settings.give_up(),
+        RETRY,
+        || transaction.outcome(),
+        |error| {
+            tracing::warn!(
+                target: TRACING_TARGET, consumer = %facts.attempt.consumer, attempt = %facts.attempt.id,
+                error = error as &dyn std::error::Error,
+                "it is not known yet whether a transaction was committed; asking again"
+            );
+        },
+    )
+    .await
+    .inspect_err(|error| facts.log_failure(error, "it is not known whether a transaction was committed"))
+}
+
+/// Rolls the transaction back, and then holds the key if it is to be held.
+async fn roll_back(
+    ownership: Ownership,
+    transaction: Arc<dyn SingleTransaction>,
+    holds: bool,
+) -> Result<Closed, StoreError> {
+    match transaction.roll_back().await {
+        Err(error) if error.kind() == TransactionErrorKind::Ended => {
+            ownership.log_failure(&error, ENDED_BY_HANDLER);
+            return hold(&ownership, &transaction).await;
+        }
+        Err(error) => ownership.log_failure(&error, "the transaction was lost"),
+        Ok(()) => {}
+    }
+    if holds {
+        hold(&ownership, &transaction).await?;
+    }
+    Ok(Closed::AsJudged)
+}
+
+/// Holds the key, so that no retry runs. The answer is that of a handler that has ended its
+/// transaction itself.
+async fn hold(facts: &Facts, transaction: &Arc<dyn SingleTransaction>) -> Result<Closed, StoreError> {
+    facts.log_held();
+    let held = retry_until(
+        facts.settings.give_up(),
+        RETRY,
+        || transaction.hold(),
+        |error| {
+            facts.log_failure(error, "the key is not held yet; trying again");
+        },
+    );
+    if held.await.inspect_err(|error| facts.log_failure(error, "the key is not held"))? == Fenced::Lost {
+        tracing::error!(
+            target: TRACING_TARGET, consumer = %facts.attempt.consumer, attempt = %facts.attempt.id,
+            "the key could not be held: another attempt has claimed or completed it meanwhile"
+        );
+    }
+    Ok(Closed::Refused(TransactionErrorKind::Ended.rejection()))
+}
