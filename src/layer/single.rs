@@ -2,7 +2,7 @@
 //!
 //! What is rolled back leaves nothing: the next retry runs immediately.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::timeout;
@@ -10,8 +10,8 @@ use tokio::time::timeout;
 use crate::{
     attempt::{Facts, Ownership},
     error::StoreError,
-    layer::closing::{Closed, ENDED_BY_HANDLER, Outcome, SHORT_WAIT, wait_for_commit},
-    node::{RETRY, ends::End},
+    layer::closing::{Closed, Closing, ENDED_BY_HANDLER, Outcome, SHORT_WAIT, wait_for_commit},
+    node::{RETRY, ends::End, tasks::end_of},
     redact::TRACING_TARGET,
     retry::retry_until,
     store::transaction::{SingleTransaction, TransactionErrorKind},
@@ -31,22 +31,23 @@ pub(super) async fn close(
             let closing = tasks.spawn(complete(ownership, transaction, response, keeps_writes));
             wait_for_commit(&facts, closing).await
         }
-        End::Release | End::Hold => {
-            let holds = matches!(end, End::Hold);
-            let closing = tasks.spawn(roll_back(ownership, transaction, holds));
-            // A rollback waits behind a statement that still runs. The client of a request that was
-            // not performed does not.
-            let limit = if holds { facts.settings.settle_wait() } else { SHORT_WAIT };
-            match timeout(limit, closing).await {
-                Ok(Ok(Ok(closed))) => closed,
-                Ok(Ok(Err(error))) => {
-                    facts.log_failure(&error, "the end of an attempt is not stored");
-                    Closed::AsJudged
-                }
-                Ok(Err(_)) | Err(_) => Closed::AsJudged,
-            }
+        // A rollback waits behind a statement that still runs. The client of a request that was not
+        // performed does not.
+        End::Release => wait(&facts, tasks.spawn(roll_back(ownership, transaction)), SHORT_WAIT).await,
+        End::Hold => {
+            let closing = tasks.spawn(hold_as_judged(ownership, transaction));
+            wait(&facts, closing, facts.settings.settle_wait()).await
         }
     }
+}
+
+/// Waits at most `limit`. After that, the end of the attempt goes on in its task.
+async fn wait(facts: &Facts, closing: Closing, limit: Duration) -> Closed {
+    let Ok(closed) = timeout(limit, end_of(closing)).await else { return Closed::AsJudged };
+    closed.unwrap_or_else(|error| {
+        facts.log_failure(&error, "the end of an attempt is not stored");
+        Closed::AsJudged
+    })
 }
 
 /// Commits the completed record, with or without the writes of the handler.
@@ -111,11 +112,10 @@ async fn outcome(
     .inspect_err(|error| facts.log_failure(error, "it is not known whether a transaction was committed"))
 }
 
-/// Rolls the transaction back, and then holds the key if it is to be held.
+/// Rolls the transaction back.
 async fn roll_back(
     ownership: Ownership,
     transaction: Arc<dyn SingleTransaction>,
-    holds: bool,
 ) -> Result<Closed, StoreError> {
     match transaction.roll_back().await {
         Err(error) if error.kind() == TransactionErrorKind::Ended => {
@@ -125,15 +125,27 @@ async fn roll_back(
         Err(error) => ownership.log_failure(&error, "the transaction was lost"),
         Ok(()) => {}
     }
-    if holds {
-        hold(&ownership, &transaction).await?;
-    }
     Ok(Closed::AsJudged)
 }
 
-/// Holds the key, so that no retry runs. The answer is that of a handler that has ended its
-/// transaction itself.
+/// Holds the key after the handler has ended its transaction itself: it may have committed effects
+/// that no response belongs to.
 async fn hold(facts: &Facts, transaction: &Arc<dyn SingleTransaction>) -> Result<Closed, StoreError> {
+    add_held(facts, transaction).await?;
+    Ok(Closed::Refused(TransactionErrorKind::Ended.rejection()))
+}
+
+/// Holds the key, as the handler asks for.
+async fn hold_as_judged(
+    ownership: Ownership,
+    transaction: Arc<dyn SingleTransaction>,
+) -> Result<Closed, StoreError> {
+    add_held(&ownership, &transaction).await?;
+    Ok(Closed::AsJudged)
+}
+
+/// Undoes what the handler has written, and adds a held record, so that no retry runs.
+async fn add_held(facts: &Facts, transaction: &Arc<dyn SingleTransaction>) -> Result<(), StoreError> {
     facts.log_held();
     let held = retry_until(
         facts.settings.give_up(),
@@ -149,5 +161,5 @@ async fn hold(facts: &Facts, transaction: &Arc<dyn SingleTransaction>) -> Result
             "the key could not be held: another attempt has claimed or completed it meanwhile"
         );
     }
-    Ok(Closed::Refused(TransactionErrorKind::Ended.rejection()))
+    Ok(())
 }

@@ -67,10 +67,6 @@ impl<DB: Db> Bank<DB> {
         self
     }
 
-    pub(crate) fn is_single(&self) -> bool {
-        self.strategy == Strategy::SingleTransaction
-    }
-
     /// The same bank, whose application has so many connections.
     pub(crate) fn with_connections(mut self, connections: u32) -> Self {
         self.pool = DB::pool(&self.home, connections);

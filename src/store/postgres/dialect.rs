@@ -156,11 +156,11 @@ statements! {
         /// The name of the table, for the locks of keys.
         table: dialect.statement("{records}"),
         /// Shows how a transaction without a claim has begun, and restores a setting of the
-        /// session. `locked` is false if another transaction has the key, `fresh` as in `lock`.
-        /// `absent` is NULL if the key has no record.
+        /// session. `locked` is false if another transaction has the key, and `absent` NULL if the
+        /// key has no record.
         look: dialect.statement(
             "SELECT current_setting('tower_idempotency.attempt', true) = :attempt::uuid::text AS locked,
-                 txid_current_if_assigned() IS NULL AS fresh, pg_backend_pid()::bigint AS backend,
+                 pg_backend_pid()::bigint AS backend,
                  (SELECT {absent} FROM {records} AS {r} WHERE {this_key}) AS absent,
                  set_config('enable_seqscan', :enable_seqscan, true)"
         ),
@@ -179,7 +179,16 @@ statements! {
              SELECT EXISTS (SELECT FROM added) AS completed,
                  current_setting('tower_idempotency.attempt', true) = :attempt::uuid::text AS fenced"
         ),
-        is_locked: dialect.statement("SELECT pg_try_advisory_xact_lock(:lock) AS free"),
+        /// Adds the held record of such a transaction.
+        add_held: dialect.statement(
+            "INSERT INTO {records} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at)
+             VALUES (:consumer, :key, :record, :fingerprint, 'held', :attempt, 1, 0, :max_abandoned,
+                 {now}, {now}, {now} + :retention)
+             ON CONFLICT (consumer, key) DO NOTHING
+             RETURNING id"
+        ),
+        try_lock: dialect.statement("SELECT pg_try_advisory_xact_lock(:lock) AS free"),
         /// Ends the backend that has the key, if it is this one.
         terminate_single: dialect.statement(
             "SELECT pg_terminate_backend(a.pid) AS terminated

@@ -111,15 +111,11 @@ async fn try_begin(
         .of_attempt(&claim.attempt)
         .with("enable_seqscan", session.enable_seqscan.as_str());
     let rows = look.fetch_all_inside(&mut transaction, store.settings.mode).await.map_err(failed)?;
-    let seen = rows.first().map(|row| {
+    let seen = rows.first().ok_or(sqlx::Error::RowNotFound).and_then(|row| {
         let locked = row.try_get::<Option<bool>, _>("locked")?.unwrap_or(false);
-        let seen = Seen { locked, absent: row.try_get("absent")?, backend: row.try_get("backend")? };
-        Ok((row.try_get("fresh")?, seen))
+        Ok(Seen { locked, absent: row.try_get("absent")?, backend: row.try_get("backend")? })
     });
-    match seen.transpose().map_err(failed)? {
-        Some((true, seen)) => Ok((transaction, seen)),
-        Some((false, _)) | None => Err(again(left_open())),
-    }
+    Ok((transaction, seen.map_err(failed)?))
 }
 
 fn again(error: TransactionError) -> StoreError {
@@ -127,7 +123,8 @@ fn again(error: TransactionError) -> StoreError {
 }
 
 /// Returns the text that begins the transaction and tries the lock, in one message. It contains no
-/// value of the request.
+/// value of the request. First comes the end of a transaction that other code has left open: a bare
+/// ROLLBACK would be a warning in the server's log.
 fn begin_text(
     session: &Session,
     claim: &Claim,
@@ -140,7 +137,7 @@ fn begin_text(
     let statement = shorter(session.statement_timeout, limits.statement_timeout);
     let idle = shorter(session.idle_timeout, limits.idle_timeout);
     format!(
-        "{first}BEGIN{isolation}; SET LOCAL statement_timeout = {statement}; \
+        "{first}BEGIN; ROLLBACK; BEGIN{isolation}; SET LOCAL statement_timeout = {statement}; \
          SET LOCAL idle_in_transaction_session_timeout = {idle}; SET LOCAL enable_seqscan = off; \
          SELECT set_config('tower_idempotency.attempt', \
              CASE WHEN pg_try_advisory_xact_lock({lock}) THEN '{attempt}' ELSE '' END, true); \
@@ -164,15 +161,10 @@ fn lock_of(table: &str, attempt: &Attempt) -> i64 {
 impl Single {
     /// Adds the completed record.
     async fn add(&self, connection: &mut PgConnection, response: &Bytes) -> Result<Added, TransactionError> {
-        let mode = self.store.settings.mode;
-        let statements = self.store.statements().await?;
-        let failed = |source| failed("the record could not be added", source);
-        if self.replaces {
-            let clear = Call::new(&statements.singles.clear).of_claim(&self.claim);
-            clear.fetch_all_inside(connection, mode).await.map_err(failed)?;
-        }
-        let call = Call::new(&statements.own.add_completed).of_claim(&self.claim);
-        let rows = call.with("response", &**response).fetch_all_inside(connection, mode).await;
+        self.clear(connection).await?;
+        let add = Call::new(&self.store.statements().await?.own.add_completed).of_claim(&self.claim);
+        let add = add.with("response", &**response);
+        let rows = add.fetch_all_inside(connection, self.store.settings.mode).await;
         let added = rows.and_then(|rows| {
             let Some(row) = rows.first() else { return Ok(Added::Taken) };
             Ok(match (row.try_get("completed")?, row.try_get::<Option<bool>, _>("fenced")?) {
@@ -181,7 +173,7 @@ impl Single {
                 (false, _) => Added::NotFenced,
             })
         });
-        added.map_err(failed)
+        added.map_err(not_added)
     }
 
     /// Adds the completed record and commits.
@@ -193,10 +185,7 @@ impl Single {
         let added = self.in_time(TransactionErrorKind::Lost, self.add(&mut transaction, response));
         let not_added = match added.await {
             Ok(Added::Completed) => return self.send_commit(transaction).await,
-            Ok(Added::Taken) => {
-                let message = "a claim has taken the key meanwhile";
-                TransactionError::new(TransactionErrorKind::Lost, message)
-            }
+            Ok(Added::Taken) => single::taken(),
             Ok(Added::NotFenced) => {
                 let message = "the handler has reset the settings of its transaction";
                 TransactionError::new(TransactionErrorKind::Failed, message)
@@ -252,6 +241,41 @@ impl Single {
         Ok(())
     }
 
+    /// The same, but waits for no statement that still runs. Returns `None` if the transaction is
+    /// rolled back, because it was lost or such a statement was ended.
+    async fn undone(
+        &self,
+        mut transaction: Transaction<'static, Postgres>,
+    ) -> Result<Option<Transaction<'static, Postgres>>, TransactionError> {
+        let undone = match timeout(PATIENCE, self.undo(&mut transaction)).await {
+            Ok(Ok(())) => return Ok(Some(transaction)),
+            Ok(Err(error)) => Err(error),
+            Err(_) => self.roll_back(transaction).await,
+        };
+        match undone {
+            Err(error) if error.kind() == TransactionErrorKind::Ended => Err(error),
+            Ok(()) | Err(_) => Ok(None),
+        }
+    }
+
+    async fn clear(&self, connection: &mut PgConnection) -> Result<(), TransactionError> {
+        if !self.replaces {
+            return Ok(());
+        }
+        let clear = Call::new(&self.store.statements().await?.singles.clear).of_claim(&self.claim);
+        let cleared = clear.fetch_all_inside(connection, self.store.settings.mode).await;
+        cleared.map(drop).map_err(not_added)
+    }
+
+    async fn add_held(&self, connection: &mut PgConnection) -> Result<(), TransactionError> {
+        self.clear(connection).await?;
+        let hold = Call::new(&self.store.statements().await?.own.add_held).of_claim(&self.claim);
+        match hold.fetch_all_inside(connection, self.store.settings.mode).await.map_err(not_added)?.len() {
+            0 => Err(single::taken()),
+            _ => Ok(()),
+        }
+    }
+
     /// Ends the backend that has the key, if its state matches `state`: any state, or only a wait
     /// for a statement. Returns `false` if it has not, and `None` if the server did not answer.
     async fn terminate(&self, state: &str) -> Option<bool> {
@@ -277,6 +301,10 @@ impl Single {
     }
 }
 
+fn not_added(source: sqlx::Error) -> TransactionError {
+    failed("the record could not be added", source)
+}
+
 /// The outcome of adding a record.
 enum Added {
     Completed,
@@ -298,17 +326,13 @@ impl SingleDriver<Postgres> for Single {
 
     async fn complete(
         &self,
-        mut transaction: Transaction<'static, Postgres>,
+        transaction: Transaction<'static, Postgres>,
         response: Bytes,
     ) -> Result<(), TransactionError> {
-        if let Ok(undone) = timeout(PATIENCE, self.undo(&mut transaction)).await {
-            undone?;
-            return self.finish(transaction, &response).await;
+        match self.undone(transaction).await? {
+            Some(transaction) => self.finish(transaction, &response).await,
+            None => single::add(&self.store, &self.claim, &response).await,
         }
-        // A statement of the handler still runs.
-        self.roll_back(transaction).await?;
-        let message = "a statement of the handler did not end";
-        Err(TransactionError::new(TransactionErrorKind::Lost, message))
     }
 
     async fn roll_back(
@@ -339,14 +363,22 @@ impl SingleDriver<Postgres> for Single {
     }
 
     async fn outcome(&self) -> Result<Option<Record>, StoreError> {
-        let is_locked = Call::new(&self.store.statements().await?.own.is_locked);
-        let rows = self.store.read("outcome", is_locked.with("lock", Value::Int(self.lock))).await?;
+        let try_lock = Call::new(&self.store.statements().await?.own.try_lock);
+        let rows = self.store.read("outcome", try_lock.with("lock", Value::Int(self.lock))).await?;
         let free = rows.first().map_or(Ok(false), |row| row.try_get("free"));
         if !free.map_err(|source| connection::error("outcome", source))? {
             let message = "the transaction has not come to its end";
             return Err(StoreError::new(StoreErrorKind::Unavailable, message));
         }
         single::find(&self.store, &self.claim.attempt).await
+    }
+
+    async fn hold_inside(&self, transaction: Transaction<'static, Postgres>) -> Result<(), TransactionError> {
+        let Some(mut transaction) = self.undone(transaction).await? else {
+            return self.hold().await.map(drop).map_err(TransactionError::from);
+        };
+        self.in_time(TransactionErrorKind::Lost, self.add_held(&mut transaction)).await?;
+        self.send_commit(transaction).await
     }
 
     async fn hold(&self) -> Result<Fenced, StoreError> {

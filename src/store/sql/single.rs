@@ -8,13 +8,14 @@ use http::Extensions;
 use sqlx::{Database, Transaction};
 
 use super::{
-    Engine, all,
+    Engine, Rank, all, applied,
     call::{Call, statements},
     rows,
     slot::{Driver, Last, Slot},
 };
 use crate::{
     error::StoreError,
+    redact::TRACING_TARGET,
     store::transaction::{
         BeginOutcome, SingleTransaction, StoreTransaction, TransactionError, TransactionErrorKind,
         TransactionUsage,
@@ -50,6 +51,10 @@ pub(in crate::store) trait SingleDriver<DB: Database>:
     /// Returns the record of the key, unless it has expired, once the transaction has ended.
     async fn outcome(&self) -> Result<Option<Record>, StoreError>;
 
+    /// Undoes the writes of the handler, adds a held record, and commits.
+    async fn hold_inside(&self, transaction: Transaction<'static, DB>) -> Result<(), TransactionError>;
+
+    /// Adds a held record in a statement of its own.
     async fn hold(&self) -> Result<Fenced, StoreError>;
 }
 
@@ -105,6 +110,15 @@ impl<DB: Database> SingleTransaction for Single<DB> {
     }
 
     async fn hold(&self) -> Result<Fenced, StoreError> {
+        if let Ok(transaction) = self.slot.take().await {
+            match self.driver.hold_inside(transaction).await {
+                Ok(()) => return Ok(Fenced::Applied),
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(target: TRACING_TARGET, error, "a key is held after its transaction");
+                }
+            }
+        }
         self.driver.hold().await
     }
 }
@@ -156,6 +170,13 @@ statements! {
         find: dialect.statement("SELECT {record} FROM {records} AS {r} WHERE {this_key} AND NOT {absent}"),
         /// Removes the record of a key that counts as having none.
         clear: dialect.statement("DELETE FROM {records} AS {r} WHERE {this_key} AND {absent}"),
+        add: dialect.statement(
+            "INSERT INTO {records} (consumer, \"key\", id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at, completed_at, response)
+             VALUES (:consumer, :key, :record, :fingerprint, 'completed', :attempt, 1, 0, :max_abandoned,
+                 {now}, {now}, {now} + :retention, {now}, :response)
+             ON CONFLICT (consumer, \"key\") DO NOTHING"
+        ),
         hold: dialect.statement(
             "INSERT INTO {records} (consumer, \"key\", id, fingerprint, state, attempt, attempt_number,
                  abandoned, max_abandoned, lease_until, created_at, expires_at)
@@ -175,10 +196,38 @@ pub(in crate::store) async fn find<E: Engine>(
     Ok(all::<E, _>("get", &engine.read("get", call).await?, rows::record)?.pop())
 }
 
-/// Adds a held record, if the key has no record.
+/// Adds a completed record in a statement of its own. Fails if the key has a record.
+pub(in crate::store) async fn add<E: Engine>(
+    engine: &E,
+    claim: &Claim,
+    response: &Bytes,
+) -> Result<(), TransactionError> {
+    let add = Call::new(&engine.statements().await?.singles.add).with("response", &**response);
+    match insert(engine, "complete", claim, add.of_claim(claim)).await? {
+        Fenced::Applied => Ok(()),
+        Fenced::Lost => Err(taken()),
+    }
+}
+
+/// Adds a held record in a statement of its own, if the key has no record.
 pub(in crate::store) async fn hold<E: Engine>(engine: &E, claim: &Claim) -> Result<Fenced, StoreError> {
-    let singles = &engine.statements().await?.singles;
-    let calls = [&singles.clear, &singles.hold].map(|statement| Call::new(statement).of_claim(claim));
-    let held = engine.transact("hold", calls.into()).await?.pop();
-    Ok(super::applied(held.map_or(0, |reply| reply.changed)))
+    let hold = Call::new(&engine.statements().await?.singles.hold).of_claim(claim);
+    insert(engine, "hold", claim, hold).await
+}
+
+async fn insert<E: Engine>(
+    engine: &E,
+    operation: &str,
+    claim: &Claim,
+    insert: Call<'_>,
+) -> Result<Fenced, StoreError> {
+    let clear = Call::new(&engine.statements().await?.singles.clear).of_claim(claim);
+    engine.change(Rank::Owner, operation, clear).await?;
+    Ok(applied(engine.change(Rank::Owner, operation, insert).await?))
+}
+
+/// Another attempt has made a record meanwhile.
+pub(in crate::store) fn taken() -> TransactionError {
+    let message = "the key was claimed meanwhile, and has a record";
+    TransactionError::new(TransactionErrorKind::Lost, message)
 }

@@ -66,14 +66,6 @@ statements! {
                  AND {r}.state IN ('in_progress', 'held')"
         ),
         mine: dialect.statement("SELECT 1 FROM {records} AS {r} WHERE {this_key} AND {mine}"),
-        /// Adds the completed record of a transaction without a claim.
-        add_completed: dialect.statement(
-            "INSERT INTO {records} (consumer, key, id, fingerprint, state, attempt, attempt_number,
-                 abandoned, max_abandoned, lease_until, created_at, expires_at, completed_at, response)
-             VALUES (:consumer, :key, :record, :fingerprint, 'completed', :attempt, 1, 0, :max_abandoned,
-                 {now}, {now}, {now} + :retention, {now}, :response)
-             ON CONFLICT (consumer, key) DO NOTHING"
-        ),
         /// Retains the record of a phase, and renews the lease.
         retain: dialect.with("retained", "TRUE").statement(
             "UPDATE {records} AS {r} SET kept = TRUE, expires_at = {expiry_if_leased},

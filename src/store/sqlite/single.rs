@@ -10,7 +10,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::{Sqlite, Transaction};
+use sqlx::{Sqlite, SqliteConnection, Transaction};
 
 use super::{SqliteStore, prepared, transaction::AttemptTransaction};
 use crate::{
@@ -101,14 +101,15 @@ impl Single {
         self.entered.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
+    /// Adds a record as the last statement, and commits.
     async fn finish(
         &self,
         mut transaction: Transaction<'static, Sqlite>,
-        response: &Bytes,
+        add: Call<'_>,
     ) -> Result<(), TransactionError> {
         // First of all, this proves that the transaction is the one that was begun.
         let added = match self.transaction.at_savepoint(&mut transaction, "RELEASE").await {
-            Ok(()) => self.add(&mut transaction, response).await,
+            Ok(()) => self.add(&mut transaction, add).await,
             Err(error) => Err(error),
         };
         if let Err(error) = added {
@@ -118,39 +119,51 @@ impl Single {
         self.transaction.send_commit(transaction).await
     }
 
-    async fn undo_and_finish(
-        &self,
-        mut transaction: Transaction<'static, Sqlite>,
-        response: &Bytes,
-    ) -> Result<(), TransactionError> {
-        let Err(error) = self.transaction.at_savepoint(&mut transaction, "ROLLBACK TO").await else {
-            return self.finish(transaction, response).await;
-        };
-        self.transaction.abandon(transaction).await;
-        if error.kind() != TransactionErrorKind::Failed {
-            return Err(error);
+    async fn add(&self, connection: &mut SqliteConnection, add: Call<'_>) -> Result<(), TransactionError> {
+        let clear = Call::new(&self.store.statements().await?.singles.clear).of_claim(&self.claim);
+        let cleared = prepared(&clear).execute(&mut *connection).await;
+        cleared.map_err(AttemptTransaction::last_failed)?;
+        let added = prepared(&add.of_claim(&self.claim)).execute(connection).await;
+        match added.map_err(AttemptTransaction::last_failed)?.rows_affected() {
+            0 => Err(single::taken()),
+            _ => Ok(()),
         }
-        // SQLite has rolled it back before, and nothing was committed: the record is added alone.
-        self.finish(self.transaction.open().await?, response).await
     }
 
-    async fn add(
+    /// Undoes the writes of the handler. Returns `None` if SQLite has rolled the transaction back
+    /// before, and nothing was committed.
+    async fn undone(
         &self,
-        transaction: &mut Transaction<'static, Sqlite>,
+        mut transaction: Transaction<'static, Sqlite>,
+    ) -> Result<Option<Transaction<'static, Sqlite>>, TransactionError> {
+        let Err(error) = self.transaction.at_savepoint(&mut transaction, "ROLLBACK TO").await else {
+            return Ok(Some(transaction));
+        };
+        self.transaction.abandon(transaction).await;
+        if error.kind() == TransactionErrorKind::Ended { Err(error) } else { Ok(None) }
+    }
+
+    async fn try_complete(
+        &self,
+        transaction: Transaction<'static, Sqlite>,
         response: &Bytes,
     ) -> Result<(), TransactionError> {
-        let statements = self.store.statements().await?;
-        let clear = Call::new(&statements.singles.clear).of_claim(&self.claim);
-        let add =
-            Call::new(&statements.own.add_completed).of_claim(&self.claim).with("response", &**response);
-        let failed = |source| AttemptTransaction::last_failed(source);
-        prepared(&clear).execute(&mut **transaction).await.map_err(failed)?;
-        let added = prepared(&add).execute(&mut **transaction).await.map_err(failed)?;
-        if added.rows_affected() == 0 {
-            let message = "the handler has taken the key by a statement of its own";
-            return Err(TransactionError::new(TransactionErrorKind::Lost, message));
+        match self.undone(transaction).await? {
+            Some(transaction) => {
+                let add = Call::new(&self.store.statements().await?.singles.add);
+                self.finish(transaction, add.with("response", &**response)).await
+            }
+            None => single::add(&self.store, &self.claim, response).await,
         }
-        Ok(())
+    }
+
+    async fn try_hold(&self, transaction: Transaction<'static, Sqlite>) -> Result<(), TransactionError> {
+        match self.undone(transaction).await? {
+            Some(transaction) => {
+                self.finish(transaction, Call::new(&self.store.statements().await?.singles.hold)).await
+            }
+            None => self.hold().await.map(drop).map_err(TransactionError::from),
+        }
     }
 }
 
@@ -161,7 +174,8 @@ impl SingleDriver<Sqlite> for Single {
         transaction: Transaction<'static, Sqlite>,
         response: Bytes,
     ) -> Result<(), TransactionError> {
-        let committed = self.finish(transaction, &response).await;
+        let add = Call::new(&self.store.statements().await?.singles.add).with("response", &*response);
+        let committed = self.finish(transaction, add).await;
         self.leave();
         committed
     }
@@ -171,7 +185,7 @@ impl SingleDriver<Sqlite> for Single {
         transaction: Transaction<'static, Sqlite>,
         response: Bytes,
     ) -> Result<(), TransactionError> {
-        let completed = self.undo_and_finish(transaction, &response).await;
+        let completed = self.try_complete(transaction, &response).await;
         self.leave();
         completed
     }
@@ -188,6 +202,12 @@ impl SingleDriver<Sqlite> for Single {
     /// Looks only: a commit without a reply has ended.
     async fn outcome(&self) -> Result<Option<Record>, StoreError> {
         single::find(&self.store, &self.claim.attempt).await
+    }
+
+    async fn hold_inside(&self, transaction: Transaction<'static, Sqlite>) -> Result<(), TransactionError> {
+        let held = self.try_hold(transaction).await;
+        self.leave();
+        held
     }
 
     async fn hold(&self) -> Result<Fenced, StoreError> {
