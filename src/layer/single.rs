@@ -62,19 +62,13 @@ async fn complete(
         false => transaction.complete(response).await,
     };
     let Err(error) = committed else { return Ok(Closed::AsJudged) };
-    match error.kind() {
-        TransactionErrorKind::Ended => {
-            ownership.log_failure(&error, ENDED_BY_HANDLER);
-            return hold(&ownership, &transaction).await;
-        }
-        // Another attempt may have completed or claimed the key, or this one after all.
-        TransactionErrorKind::Unconfirmed | TransactionErrorKind::Lost | TransactionErrorKind::Conflict => {
-            ownership.log_failure(&error, "the transaction was not committed");
-        }
-        kind => {
-            ownership.log_failure(&error, "the transaction was not committed");
-            return Ok(Closed::Refused(kind.rejection()));
-        }
+    if error.kind() == TransactionErrorKind::Ended {
+        ownership.log_failure(&error, ENDED_BY_HANDLER);
+        return hold(&ownership, &transaction).await;
+    }
+    ownership.log_failure(&error, "the transaction was not committed");
+    if !may_have_record(error.kind()) {
+        return Ok(Closed::Refused(error.kind().rejection()));
     }
     Ok(match outcome(&ownership, &transaction).await? {
         Some(record) if is_completed_by(&record, &ownership) => Closed::AsJudged,
@@ -85,6 +79,13 @@ async fn complete(
         }
         _ => Closed::Refused(error.kind().rejection()),
     })
+}
+
+/// Another attempt may have completed or claimed the key, or this one after all.
+fn may_have_record(kind: TransactionErrorKind) -> bool {
+    use TransactionErrorKind::{Conflict, Lost, Unconfirmed};
+
+    matches!(kind, Unconfirmed | Lost | Conflict)
 }
 
 fn is_completed_by(record: &Record, facts: &Facts) -> bool {

@@ -191,14 +191,11 @@ impl<S: Store> Store for Trapped<S> {
         claim: &Claim,
         limits: &TransactionLimits,
     ) -> Result<BeginOutcome, StoreError> {
-        Ok(match self.inner.begin_single(claim, limits).await? {
-            BeginOutcome::Begun { transaction, extensions, .. } => {
-                self.trap.reach(claim.attempt.key.as_str(), Point::Claimed);
-                let trapped = Trapped::new((transaction, claim.attempt.key.clone()), self.trap.clone());
-                BeginOutcome::begun(Arc::new(trapped), extensions)
-            }
-            outcome => outcome,
-        })
+        let outcome = self.inner.begin_single(claim, limits).await?;
+        let BeginOutcome::Begun { transaction, extensions, .. } = outcome else { return Ok(outcome) };
+        self.trap.reach(claim.attempt.key.as_str(), Point::Claimed);
+        let trapped = Trapped::new((transaction, claim.attempt.key.clone()), self.trap.clone());
+        Ok(BeginOutcome::begun(Arc::new(trapped), extensions))
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
