@@ -5,7 +5,11 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
-use super::{Node, errand::receive, tasks::no_answer};
+use super::{
+    Node,
+    errand::{receive, repeat_for},
+    tasks::no_answer,
+};
 use crate::{
     error::StoreError,
     redact::TRACING_TARGET,
@@ -42,7 +46,8 @@ impl Node {
 }
 
 async fn begin_for(store: Arc<dyn Store>, claim: Claim, limits: TransactionLimits, caller: Caller) {
-    let outcome = store.begin_single(&claim, &limits).await;
+    // After an error nothing is begun, so that a try may be repeated.
+    let (outcome, _) = repeat_for(&caller, || store.begin_single(&claim, &limits)).await;
     if let Err(Ok(BeginOutcome::Begun { transaction, .. })) = caller.send(outcome) {
         roll_back(transaction).await;
     }
