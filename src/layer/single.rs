@@ -1,6 +1,6 @@
 //! The end of an attempt that has its key by its transaction alone.
 //!
-//! What is rolled back leaves nothing: the next retry runs immediately.
+//! A transaction that is rolled back leaves nothing: the next retry runs immediately.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Transactions that are begun instead of a claim, in tasks that leave none open when the caller has
-//! gone.
+//! Transactions that are begun instead of a claim, in tasks that leave none open when the caller
+//! has gone.
 
 use std::{sync::Arc, time::Duration};
 

@@ -3,7 +3,7 @@
 //! Such a transaction begins by trying a lock on its key that lasts as long as the transaction. The
 //! statement after that looks for a record: its snapshot is younger than the lock, so that it shows
 //! what an earlier transaction with the lock has committed. At a stricter isolation level the
-//! snapshot is older than the lock. What it does not show then makes the completion fail.
+//! snapshot is older than the lock. A record that it does not show makes the completion fail.
 //!
 //! A setting that ends with the transaction notes that the lock was got. It is part of the fence of
 //! the completion. A savepoint proves in every other case that the transaction is still the one
@@ -81,7 +81,7 @@ pub(super) async fn begin(
     Ok(record.map_or(BeginOutcome::Contended, |record| BeginOutcome::Exists(Box::new(record))))
 }
 
-/// What the first look of a transaction shows.
+/// The first look of a transaction.
 struct Seen {
     locked: bool,
     absent: Option<bool>,
