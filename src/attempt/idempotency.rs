@@ -115,6 +115,12 @@ impl Idempotency {
     /// An intent or a phase begins. A second run of the handler would inherit what the first has
     /// left behind.
     pub(crate) fn enter_run(&self) -> Result<(), IntentError> {
+        if self.is_single() {
+            return Err(IntentError::Misused(
+                "Strategy::SingleTransaction has no intents and no phases, because nothing is stored before \
+                 its commit: use Strategy::Claimed for this route",
+            ));
+        }
         let entered = self.facts.enter_run(self.request.as_ref(), RejectionCode::IntentMisused);
         entered.then_some(()).ok_or(IntentError::Misused(
             "the handler runs a second time within one attempt: retry outside of the IdempotencyLayer or in \
@@ -141,6 +147,11 @@ impl Idempotency {
     fn transaction_is_open(&self) -> bool {
         let usage = self.facts.transaction.as_ref().map(|transaction| transaction.usage());
         matches!(usage, Some(TransactionUsage::Open | TransactionUsage::InUse))
+    }
+
+    /// The attempt has its key by its transaction alone.
+    pub(crate) fn is_single(&self) -> bool {
+        self.facts.single.is_some()
     }
 
     /// Puts the attempt into the extensions of its request, beside those of the layers around.

@@ -33,7 +33,7 @@ use crate::{
     },
     redact::TRACING_TARGET,
     rejection::Rejection,
-    store::transaction::StoreTransaction,
+    store::transaction::{SingleTransaction, StoreTransaction},
     stored::record::{Attempt, Claim, Record, RecordId},
 };
 
@@ -47,6 +47,15 @@ pub(crate) struct Won {
     pub(crate) age: Duration,
     /// When the claim was sent: the lease begins then or later.
     pub(crate) claimed_at: Instant,
+    /// The transaction that was begun instead of a claim.
+    pub(crate) begun: Option<Begun>,
+}
+
+/// The transaction by which alone an attempt has its key.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    pub(crate) transaction: Arc<dyn SingleTransaction>,
+    pub(crate) extensions: Extensions,
 }
 
 /// The facts of an attempt. Its owner and every [`Idempotency`] share them.
@@ -62,6 +71,8 @@ pub(crate) struct Facts {
     pub(crate) attempt_number: u32,
     pub(crate) progress: Arc<Progress>,
     pub(crate) runs: Runs,
+    /// The transaction by which alone the attempt has its key. `None` if it has claimed the key.
+    pub(crate) single: Option<Arc<dyn SingleTransaction>>,
     /// The transaction that the store offers the handler.
     pub(crate) transaction: Option<Arc<dyn StoreTransaction>>,
     /// The extensions that the store gives to the request.
@@ -75,7 +86,8 @@ pub(crate) struct Facts {
 #[derive(Debug)]
 pub(crate) struct Ownership {
     facts: Arc<Facts>,
-    lease: Lease,
+    /// `None` if the attempt has no claim.
+    lease: Option<Lease>,
     _entered: Entered,
 }
 
@@ -93,17 +105,29 @@ pub(crate) enum Ended {
 }
 
 impl Ownership {
-    /// Begins the attempt whose claim was won: renews its lease and offers it a transaction.
+    /// Begins the attempt whose claim was won: renews its lease and offers it a transaction. An
+    /// attempt without a claim has its transaction, and no lease.
     pub(crate) fn begin(node: &Arc<Node>, settings: &Arc<AttemptSettings>, won: Won) -> Self {
-        let Won { claim, record_id, attempt_number, age, claimed_at } = won;
+        let Won { claim, record_id, attempt_number, age, claimed_at, begun } = won;
         let Claim { attempt, fingerprint, lease, .. } = claim;
         let record = Record::won(&attempt, &fingerprint, lease, record_id, attempt_number);
         let entered = node.running.enter(attempt.clone(), record);
         let (cancelled, interval) = (CancellationToken::new(), settings.timing.renewal_interval());
-        let lease = Lease::new(&node.renewer, attempt.clone(), lease, interval, cancelled.clone());
-        lease.renew_after(interval.saturating_sub(claimed_at.elapsed()));
-        let mut offered = Extensions::new();
-        let transaction = node.store.transaction(&attempt, &settings.transaction_limits(), &mut offered);
+        let lease = begun.is_none().then(|| {
+            let lease = Lease::new(&node.renewer, attempt.clone(), lease, interval, cancelled.clone());
+            lease.renew_after(interval.saturating_sub(claimed_at.elapsed()));
+            lease
+        });
+        let (single, transaction, offered) = match begun {
+            Some(Begun { transaction, extensions }) => {
+                (Some(Arc::clone(&transaction)), Some(transaction as Arc<dyn StoreTransaction>), extensions)
+            }
+            None => {
+                let mut offered = Extensions::new();
+                let limits = settings.transaction_limits();
+                (None, node.store.transaction(&attempt, &limits, &mut offered), offered)
+            }
+        };
         let facts = Facts {
             node: Arc::clone(node),
             settings: Arc::clone(settings),
@@ -113,6 +137,7 @@ impl Ownership {
             attempt_number,
             progress: Arc::default(),
             runs: Runs::default(),
+            single,
             transaction,
             offered,
             cancelled,
@@ -156,13 +181,15 @@ impl Ownership {
         if matches!(end, End::Hold) {
             self.log_held();
         }
-        let written = self.node.end(&self.attempt, Some(&self.lease), end, self.settings.give_up()).await;
+        let written = self.node.end(&self.attempt, self.lease.as_ref(), end, self.settings.give_up()).await;
         written.inspect_err(|error| self.log_failure(error, "the end of an attempt is not stored"))
     }
 
     /// Stops renewing the lease. A commit is next: a renewal would wait for its lock.
     pub(crate) fn leave_lease(&self) {
-        self.lease.leave();
+        if let Some(lease) = &self.lease {
+            lease.leave();
+        }
     }
 }
 
@@ -232,7 +259,7 @@ impl Facts {
         );
     }
 
-    fn log_held(&self) {
+    pub(crate) fn log_held(&self) {
         tracing::error!(
             target: TRACING_TARGET, consumer = %self.attempt.consumer,
             key = %self.settings.shown(&self.attempt.key), attempt = %self.attempt.id,

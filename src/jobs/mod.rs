@@ -292,7 +292,7 @@ impl IntentLog {
         let claimed_at = Instant::now();
         match self.node.claim(&claim, self.settings.store_timeout).await? {
             ClaimOutcome::Won { record_id, attempt_number, age } => {
-                let won = Won { claim, record_id, attempt_number, age, claimed_at };
+                let won = Won { claim, record_id, attempt_number, age, claimed_at, begun: None };
                 Ok(LogOutcome::Run(LogAttempt::new(Ownership::begin(&self.node, &self.settings, won))))
             }
             ClaimOutcome::Contended => Ok(LogOutcome::InProgress),

@@ -17,6 +17,7 @@ use tokio::{sync::oneshot, time::timeout};
 use crate::{
     attempt::{Ended, Facts, Ownership},
     error::{BoxError, StoreError},
+    layer::single,
     node::{
         ends::{End, Written},
         work::Work,
@@ -49,9 +50,14 @@ pub(crate) enum Closed {
     Refused(Rejection),
 }
 
+pub(super) type Closing = Work<Result<Closed, StoreError>>;
+
 /// Ends the attempt. The work goes on in a task when waiting for it takes too long.
 pub(crate) async fn close(ownership: Ownership, Outcome { end, keeps_writes }: Outcome) -> Closed {
     let facts = Arc::clone(ownership.facts());
+    if let Some(transaction) = facts.single.clone() {
+        return single::close(ownership, transaction, Outcome { end, keeps_writes }).await;
+    }
     let tasks = &facts.node.tasks;
     let Some(transaction) = used_transaction(&facts).await else {
         let closing = tasks.begin(end_as(ownership, end));
@@ -89,7 +95,7 @@ async fn wait_for_end<E: Into<BoxError>>(
     })
 }
 
-async fn wait_for_commit(facts: &Facts, closing: Work<Result<Closed, StoreError>>) -> Closed {
+pub(super) async fn wait_for_commit(facts: &Facts, closing: Closing) -> Closed {
     facts.node.tasks.wait_for(closing, facts.settings.store_timeout).await.unwrap_or_else(|error| {
         facts.log_failure(&error, "it is not known yet whether the transaction was committed");
         Closed::Refused(TransactionErrorKind::Unconfirmed.rejection())
@@ -193,10 +199,11 @@ async fn commit(
     })
 }
 
-const ENDED_BY_HANDLER: &str = "the handler has ended its transaction itself: what it wrote may be committed";
+pub(super) const ENDED_BY_HANDLER: &str =
+    "the handler has ended its transaction itself: what it wrote may be committed";
 
 const SENT_EARLY: &str = "the response is sent although it is not stored yet";
 
 /// The time that a client waits for a rollback, if its request was not performed, and for an end
 /// that waits for the handler.
-const SHORT_WAIT: Duration = Duration::from_millis(100);
+pub(super) const SHORT_WAIT: Duration = Duration::from_millis(100);

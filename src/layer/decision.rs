@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use crate::{
-    attempt::{Ownership, Won, idempotency::Idempotency, unguarded::Unguarded},
+    attempt::{Begun, Ownership, Won, idempotency::Idempotency, unguarded::Unguarded},
     consumer::Consumer,
     error::{BoxError, StoreError},
     fingerprint::{Comparison, Fingerprint},
@@ -45,11 +45,12 @@ use crate::{
         discard::{discard, discard_rest},
         handler::Handler,
         resent::Resent,
-        settings::{Settings, StoreOutage},
+        settings::{Settings, StoreOutage, Strategy},
     },
     node::Node,
     redact::TRACING_TARGET,
     rejection::{Rejection, RejectionCode},
+    store::transaction::BeginOutcome,
     stored::{
         record::{Attempt, Claim, ClaimOutcome, Record, RecordState},
         response::StoredResponse,
@@ -246,30 +247,59 @@ impl Guarded {
         if self.settings.in_flight.available_permits() == 0 {
             return self.decide_without_place(&claim, parts, body).await;
         }
+        let mut strategy = self.settings.strategy;
         for _ in 0..2 {
-            let claimed_at = Instant::now();
-            let record = match self.node.claim(&claim, self.settings.attempts.store_timeout).await {
+            let record = match self.take(&claim, strategy).await {
                 Err(error) => return self.without_store(&claim.attempt, &error),
-                Ok(ClaimOutcome::Won { record_id, attempt_number, age }) => {
-                    let won = Won { claim, record_id, attempt_number, age, claimed_at };
-                    return self.begin(won, parts, body).await.map(Decision::Run);
+                Ok(Taken::Won(won)) => return self.begin(won, parts, body).await.map(Decision::Run),
+                Ok(Taken::Contended) if self.is_locked_by_outer_layer(&claim.attempt, parts) => {
+                    return Ok(Decision::Pass);
                 }
                 // Row 9: another request is claiming the key at this very moment.
-                Ok(ClaimOutcome::Contended) => return Err(self.in_progress(&claim.attempt)),
-                Ok(ClaimOutcome::Exists(record)) => record,
+                Ok(Taken::Contended) => return Err(self.in_progress(&claim.attempt)),
+                Ok(Taken::Exists(record)) => record,
             };
             if self.is_of_outer_layer(&record, parts) {
                 return Ok(Decision::Pass);
             }
             let fingerprint = self.same_request(&record, &claim.fingerprint, parts, body)?;
-            if claim.fingerprint == fingerprint || !record.is_lapsed() {
+            let is_final = strategy == Strategy::Claimed && claim.fingerprint == fingerprint;
+            if is_final || !record.is_lapsed() {
                 return response_of_record(&self.node, &self.settings, &record).await.map(Decision::Replay);
             }
-            // The store hands an abandoned record only to the same fingerprint.
-            claim.fingerprint = fingerprint;
+            // The store hands an abandoned record only to the same fingerprint, and only to a claim.
+            (claim.fingerprint, strategy) = (fingerprint, Strategy::Claimed);
         }
         // The record changed between the two claims.
         Err(self.in_progress(&claim.attempt))
+    }
+
+    /// Takes the key for an attempt: by a claim, or by a transaction.
+    async fn take(&self, claim: &Claim, strategy: Strategy) -> Result<Taken, StoreError> {
+        let attempts = &self.settings.attempts;
+        let (claimed_at, limit) = (Instant::now(), attempts.store_timeout);
+        let won = |record_id, attempt_number, age, begun| {
+            let claim = claim.clone();
+            Taken::Won(Won { claim, record_id, attempt_number, age, claimed_at, begun })
+        };
+        Ok(match strategy {
+            Strategy::Claimed => match self.node.claim(claim, limit).await? {
+                ClaimOutcome::Won { record_id, attempt_number, age } => {
+                    won(record_id, attempt_number, age, None)
+                }
+                ClaimOutcome::Exists(record) => Taken::Exists(record),
+                ClaimOutcome::Contended => Taken::Contended,
+            },
+            Strategy::SingleTransaction => {
+                match self.node.begin(claim, attempts.transaction_limits(), limit).await? {
+                    BeginOutcome::Begun { transaction, extensions } => {
+                        won(claim.record_id, 1, Duration::ZERO, Some(Begun { transaction, extensions }))
+                    }
+                    BeginOutcome::Exists(record) => Taken::Exists(record),
+                    BeginOutcome::Contended => Taken::Contended,
+                }
+            }
+        })
     }
 
     /// No handler could run: nothing is claimed, and only what needs no handler is answered.
@@ -315,6 +345,19 @@ impl Guarded {
             self.node.warn_of_nesting();
         }
         is_outer
+    }
+
+    /// Row 0: the transaction of an attempt of a layer around this one has the key, as far as it
+    /// can be told.
+    fn is_locked_by_outer_layer(&self, attempt: &Attempt, parts: &Parts) -> bool {
+        let is_outer = |outer: &Idempotency| {
+            outer.is_single() && *outer.consumer() == attempt.consumer && *outer.key() == attempt.key
+        };
+        let is_locked = Idempotency::around(&parts.extensions).any(is_outer);
+        if is_locked {
+            self.node.warn_of_nesting();
+        }
+        is_locked
     }
 
     /// Row 7: the store can do what the settings ask for. Found out before anything is claimed.
@@ -430,7 +473,10 @@ impl Guarded {
             // Whatever the reason: if only the lease of the claim is over, the key is still this
             // attempt's to give back.
             Err(rejection) => {
-                self.node.give_back(won.claim.attempt);
+                match won.begun {
+                    Some(begun) => self.node.take_back(begun.transaction),
+                    None => self.node.give_back(won.claim.attempt),
+                }
                 return Err(rejection);
             }
         };
@@ -438,6 +484,17 @@ impl Guarded {
         let ownership = Ownership::begin(&self.node, &self.settings.attempts, won);
         Ok(Handler { settings: Arc::clone(&self.settings), ownership, resent, permit })
     }
+}
+
+/// The outcome of taking a key.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is made and taken apart once, and the large variant is the rule"
+)]
+enum Taken {
+    Won(Won),
+    Exists(Box<Record>),
+    Contended,
 }
 
 fn overloaded() -> Rejection {

@@ -18,6 +18,7 @@ mod representation;
 pub(crate) mod resent;
 mod service;
 pub(crate) mod settings;
+mod single;
 mod verdict;
 
 use std::sync::Arc;
@@ -32,7 +33,7 @@ pub use self::{
     future::ResponseFuture,
     representation::RenderRepresentation,
     service::IdempotencyService,
-    settings::StoreOutage,
+    settings::{StoreOutage, Strategy},
 };
 pub use crate::{policy::AbandonedAttempts, redact::KeyLogging, stored::response::StoredRepresentation};
 

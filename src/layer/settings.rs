@@ -18,7 +18,7 @@ use crate::{
     key::{KEY_HEADER, KeySyntax},
     layer::{buffer::RequestLimits, kept_requests::KeptRequests, representation::RenderRepresentation},
     node::reaper::Reaper,
-    policy::ResultPolicy,
+    policy::{AbandonedAttempts, ResultPolicy},
     redact::TRACING_TARGET,
     rejection::{ProblemJson, Rejection, RenderRejection, respond},
 };
@@ -37,6 +37,24 @@ pub enum StoreOutage {
     /// handler. A handler that takes `Tx` answers 503 `store-unavailable`, because without the
     /// store there is no transaction. `with_max_in_flight` counts such requests too.
     RunUnprotected,
+}
+
+/// The way in which an attempt has its key for itself. See
+/// [transactions](crate::guide::transactions#two-strategies) for all differences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Strategy {
+    /// A claim that is committed before the handler runs. The default.
+    #[default]
+    Claimed,
+    /// One transaction, which begins before the handler runs: no claim, no lease. It locks the key,
+    /// holds the handler's writes through `Tx`, and adds the completed record with its commit. One
+    /// commit instead of two; after a crash, a retry runs immediately.
+    ///
+    /// A connection of the application's pool is held for as long as the handler runs, also if it
+    /// does not ask for `Tx`. There are no intents, phases, kept requests and attempt counts. On
+    /// SQLite, no other writer proceeds while a handler runs.
+    SingleTransaction,
 }
 
 #[derive(Clone)]
@@ -61,6 +79,7 @@ pub(crate) struct Settings {
     pub(crate) on_store_outage: StoreOutage,
     pub(crate) reaper: Reaper,
     pub(crate) kept_requests: Option<KeptRequests>,
+    pub(crate) strategy: Strategy,
     pub(crate) attempts: Arc<AttemptSettings>,
 }
 
@@ -87,6 +106,7 @@ impl Default for Settings {
             on_store_outage: StoreOutage::Refuse,
             reaper: Reaper::default(),
             kept_requests: None,
+            strategy: Strategy::default(),
             attempts: Arc::default(),
         }
     }
@@ -99,6 +119,24 @@ impl Settings {
         self.attempts.timing.check();
         self.request_limits.check();
         self.check_kept_requests();
+        self.check_strategy();
+    }
+
+    #[track_caller]
+    fn check_strategy(&self) {
+        if self.strategy == Strategy::Claimed {
+            return;
+        }
+        assert!(
+            self.kept_requests.is_none(),
+            "Strategy::SingleTransaction keeps no requests, because nothing is stored before its commit: \
+             remove with_kept_requests, or use Strategy::Claimed"
+        );
+        assert!(
+            self.attempts.abandoned == AbandonedAttempts::RunAgain,
+            "Strategy::SingleTransaction cannot hold the keys of abandoned attempts, which leave no trace: \
+             remove the policy at_most_once or AbandonedAttempts::Hold, or use Strategy::Claimed"
+        );
     }
 
     pub(crate) fn refuse(&self, rejection: Rejection) -> Response<Bytes> {

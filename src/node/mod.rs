@@ -1,5 +1,6 @@
 //! One process over a store: its attempts, its leases and its tasks, which must not be cut off.
 
+mod begins;
 pub(crate) mod cache;
 mod claims;
 pub(crate) mod ends;

@@ -159,6 +159,6 @@ pub(crate) fn no_answer(limit: Duration) -> StoreError {
     StoreError::new(StoreErrorKind::Ambiguous, format!("the store did not answer within {limit:?}"))
 }
 
-fn task_ended(error: impl Into<BoxError>) -> StoreError {
+pub(crate) fn task_ended(error: impl Into<BoxError>) -> StoreError {
     StoreError::new(StoreErrorKind::Internal, "the task that called the store ended early").with_source(error)
 }

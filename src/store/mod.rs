@@ -29,8 +29,8 @@ pub use sql::{InvalidIdentifier, TableCreation};
 #[cfg(feature = "sqlite")]
 pub use sqlite::SqliteStore;
 pub use transaction::{
-    IsolationLevel, StoreTransaction, TransactionError, TransactionErrorKind, TransactionLimits,
-    TransactionUsage,
+    BeginOutcome, IsolationLevel, SingleTransaction, StoreTransaction, TransactionError,
+    TransactionErrorKind, TransactionLimits, TransactionUsage,
 };
 
 use crate::{consumer::Consumer, key::IdempotencyKey};
@@ -230,6 +230,24 @@ pub trait Store: Debug + Send + Sync + 'static {
         limits: &TransactionLimits,
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>>;
+
+    /// Begins the transaction of an attempt that makes no claim
+    /// ([`Strategy::SingleTransaction`](crate::layer::Strategy)).
+    ///
+    /// Until the transaction ends, no other such transaction begins for the key, in any process. A
+    /// key whose record is [absent](Self#rules) has none. The look at the record comes after the
+    /// key was taken, so that what an earlier transaction has committed is seen. Nothing waits for
+    /// another attempt with the key.
+    ///
+    /// # Errors
+    ///
+    /// [`Misconfigured`](crate::store::StoreErrorKind::Misconfigured) if the store has no
+    /// transactions. After any error, nothing is begun.
+    async fn begin_single(
+        &self,
+        claim: &Claim,
+        limits: &TransactionLimits,
+    ) -> Result<BeginOutcome, StoreError>;
 
     /// Returns the part of the store that keeps intents, finished phases and requests. Returns
     /// `None` if the store keeps none.

@@ -1,14 +1,16 @@
 //! Transactions that a handler shares with the completion of its record: settings, contract and
 //! errors.
 
-use std::{error::Error as StdError, fmt, time::Duration};
+use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::Extensions;
 
 use crate::{
     error::{BoxError, StoreError},
     rejection::{Rejection, RejectionCode},
+    stored::record::{Fenced, Record},
 };
 
 /// The limits of one transaction: [`TransactionOptions`](crate::TransactionOptions), completed with
@@ -87,11 +89,71 @@ pub trait StoreTransaction: fmt::Debug + Send + Sync + 'static {
     async fn roll_back(&self) -> Result<(), TransactionError>;
 }
 
+/// The transaction of an attempt that has its key by this transaction alone: there is no claim, and
+/// no record before the commit.
+///
+/// [`Store::begin_single`](crate::store::Store::begin_single) begins it. Its
+/// [`commit`](StoreTransaction::commit) adds the completed record, or fails as
+/// [`Lost`](TransactionErrorKind::Lost) if the key has a record by then: a claim was faster.
+#[async_trait]
+pub trait SingleTransaction: StoreTransaction {
+    /// Undoes what the handler has written, adds the completed record with the encoded response,
+    /// and commits.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`commit`](StoreTransaction::commit).
+    async fn complete(&self, response: Bytes) -> Result<(), TransactionError>;
+
+    /// Finds out what became of a commit without a reply. Returns the record of the key, unless it
+    /// has expired. Without a record, the transaction is rolled back.
+    ///
+    /// # Errors
+    ///
+    /// [`Unavailable`](crate::store::StoreErrorKind::Unavailable) while the transaction has not
+    /// come to its end. After any error, ask again.
+    async fn outcome(&self) -> Result<Option<Record>, StoreError>;
+
+    /// Adds a held record, because effects may be committed without a response. To be called after
+    /// the end of the transaction.
+    ///
+    /// # Errors
+    ///
+    /// After any error it may be held; calling again is harmless.
+    async fn hold(&self) -> Result<Fenced, StoreError>;
+}
+
+/// The outcome of [`Store::begin_single`](crate::store::Store::begin_single).
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BeginOutcome {
+    /// The transaction is open, and no other attempt runs for the key until it ends.
+    #[non_exhaustive]
+    Begun {
+        /// The layer's side of the transaction.
+        transaction: Arc<dyn SingleTransaction>,
+        /// The values from which the handler gets the transaction, for its request's extensions.
+        extensions: Extensions,
+    },
+    /// The key has a record, which was left as it is.
+    Exists(Box<Record>),
+    /// Another attempt has the key, and no record tells more about it.
+    Contended,
+}
+
+impl BeginOutcome {
+    /// Makes the outcome of a transaction that was begun.
+    #[must_use]
+    pub fn begun(transaction: Arc<dyn SingleTransaction>, extensions: Extensions) -> Self {
+        Self::Begun { transaction, extensions }
+    }
+}
+
 /// State of the transaction of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TransactionUsage {
-    /// The handler has not asked for it. Nothing was begun.
+    /// The handler has not asked for it.
     Unused,
     /// The handler has asked for it, and does not have it at the moment.
     Open,

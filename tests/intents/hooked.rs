@@ -59,7 +59,7 @@ impl Hooked {
 
 #[async_trait::async_trait]
 impl Store for Hooked {
-    forward!(store: prepare claim renew complete release hold get list evict resolve transaction purge close);
+    forward!(store: prepare claim renew complete release hold get list evict resolve transaction begin_single purge close);
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
         let store = self.store.recovery()?;

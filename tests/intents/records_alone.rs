@@ -17,7 +17,7 @@ pub(crate) struct RecordsAlone {
 
 #[async_trait::async_trait]
 impl Store for RecordsAlone {
-    forward!(store: prepare claim renew complete release hold get list evict resolve purge close);
+    forward!(store: prepare claim renew complete release hold get list evict resolve begin_single purge close);
 
     fn transaction(
         &self,

@@ -81,6 +81,12 @@ macro_rules! forward_call {
             self.$field.transaction(attempt, limits, extensions)
         }
     };
+    (begin_single $field:ident) => { $crate::support::forward::forward_signature! { $field
+        begin_single<'a, 'b>(
+            claim: &'a tower_idempotency::store::Claim,
+            limits: &'b tower_idempotency::store::TransactionLimits
+        ) -> tower_idempotency::store::BeginOutcome
+    } };
     (recovery $field:ident) => {
         fn recovery(&self) -> Option<std::sync::Arc<dyn tower_idempotency::store::RecoveryStore>> {
             self.$field.recovery()

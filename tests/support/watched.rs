@@ -89,7 +89,7 @@ impl<S: Store + Clone> Watched<S> {
 
 #[async_trait::async_trait]
 impl<S: Store + Clone> Store for Watched<S> {
-    forward!(store: prepare release hold get list evict resolve transaction recovery close);
+    forward!(store: prepare release hold get list evict resolve transaction begin_single recovery close);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         if self.state.late_claims.load(Ordering::SeqCst) {

@@ -19,6 +19,7 @@ use sqlx::{
 use tokio::{net::TcpListener, time::sleep};
 use tower_idempotency::{
     Consumer, Idempotency, IdempotencyLayer, PostgresStore, Reaper, SqliteStore, TransactionOptions, Tx,
+    layer::Strategy,
     recovery::{Completer, KeptRequests, Refused, Restore},
     store::{IntoStore, IsolationLevel},
 };
@@ -58,6 +59,7 @@ pub struct Settings {
     pub abandoned_after: Option<Duration>,
     /// Whether it completes abandoned requests.
     pub completes: bool,
+    pub strategy: Strategy,
 }
 
 impl Default for Settings {
@@ -69,6 +71,11 @@ impl Default for Settings {
             transactions: TransactionOptions::default(),
             abandoned_after: None,
             completes: false,
+            // Of the whole run, so that its servers inherit it.
+            strategy: match std::env::var_os("TORTURE_SINGLE") {
+                Some(_) => Strategy::SingleTransaction,
+                None => Strategy::Claimed,
+            },
         }
     }
 }
@@ -97,6 +104,7 @@ impl Settings {
             .with_lease(self.lease)
             .with_store_timeout(self.store_timeout)
             .with_transactions(self.transactions.clone())
+            .with_strategy(self.strategy)
             .with_reaper(Reaper::off());
         match self.abandoned_after {
             Some(time) => layer.with_kept_requests(KeptRequests::new().with_abandoned_after(time)),

@@ -14,8 +14,9 @@ use rustix::process::{Signal, getpid, kill_process};
 use tower_idempotency::{
     IdempotencyKey, StoreError,
     store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, OpenOutcome, Opening, RecoveryStore, Store,
-        StoreTransaction, TransactionError, TransactionLimits, TransactionUsage,
+        Attempt, BeginOutcome, Claim, ClaimOutcome, CompleteOutcome, Fenced, OpenOutcome, Opening, Record,
+        RecoveryStore, SingleTransaction, Store, StoreTransaction, TransactionError, TransactionLimits,
+        TransactionUsage,
     },
 };
 
@@ -185,6 +186,18 @@ impl<S: Store> Store for Trapped<S> {
         Some(Arc::new(Trapped::new((inner, attempt.key.clone()), self.trap.clone())))
     }
 
+    async fn begin_single(
+        &self,
+        claim: &Claim,
+        limits: &TransactionLimits,
+    ) -> Result<BeginOutcome, StoreError> {
+        let outcome = self.inner.begin_single(claim, limits).await?;
+        let BeginOutcome::Begun { transaction, extensions, .. } = outcome else { return Ok(outcome) };
+        self.trap.reach(claim.attempt.key.as_str(), Point::Claimed);
+        let trapped = Trapped::new((transaction, claim.attempt.key.clone()), self.trap.clone());
+        Ok(BeginOutcome::begun(Arc::new(trapped), extensions))
+    }
+
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {
         Some(Arc::new(Trapped::new(self.inner.recovery()?, self.trap.clone())))
     }
@@ -205,7 +218,7 @@ impl RecoveryStore for Trapped<Arc<dyn RecoveryStore>> {
 }
 
 #[async_trait::async_trait]
-impl StoreTransaction for Trapped<(Arc<dyn StoreTransaction>, IdempotencyKey)> {
+impl<T: StoreTransaction + ?Sized> StoreTransaction for Trapped<(Arc<T>, IdempotencyKey)> {
     fn usage(&self) -> TransactionUsage {
         self.inner.0.usage()
     }
@@ -227,5 +240,20 @@ impl StoreTransaction for Trapped<(Arc<dyn StoreTransaction>, IdempotencyKey)> {
 
     async fn roll_back(&self) -> Result<(), TransactionError> {
         self.inner.0.roll_back().await
+    }
+}
+
+#[async_trait::async_trait]
+impl SingleTransaction for Trapped<(Arc<dyn SingleTransaction>, IdempotencyKey)> {
+    async fn complete(&self, response: Bytes) -> Result<(), TransactionError> {
+        self.inner.0.complete(response).await
+    }
+
+    async fn outcome(&self) -> Result<Option<Record>, StoreError> {
+        self.inner.0.outcome().await
+    }
+
+    async fn hold(&self) -> Result<Fenced, StoreError> {
+        self.inner.0.hold().await
     }
 }

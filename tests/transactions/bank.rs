@@ -21,6 +21,7 @@ use tokio::{
 };
 use tower_idempotency::{
     IdempotencyHandle, IdempotencyKey, IdempotencyLayer, RejectionCode, Tx,
+    layer::Strategy,
     store::{RecordState, Store},
 };
 use uuid::Uuid;
@@ -38,6 +39,7 @@ pub(crate) struct Bank<DB: Db> {
     /// The application's.
     pub(crate) pool: Pool<DB>,
     pub(crate) store: Arc<dyn Store>,
+    strategy: Strategy,
     watcher: Pool<DB>,
 }
 
@@ -46,7 +48,7 @@ impl<DB: Db> Bank<DB> {
         let home = DB::home().await;
         let watcher = DB::pool(&home, 2);
         let pool = DB::pool(&home, 8);
-        let bank = Self { store: DB::store(&pool), home, pool, watcher };
+        let bank = Self { store: DB::store(&pool), home, pool, strategy: Strategy::default(), watcher };
         bank.run(
             "CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL);
             CREATE TABLE charges (amount INTEGER NOT NULL,
@@ -59,6 +61,12 @@ impl<DB: Db> Bank<DB> {
         bank
     }
 
+    /// The same bank, whose layers have this strategy.
+    pub(crate) fn with_strategy(mut self, strategy: Strategy) -> Self {
+        self.strategy = strategy;
+        self
+    }
+
     /// The same bank, whose application has so many connections.
     pub(crate) fn with_connections(mut self, connections: u32) -> Self {
         self.pool = DB::pool(&self.home, connections);
@@ -68,7 +76,7 @@ impl<DB: Db> Bank<DB> {
 
     /// A layer whose lease is not over before the test is: what is free before that was released.
     pub(crate) fn layer(&self) -> IdempotencyLayer {
-        IdempotencyLayer::new(Arc::clone(&self.store)).with_lease(LONG)
+        IdempotencyLayer::new(Arc::clone(&self.store)).with_lease(LONG).with_strategy(self.strategy)
     }
 
     /// A node whose handler does this in its first run, and makes one charge in those after that.
@@ -292,6 +300,33 @@ pub(crate) fn unique(status: StatusCode) -> Response {
 pub(crate) async fn at_once<T>(work: impl Future<Output = T>) -> T {
     timeout(AT_ONCE, work).await.expect("it does not wait for anything")
 }
+
+/// Makes a test of each function, on each store with each strategy.
+macro_rules! with_both_strategies {
+    ($($test:ident),* $(,)?) => {
+        $crate::bank::on_both_stores!($($test),*);
+
+        mod single {$(
+            mod $test {
+                use tower_idempotency::layer::Strategy::SingleTransaction;
+
+                #[tokio::test(flavor = "multi_thread")]
+                async fn sqlite() {
+                    let bank = $crate::bank::Bank::<sqlx::Sqlite>::open().await;
+                    super::super::$test(bank.with_strategy(SingleTransaction)).await;
+                }
+
+                #[tokio::test(flavor = "multi_thread")]
+                #[ignore = "needs PostgreSQL: run scripts/test"]
+                async fn postgres() {
+                    let bank = $crate::bank::Bank::<sqlx::Postgres>::open().await;
+                    super::super::$test(bank.with_strategy(SingleTransaction)).await;
+                }
+            }
+        )*}
+    };
+}
+pub(crate) use with_both_strategies;
 
 /// Makes a test of each function, on each store.
 macro_rules! on_both_stores {

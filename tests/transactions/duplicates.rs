@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use sqlx::Postgres;
-use tower_idempotency::{IdempotencyLayer, RejectionCode, TransactionOptions, Tx};
+use tower_idempotency::{RejectionCode, TransactionOptions, Tx};
 
-use crate::bank::{Bank, Db, Gate, charge_once, on_both_stores};
+use crate::bank::{Bank, Db, Gate, charge_once, with_both_strategies};
 
-on_both_stores!(duplicates_on_another_node_do_not_wait_for_a_transaction);
+with_both_strategies!(duplicates_on_another_node_do_not_wait_for_a_transaction);
 
 async fn duplicates_on_another_node_do_not_wait_for_a_transaction<DB: Db>(bank: Bank<DB>) {
     duplicates_during_a_transaction_of_two_seconds(&bank, Duration::from_secs(4)).await;
@@ -32,8 +32,7 @@ async fn duplicates_during_a_transaction_of_two_seconds<DB: Db>(bank: &Bank<DB>,
         let options = TransactionOptions::default();
         let options =
             options.with_time_limit(Duration::from_secs(30)).with_idle_timeout(Duration::from_secs(30));
-        let layer = IdempotencyLayer::new(std::sync::Arc::clone(&bank.store));
-        layer.with_lease(lease).with_transactions(options)
+        bank.layer().with_lease(lease).with_transactions(options)
     };
     let node = bank.node(layer(), handler.clone());
     let neighbour = bank.node(layer(), handler);

@@ -6,9 +6,9 @@ use axum::http::StatusCode;
 use sqlx::Postgres;
 use tower_idempotency::{RejectionCode, Tx};
 
-use crate::bank::{Answered, Bank, Db, End, charge, charge_once, on_both_stores, unique};
+use crate::bank::{Answered, Bank, Db, End, charge, charge_once, unique, with_both_strategies};
 
-on_both_stores!(
+with_both_strategies!(
     a_deferred_constraint_that_is_violated_leaves_nothing,
     a_handler_that_commits_by_itself_does_not_run_again,
     a_handler_that_commits_by_itself_and_then_fails_does_not_run_again,

@@ -11,14 +11,14 @@ use tower::{ServiceBuilder, ServiceExt};
 use tower_idempotency::{IdempotencyLayer, MemoryStore, RejectionCode, Tx, layer::RequestBody};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, charge_once, on_both_stores, unique},
+    bank::{Bank, Db, End, Node, charge, charge_once, unique, with_both_strategies},
     support::{
         direct::{charge as request_of, request},
         served::Count,
     },
 };
 
-on_both_stores!(
+with_both_strategies!(
     an_optional_transaction_is_there_if_there_is_a_key,
     without_a_key_there_is_no_transaction,
     a_transaction_that_was_dropped_is_extracted_again,

@@ -14,9 +14,9 @@ use sqlx::{Postgres, Sqlite};
 use tokio_stream::StreamExt;
 use tower_idempotency::{RejectionCode, Tx};
 
-use crate::bank::{Bank, Db, End, Gate, at_once, charge, charge_once, on_both_stores};
+use crate::bank::{Bank, Db, End, Gate, at_once, charge, charge_once, with_both_strategies};
 
-on_both_stores!(
+with_both_strategies!(
     a_transaction_in_a_task_is_rolled_back,
     a_response_may_write_until_its_end,
     a_response_that_is_too_large_may_not_have_the_transaction,

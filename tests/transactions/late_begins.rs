@@ -12,11 +12,11 @@ use axum::{
 use tower_idempotency::{Idempotency, RejectionCode, Tx, TxError};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, on_both_stores, unique},
+    bank::{Bank, Db, End, Node, charge, unique, with_both_strategies},
     support::{rerun::RERUNS, served::Count},
 };
 
-on_both_stores!(
+with_both_strategies!(
     a_late_transaction_of_a_second_run_is_refused_after_a_middleware_has_extracted_the_transaction,
     a_late_transaction_of_a_second_run_is_refused_after_a_middleware_has_extracted_the_attempt,
 );

@@ -17,6 +17,8 @@ mod refused;
 mod results;
 mod rolled_back;
 mod second_run;
+mod single;
+mod single_and_claimed;
 mod spoilt;
 mod sqlite;
 mod timeouts;

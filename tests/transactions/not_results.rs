@@ -16,17 +16,21 @@ use tower::Layer;
 use tower_idempotency::{ResultPolicy, TransactionOptions, Tx};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, on_both_stores},
+    bank::{Bank, Db, End, Node, charge, on_both_stores, with_both_strategies},
     support::served::Count,
 };
 
+// The strategy of a single transaction has none of this.
 on_both_stores!(
+    at_most_once_stores_a_grpc_status_without_the_writes,
+    a_404_after_writes_is_stored_without_them_wherever_the_layer_is,
+);
+
+with_both_strategies!(
     only_an_ok_of_grpc_is_committed,
     a_grpc_status_in_the_head_decides_on_the_writes,
-    at_most_once_stores_a_grpc_status_without_the_writes,
     writes_of_grpc_client_errors_are_kept_if_that_is_set,
     a_redirect_of_the_request_itself_leaves_nothing,
-    a_404_after_writes_is_stored_without_them_wherever_the_layer_is,
     a_body_that_is_not_stored_may_have_the_transaction,
 );
 

@@ -10,6 +10,7 @@ use sqlx::{
 use tokio::{sync::Barrier, time::sleep};
 use tower_idempotency::{
     IdempotencyLayer, PostgresStore, RejectionCode, TransactionOptions, Tx,
+    layer::Strategy,
     store::{ConnectionMode, IsolationLevel},
 };
 use uuid::Uuid;
@@ -311,9 +312,12 @@ async fn behind_a_transaction_pooler_no_prepared_statement_is_left_behind() {
         .connect_lazy_with(options.statement_cache_capacity(0).extra_float_digits(None));
     let store = PostgresStore::new(pool.clone()).with_schema(&bank.home.name).unwrap();
     let store = store.with_connection_mode(ConnectionMode::TransactionPooler);
-    for status in [201, 422, 500] {
+    let strategies = [Strategy::Claimed, Strategy::SingleTransaction];
+    for (status, strategy) in
+        [201, 422, 500].into_iter().flat_map(|status| strategies.map(|way| (status, way)))
+    {
         let insert = Arc::new(format!("INSERT INTO {}.charges (amount) VALUES ($1)", bank.home.name));
-        let layer = IdempotencyLayer::new(store.clone()).with_lease(LONG);
+        let layer = IdempotencyLayer::new(store.clone()).with_lease(LONG).with_strategy(strategy);
         let handler = async move |mut tx: Tx<Postgres>| {
             let charge = sqlx::query(AssertSqlSafe(insert.as_str())).bind(2000).persistent(false);
             charge.execute(&mut *tx).await.unwrap();
@@ -321,9 +325,12 @@ async fn behind_a_transaction_pooler_no_prepared_statement_is_left_behind() {
         };
         let router = axum::Router::new().route("/charges", axum::routing::post(handler));
         let node = Node::new(layer, router, Default::default());
-        let answers: Vec<_> = (0..20).map(|number| node.start(format!("{status}-{number}"))).collect();
+        let answers: Vec<_> = (0..20)
+            .map(|number| node.start(format!("{strategy:?}-{status}-{number}").to_lowercase()))
+            .collect();
         for (number, answer) in answers.into_iter().enumerate() {
-            let (answer, key) = (answer.await.unwrap(), format!("{status}-{number}"));
+            let (answer, key) =
+                (answer.await.unwrap(), format!("{strategy:?}-{status}-{number}").to_lowercase());
             assert_eq!((answer.status.as_u16(), answer.rejection), (status, None), "{:?}", answer.body);
             match status {
                 500 => assert_eq!(node.end(&key).await, Some(End::Released)),
@@ -331,7 +338,7 @@ async fn behind_a_transaction_pooler_no_prepared_statement_is_left_behind() {
             }
         }
     }
-    assert_eq!(bank.charges().await, 20);
+    assert_eq!(bank.charges().await, 40);
     let options = pool.connect_options().as_ref().clone();
     let all = PgPoolOptions::new().max_connections(10).connect_lazy_with(options);
     // Each is in a transaction, so that the pooler gives it a server connection of its own.

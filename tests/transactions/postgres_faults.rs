@@ -6,7 +6,8 @@ use axum::{Router, http::StatusCode, routing::post};
 use sqlx::{PgPool, Postgres, postgres::PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use tower_idempotency::{
-    IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx, TxError, store::Store,
+    IdempotencyLayer, PostgresStore, Reaper, RejectionCode, TransactionOptions, Tx, TxError, layer::Strategy,
+    store::Store,
 };
 
 use crate::{
@@ -97,15 +98,16 @@ struct Remote {
     database: Server,
     proxy: Proxy,
     direct: PgPool,
+    strategy: Strategy,
 }
 
 impl Remote {
-    async fn start() -> Self {
+    async fn start(strategy: Strategy) -> Self {
         let database = Server::start();
         let proxy = Proxy::start(database.address());
         let direct = PgPoolOptions::new().max_connections(2).connect_lazy(&database.url()).unwrap();
         sqlx::raw_sql("CREATE TABLE charges (amount INTEGER NOT NULL)").execute(&direct).await.unwrap();
-        Self { database, proxy, direct }
+        Self { database, proxy, direct, strategy }
     }
 
     /// A node whose handler waits at the gate after it has charged.
@@ -115,7 +117,7 @@ impl Remote {
         let store = PostgresStore::new(pool).with_statement_timeout(Duration::from_secs(2));
         store.prepare().await.unwrap();
         let layer = IdempotencyLayer::new(store).with_lease(LONG).with_reaper(Reaper::off());
-        let layer = layer.with_store_timeout(store_timeout);
+        let layer = layer.with_store_timeout(store_timeout).with_strategy(self.strategy);
         let (passed, runs) = (gate.clone(), Count::default());
         let counter = runs.clone();
         let handler = async move |mut tx: Tx<Postgres>| {
@@ -149,7 +151,12 @@ impl Remote {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn a_commit_whose_reply_is_lost_is_found_out() {
-    let remote = Remote::start().await;
+    a_commit_whose_reply_is_lost_is_found_out_with(Strategy::Claimed).await;
+    a_commit_whose_reply_is_lost_is_found_out_with(Strategy::SingleTransaction).await;
+}
+
+async fn a_commit_whose_reply_is_lost_is_found_out_with(strategy: Strategy) {
+    let remote = Remote::start(strategy).await;
     let gate = Gate::new();
     let node = remote.node(&gate, PATIENT).await;
     let answer = node.start("k");
@@ -170,7 +177,13 @@ async fn a_commit_whose_reply_is_lost_is_found_out() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() {
-    let remote = Remote::start().await;
+    a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry_with(Strategy::Claimed).await;
+    a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry_with(Strategy::SingleTransaction)
+        .await;
+}
+
+async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry_with(strategy: Strategy) {
+    let remote = Remote::start(strategy).await;
     let gate = Gate::new();
     let node = remote.node(&gate, Duration::from_millis(500)).await;
     let answer = node.start("k");
@@ -188,7 +201,18 @@ async fn a_commit_whose_reply_does_not_come_in_time_is_found_out_by_the_retry() 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the_table() {
-    let remote = Remote::start().await;
+    wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the_table_with(Strategy::Claimed)
+        .await;
+    wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the_table_with(
+        Strategy::SingleTransaction,
+    )
+    .await;
+}
+
+async fn wherever_the_end_of_a_transaction_is_cut_off_the_answer_agrees_with_the_table_with(
+    strategy: Strategy,
+) {
+    let remote = Remote::start(strategy).await;
     let gate = Gate::new();
     let node = remote.node(&gate, PATIENT).await;
     let warm = node.start("warm");

@@ -5,11 +5,11 @@ use sqlx::{Postgres, Sqlite};
 use tower_idempotency::{Directive, RejectionCode, ResultPolicy, Tx, TxError};
 
 use crate::{
-    bank::{Answered, Bank, Db, End, charge, charge_once, on_both_stores, unique},
+    bank::{Answered, Bank, Db, End, charge, charge_once, unique, with_both_strategies},
     support::log::Log,
 };
 
-on_both_stores!(
+with_both_strategies!(
     an_error_that_a_retry_meets_again_is_not_retryable,
     a_row_that_is_absent_or_of_another_form_is_not_retryable,
 );

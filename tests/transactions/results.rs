@@ -12,18 +12,20 @@ use tower::{ServiceBuilder, ServiceExt};
 use tower_idempotency::{Directive, RejectionCode, ResultPolicy, TransactionOptions, Tx, layer::RequestBody};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, on_both_stores, unique},
+    bank::{Bank, Db, End, Node, charge, on_both_stores, unique, with_both_strategies},
     support::{direct, served::Count},
 };
 
-on_both_stores!(
+// The strategy of a single transaction has none of this.
+on_both_stores!(at_most_once_stores_server_errors_without_their_writes_and_holds_after_a_panic);
+
+with_both_strategies!(
     successes_and_redirects_are_committed_with_their_response,
     a_client_error_is_stored_without_the_writes,
     writes_of_client_errors_are_kept_if_that_is_set,
     results_that_are_not_stored_leave_nothing,
     an_error_of_the_inner_service_leaves_nothing,
     a_panic_leaves_nothing,
-    at_most_once_stores_server_errors_without_their_writes_and_holds_after_a_panic,
     directives_decide_on_the_record_and_never_keep_more_writes,
     savepoints_of_the_handler_are_its_own_affair,
 );

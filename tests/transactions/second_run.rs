@@ -15,7 +15,7 @@ use tower::{ServiceBuilder, ServiceExt, retry::RetryLayer};
 use tower_idempotency::{Idempotency, RejectionCode, Tx, TxError};
 
 use crate::{
-    bank::{Bank, Db, End, Node, charge, charge_once, on_both_stores, unique},
+    bank::{Bank, Db, End, Node, charge, charge_once, unique, with_both_strategies},
     support::{
         direct,
         rerun::{self, ONCE, RERUNS, Twice},
@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-on_both_stores!(
+with_both_strategies!(
     a_second_run_of_the_handler_is_refused_and_nothing_is_committed,
     a_second_run_that_answers_success_without_its_transaction_commits_nothing,
     a_second_run_is_refused_without_extractors,

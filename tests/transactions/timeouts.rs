@@ -8,10 +8,12 @@ use tokio::time::{sleep, timeout};
 use tower_http::timeout::TimeoutLayer;
 use tower_idempotency::{RejectionCode, Tx};
 
-use crate::bank::{Bank, Db, End, Gate, charge, charge_once, on_both_stores, unique};
+use crate::bank::{Bank, Db, End, Gate, charge, charge_once, on_both_stores, unique, with_both_strategies};
 
-on_both_stores!(
-    a_time_out_while_the_transaction_begins_leaves_nothing,
+// The strategy of a single transaction has none of this.
+on_both_stores!(a_time_out_while_the_transaction_begins_leaves_nothing);
+
+with_both_strategies!(
     a_time_out_during_a_statement_leaves_nothing,
     a_statement_that_is_cancelled_by_the_handler_itself_does_not_break_the_transaction,
 );

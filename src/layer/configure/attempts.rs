@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::{
     attempt::settings::{TransactionOptions, checked_lease},
     duration::{capped, limit},
-    layer::{IdempotencyLayer, StoreOutage, kept_requests::KeptRequests},
+    layer::{IdempotencyLayer, StoreOutage, Strategy, kept_requests::KeptRequests},
     node::{cache::ReplayCache, reaper::Reaper},
     redact::KeyLogging,
 };
@@ -188,6 +188,31 @@ impl IdempotencyLayer {
     pub fn with_replay_cache(self, cache: ReplayCache) -> Self {
         self.node().replays.configure(cache);
         self
+    }
+
+    /// Sets how an attempt has its key for itself. Default: [`Strategy::Claimed`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "postgres")] {
+    /// # use tower_idempotency::{IdempotencyLayer, layer::Strategy};
+    /// # fn layer(pool: sqlx::PgPool) {
+    /// let layer = IdempotencyLayer::new(pool).with_strategy(Strategy::SingleTransaction);
+    /// # }
+    /// # }
+    /// ```
+    ///
+    /// [`Strategy::SingleTransaction`] needs a store with transactions, as those of PostgreSQL and
+    /// SQLite. With any other, every request with a key is refused: 500 `store-misconfigured`.
+    /// Lease and renewals have no effect with it, except as defaults of [`TransactionOptions`].
+    ///
+    /// # Panics
+    ///
+    /// When the layer is used, if the strategy is that of a single transaction and requests are
+    /// [kept](Self::with_kept_requests) or abandoned attempts
+    /// [held](crate::layer::AbandonedAttempts::Hold).
+    #[must_use]
+    pub fn with_strategy(self, strategy: Strategy) -> Self {
+        self.set(|settings| settings.strategy = strategy)
     }
 
     /// Sets how the transactions of handlers (`Tx`) are begun and ended. Default:

@@ -15,12 +15,12 @@ use super::{
 };
 use crate::{
     consumer::Consumer,
-    error::StoreError,
+    error::{StoreError, StoreErrorKind},
     key::IdempotencyKey,
     store::{
         Store,
         recovery::RecoveryStore,
-        transaction::{StoreTransaction, TransactionLimits},
+        transaction::{BeginOutcome, StoreTransaction, TransactionLimits},
     },
     stored::record::{
         Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordState,
@@ -183,6 +183,11 @@ impl Store for MemoryStore {
         _: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
         None
+    }
+
+    async fn begin_single(&self, _: &Claim, _: &TransactionLimits) -> Result<BeginOutcome, StoreError> {
+        let message = "MemoryStore has no transactions: use Strategy::Claimed, or the store of a database";
+        Err(StoreError::new(StoreErrorKind::Misconfigured, message))
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {

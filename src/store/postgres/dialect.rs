@@ -153,6 +153,52 @@ statements! {
              SELECT mine.id, :consumer, :key, :name, :attempt, :result, {now} FROM mine
              RETURNING TRUE AS completed"
         ),
+        /// The name of the table, for the locks of keys.
+        table: dialect.statement("{records}"),
+        /// Shows how a transaction without a claim has begun, and restores a setting of the
+        /// session. `locked` is false if another transaction has the key, and `absent` NULL if the
+        /// key has no record.
+        look: dialect.statement(
+            "SELECT current_setting('tower_idempotency.attempt', true) = :attempt::uuid::text AS locked,
+                 pg_backend_pid()::bigint AS backend,
+                 (SELECT {absent} FROM {records} AS {r} WHERE {this_key}) AS absent,
+                 set_config('enable_seqscan', :enable_seqscan, true)"
+        ),
+        /// Adds the completed record of such a transaction. `fenced` is false if the handler has
+        /// ended the transaction, or reset every setting.
+        add_completed: dialect.statement(
+            "WITH added AS (
+                 INSERT INTO {records} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                     abandoned, max_abandoned, lease_until, created_at, expires_at, completed_at, response)
+                 SELECT :consumer, :key, :record, :fingerprint, 'completed', :attempt, 1, 0, :max_abandoned,
+                     {now}, {now}, {now} + :retention, {now}, :response
+                 WHERE current_setting('tower_idempotency.attempt', true) = :attempt::uuid::text
+                 ON CONFLICT (consumer, key) DO NOTHING
+                 RETURNING id
+             )
+             SELECT EXISTS (SELECT FROM added) AS completed,
+                 current_setting('tower_idempotency.attempt', true) = :attempt::uuid::text AS fenced"
+        ),
+        /// Adds the held record of such a transaction.
+        add_held: dialect.statement(
+            "INSERT INTO {records} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at)
+             VALUES (:consumer, :key, :record, :fingerprint, 'held', :attempt, 1, 0, :max_abandoned,
+                 {now}, {now}, {now} + :retention)
+             ON CONFLICT (consumer, key) DO NOTHING
+             RETURNING id"
+        ),
+        try_lock: dialect.statement("SELECT pg_try_advisory_xact_lock(:lock) AS free"),
+        /// Ends the backend that has the key, if it is this one.
+        terminate_single: dialect.statement(
+            "SELECT pg_terminate_backend(a.pid) AS terminated
+             FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
+             WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid = :backend
+                 AND l.classid = ((:lock::bigint >> 32) & 4294967295)::oid
+                 AND l.objid = (:lock::bigint & 4294967295)::oid
+                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                 AND a.state LIKE :state"
+        ),
         /// Ends the backend whose transaction has the record locked.
         terminate: dialect.statement(
             "SELECT pg_terminate_backend(a.pid) AS terminated

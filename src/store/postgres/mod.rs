@@ -5,6 +5,7 @@ mod connection;
 mod dialect;
 mod requirements;
 mod setup;
+mod single;
 mod transaction;
 
 use std::{sync::Arc, time::Duration};
@@ -32,7 +33,7 @@ use super::{
         setup::{Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
         slot::Slot,
     },
-    transaction::{StoreTransaction, TransactionLimits},
+    transaction::{BeginOutcome, StoreTransaction, TransactionLimits},
 };
 use crate::{
     duration::limit,
@@ -295,6 +296,10 @@ impl Engine for PostgresStore {
     ) -> Arc<dyn StoreTransaction> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.clone());
         Slot::offer(driver, limits.begin_timeout, None, extensions)
+    }
+
+    async fn begin(&self, claim: &Claim, limits: &TransactionLimits) -> Result<BeginOutcome, StoreError> {
+        single::begin(self, claim, limits).await
     }
 
     async fn close_connections(&self) {

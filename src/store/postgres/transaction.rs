@@ -46,13 +46,13 @@ pub(super) struct AttemptTransaction {
 /// The settings of the given pool's connections.
 #[derive(Debug)]
 pub(super) struct Session {
-    enable_seqscan: String,
-    statement_timeout: Duration,
-    idle_timeout: Duration,
+    pub(super) enable_seqscan: String,
+    pub(super) statement_timeout: Duration,
+    pub(super) idle_timeout: Duration,
 }
 
 impl Session {
-    async fn learn(pool: &PgPool) -> Result<Self, StoreError> {
+    pub(super) async fn learn(pool: &PgPool) -> Result<Self, StoreError> {
         let learned = async {
             let row = match sqlx::raw_sql(SESSION).fetch_one(pool).await {
                 // The connection was left in a failed transaction by other code.
@@ -87,12 +87,7 @@ impl AttemptTransaction {
         // A connection that was left in a failed transaction refuses every message that does not
         // begin with a rollback.
         let first = if after_failure { "ROLLBACK; " } else { "" };
-        let isolation = match self.limits.isolation {
-            None => "",
-            Some(IsolationLevel::ReadCommitted) => " ISOLATION LEVEL READ COMMITTED",
-            Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
-            Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
-        };
+        let isolation = isolation(self.limits.isolation);
         let attempt = self.attempt.id;
         let statement = shorter(session.statement_timeout, self.limits.statement_timeout);
         let idle = shorter(session.idle_timeout, self.limits.idle_timeout);
@@ -307,9 +302,19 @@ impl Driver<Postgres> for AttemptTransaction {
 
 /// Returns a time-out in milliseconds: that of the session, in which zero means none, unless ours
 /// is shorter.
-fn shorter(session: Duration, ours: Duration) -> u128 {
+pub(super) fn shorter(session: Duration, ours: Duration) -> u128 {
     let limit = if session.is_zero() { ours } else { session.min(ours) };
     limit.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
+}
+
+/// Returns the end of a BEGIN with this isolation level.
+pub(super) fn isolation(level: Option<IsolationLevel>) -> &'static str {
+    match level {
+        None => "",
+        Some(IsolationLevel::ReadCommitted) => " ISOLATION LEVEL READ COMMITTED",
+        Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
+        Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
+    }
 }
 
 /// The reason why a transaction did not begin.
@@ -336,13 +341,13 @@ async fn undo_begin(mut connection: PoolConnection<Postgres>) {
     }
 }
 
-fn left_open() -> TransactionError {
+pub(super) fn left_open() -> TransactionError {
     let message = "a connection of the pool was in a transaction that other code had left open: \
                    see PostgresStore::guard_pool";
     TransactionError::new(TransactionErrorKind::Unavailable, message)
 }
 
-fn failed(message: &str, source: sqlx::Error) -> TransactionError {
+pub(super) fn failed(message: &str, source: sqlx::Error) -> TransactionError {
     TransactionError::new(kind_of(&source), message).with_source(source)
 }
 
@@ -362,13 +367,13 @@ pub(crate) fn transaction_error_kind(source: &sqlx::Error) -> Option<Transaction
     })
 }
 
-fn kind_of(source: &sqlx::Error) -> TransactionErrorKind {
+pub(super) fn kind_of(source: &sqlx::Error) -> TransactionErrorKind {
     transaction_error_kind(source).unwrap_or_else(|| errors::transaction_error_kind(source))
 }
 
 /// Makes the error of a failed COMMIT. A server that ends the connection at COMMIT does not say
 /// whether it has committed.
-fn at_commit(source: sqlx::Error) -> TransactionError {
+pub(super) fn at_commit(source: sqlx::Error) -> TransactionError {
     let mut kind = kind_of(&source);
     if kind == TransactionErrorKind::Lost || errors::code(&source).as_deref() == Some("40003") {
         kind = TransactionErrorKind::Unconfirmed;
@@ -385,14 +390,14 @@ SELECT current_setting('enable_seqscan') AS enable_seqscan,
 /// The classes of errors that the same statement meets again: cardinality, data, constraints,
 /// syntax and access rules, a view's check option, and errors that a function raises.
 const REFUSED: [&str; 6] = ["21", "22", "23", "42", "44", "P0"];
-const PREPARED: &str = "SELECT count(*) AS prepared FROM pg_prepared_statements";
+pub(super) const PREPARED: &str = "SELECT count(*) AS prepared FROM pg_prepared_statements";
 
 /// A statement was refused because an earlier one of its transaction had failed.
 const ABORTED: &str = "25P02";
 /// The states in which a backend is ended, as patterns.
-const ANY: &str = "%";
-const IDLE: &str = "idle in transaction%";
-const TRIES: u32 = 3;
+pub(super) const ANY: &str = "%";
+pub(super) const IDLE: &str = "idle in transaction%";
+pub(super) const TRIES: u32 = 3;
 /// The time for which a rollback waits for a statement that still runs, before the server is told
 /// to end it.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);

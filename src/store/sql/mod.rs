@@ -10,6 +10,7 @@ mod returning;
 pub(super) mod rows;
 mod rules;
 pub(super) mod setup;
+pub(super) mod single;
 pub(crate) mod slot;
 pub(super) mod statements;
 
@@ -24,11 +25,12 @@ use self::{
     returning::Takes,
     rows::Fields,
     setup::Ready,
+    single::Singles,
     statements::{Purges, Records, Recovery},
 };
 use crate::{
     error::StoreError,
-    store::transaction::{StoreTransaction, TransactionLimits},
+    store::transaction::{BeginOutcome, StoreTransaction, TransactionLimits},
     stored::record::{Attempt, Claim, ClaimOutcome, Fenced, Renewal},
 };
 
@@ -97,6 +99,9 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
         extensions: &mut Extensions,
     ) -> Arc<dyn StoreTransaction>;
 
+    /// Begins the transaction of an attempt that makes no claim.
+    async fn begin(&self, claim: &Claim, limits: &TransactionLimits) -> Result<BeginOutcome, StoreError>;
+
     /// Closes the store's own connections.
     async fn close_connections(&self);
 
@@ -110,6 +115,7 @@ pub(super) struct Statements<Own> {
     pub(super) recovery: Recovery,
     pub(super) takes: Takes,
     pub(super) purges: Purges,
+    pub(super) singles: Singles,
     pub(super) own: Own,
     /// The dialect of `recovery`, for statements whose text depends on their values.
     pub(super) dialect: Dialect,

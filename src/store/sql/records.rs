@@ -18,7 +18,7 @@ use crate::{
     key::IdempotencyKey,
     store::{
         RecoveryStore, Store,
-        transaction::{StoreTransaction, TransactionLimits},
+        transaction::{BeginOutcome, StoreTransaction, TransactionLimits},
     },
     stored::record::{
         Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Record, RecordFilter, RecordState,
@@ -125,6 +125,14 @@ impl<E: Engine> Store for E {
         extensions: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
         Some(self.offer(attempt, limits, extensions))
+    }
+
+    async fn begin_single(
+        &self,
+        claim: &Claim,
+        limits: &TransactionLimits,
+    ) -> Result<BeginOutcome, StoreError> {
+        self.begin(claim, limits).await
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {

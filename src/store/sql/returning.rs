@@ -4,6 +4,7 @@
 use super::{
     Statements,
     call::{Dialect, statements},
+    single::Singles,
     statements::{PURGE_INTENTS, PURGE_PHASES, PURGE_RECORDS, PURGE_REQUESTS, Purges, Records, Recovery},
 };
 
@@ -15,6 +16,7 @@ impl<Own> Statements<Own> {
             recovery: Recovery::new(&recovery),
             takes: Takes::new(&recovery),
             purges: Purges::by_place(records, &recovery),
+            singles: Singles::new(records),
             own,
             dialect: recovery,
         }

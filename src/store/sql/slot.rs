@@ -84,10 +84,7 @@ impl<DB: Database> Unfinished<DB> {
     async fn begin(self) {
         let Self(slot) = &self;
         slot.put(match slot.driver.begin().await {
-            Ok(transaction) => {
-                let until = slot.time_limit.and_then(|limit| Instant::now().checked_add(limit));
-                Place::Here { transaction, until }
-            }
+            Ok(transaction) => Place::Here { transaction, until: until(slot.time_limit) },
             Err(error) => {
                 tracing::warn!(
                     target: TRACING_TARGET, error = &error as &dyn std::error::Error,
@@ -114,6 +111,11 @@ impl<DB: Database> Drop for Unfinished<DB> {
 
 enum Place<DB: Database> {
     Unused,
+    /// It was begun before the handler asks for it.
+    Ready {
+        transaction: Transaction<'static, DB>,
+        until: Option<Instant>,
+    },
     Beginning,
     Here {
         transaction: Transaction<'static, DB>,
@@ -136,19 +138,35 @@ impl<DB: Database> Slot<DB> {
         time_limit: Option<Duration>,
         extensions: &mut Extensions,
     ) -> Arc<dyn StoreTransaction> {
-        let slot = Self::new(Box::new(driver), begin_timeout, time_limit);
+        let slot = Self::new(Box::new(driver), begin_timeout, time_limit, Place::Unused);
         extensions.insert(Arc::clone(&slot));
         slot
     }
 
-    fn new(driver: Box<dyn Driver<DB>>, begin_timeout: Duration, time_limit: Option<Duration>) -> Arc<Self> {
-        let (place, changed) = (Mutex::new(Place::Unused), Notify::new());
+    /// Makes the slot of a transaction that is begun.
+    pub(crate) fn begun(
+        driver: impl Driver<DB>,
+        transaction: Transaction<'static, DB>,
+        begin_timeout: Duration,
+        time_limit: Option<Duration>,
+    ) -> Arc<Self> {
+        let place = Place::Ready { transaction, until: until(time_limit) };
+        Self::new(Box::new(driver), begin_timeout, time_limit, place)
+    }
+
+    fn new(
+        driver: Box<dyn Driver<DB>>,
+        begin_timeout: Duration,
+        time_limit: Option<Duration>,
+        place: Place<DB>,
+    ) -> Arc<Self> {
+        let (place, changed) = (Mutex::new(place), Notify::new());
         Arc::new(Self { driver, begin_timeout, time_limit, place, changed })
     }
 
     /// Makes the slot of another transaction of the same attempt.
     pub(crate) fn again(&self) -> Arc<Self> {
-        Self::new(self.driver.again(), self.begin_timeout, self.time_limit)
+        Self::new(self.driver.again(), self.begin_timeout, self.time_limit, Place::Unused)
     }
 
     /// Runs work, and stops it when it takes longer than the transaction may be open.
@@ -215,7 +233,7 @@ impl<DB: Database> Slot<DB> {
                 None
             }
             Place::Beginning => None,
-            Place::Here { transaction, until } => {
+            Place::Ready { transaction, until } | Place::Here { transaction, until } => {
                 *place = Place::Lent { until };
                 Some(Ok(Lent { transaction: Some(transaction), slot: Arc::clone(self) }))
             }
@@ -250,7 +268,7 @@ impl<DB: Database> Slot<DB> {
 
     /// Takes the transaction away. Waits while it is being begun. If the handler keeps it, the
     /// database ends it, if it can.
-    async fn take(&self) -> Result<Transaction<'static, DB>, TransactionError> {
+    pub(crate) async fn take(&self) -> Result<Transaction<'static, DB>, TransactionError> {
         let taken = self.wait_for(|| self.try_take()).await;
         if taken.as_ref().is_err_and(|error| error.kind() == TransactionErrorKind::InUse) {
             self.driver.revoke().await;
@@ -265,7 +283,9 @@ impl<DB: Database> Slot<DB> {
                 *place = Place::Beginning;
                 return None;
             }
-            Place::Here { transaction, .. } => return Some(Ok(transaction)),
+            Place::Ready { transaction, .. } | Place::Here { transaction, .. } => {
+                return Some(Ok(transaction));
+            }
             Place::Lent { .. } => TransactionError::new(
                 TransactionErrorKind::InUse,
                 "the handler had not given its transaction back when it returned",
@@ -283,7 +303,7 @@ impl<DB: Database> Slot<DB> {
 
     fn until(&self) -> Option<Instant> {
         match *self.place() {
-            Place::Here { until, .. } | Place::Lent { until } => until,
+            Place::Ready { until, .. } | Place::Here { until, .. } | Place::Lent { until } => until,
             Place::Unused | Place::Beginning | Place::Failed(_) | Place::Taken => None,
         }
     }
@@ -293,7 +313,7 @@ impl<DB: Database> Slot<DB> {
 impl<DB: Database> StoreTransaction for Slot<DB> {
     fn usage(&self) -> TransactionUsage {
         match *self.place() {
-            Place::Unused => TransactionUsage::Unused,
+            Place::Unused | Place::Ready { .. } => TransactionUsage::Unused,
             Place::Lent { .. } => TransactionUsage::InUse,
             Place::Beginning | Place::Here { .. } | Place::Failed(_) => TransactionUsage::Open,
             Place::Taken => TransactionUsage::Ended,
@@ -356,6 +376,7 @@ impl<DB: Database> fmt::Debug for Place<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Unused => "Unused",
+            Self::Ready { .. } => "Ready",
             Self::Beginning => "Beginning",
             Self::Here { .. } => "Here",
             Self::Lent { .. } => "Lent",
@@ -363,6 +384,11 @@ impl<DB: Database> fmt::Debug for Place<DB> {
             Self::Taken => "Taken",
         })
     }
+}
+
+/// Returns when a transaction that begins now has been open for its limit.
+fn until(time_limit: Option<Duration>) -> Option<Instant> {
+    time_limit.and_then(|limit| Instant::now().checked_add(limit))
 }
 
 #[cfg(test)]

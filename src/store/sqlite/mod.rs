@@ -4,6 +4,7 @@ mod connection;
 mod dialect;
 mod requirements;
 mod setup;
+mod single;
 mod transaction;
 
 use std::{sync::Arc, time::Duration};
@@ -17,7 +18,7 @@ use sqlx::{
 };
 
 pub(crate) use self::transaction::transaction_error_kind;
-use self::{connection::Connections, dialect::Own, transaction::AttemptTransaction};
+use self::{connection::Connections, dialect::Own, single::Taken, transaction::AttemptTransaction};
 use super::{
     IntoStore, Store,
     sql::{
@@ -28,7 +29,7 @@ use super::{
         setup::{Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
         slot::Slot,
     },
-    transaction::{StoreTransaction, TransactionLimits},
+    transaction::{BeginOutcome, StoreTransaction, TransactionLimits},
 };
 use crate::{
     error::StoreError,
@@ -78,6 +79,7 @@ pub struct SqliteStore {
 struct State {
     connections: Connections,
     ready: Lazy<Ready<Own>>,
+    taken: Taken,
 }
 
 impl SqliteStore {
@@ -210,6 +212,10 @@ impl Engine for SqliteStore {
     ) -> Arc<dyn StoreTransaction> {
         let driver = AttemptTransaction::new(self.clone(), attempt.clone(), limits.lease);
         Slot::offer(driver, limits.begin_timeout, Some(limits.time_limit), extensions)
+    }
+
+    async fn begin(&self, claim: &Claim, limits: &TransactionLimits) -> Result<BeginOutcome, StoreError> {
+        single::begin(self, claim, limits).await
     }
 
     async fn close_connections(&self) {

@@ -24,6 +24,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{SqliteStore, connection::primary, prepared};
 use crate::{
+    error::{StoreError, StoreErrorKind},
     redact::TRACING_TARGET,
     store::{
         sql::{
@@ -56,16 +57,13 @@ impl AttemptTransaction {
     }
 
     /// Has every commit on the connection noted from now on.
-    async fn watch_commits(&self, connection: &mut SqliteConnection) -> Result<(), TransactionError> {
+    async fn watch_commits(&self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         let committed = Arc::clone(&self.committed);
-        let hooked = connection.lock_handle().await.map(|mut handle| {
+        connection.lock_handle().await.map(|mut handle| {
             handle.set_commit_hook(move || {
                 committed.store(true, Ordering::SeqCst);
                 true
             });
-        });
-        hooked.map_err(|source| {
-            failed(TransactionErrorKind::Unavailable, "the connection cannot be watched", source)
         })
     }
 
@@ -78,8 +76,16 @@ impl AttemptTransaction {
         *self.turn.lock().unwrap_or_else(PoisonError::into_inner) = turn;
     }
 
-    async fn lock(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
-        let statements = self.store.statements().await?;
+    /// Begins the transaction, whoever the record belongs to.
+    pub(super) async fn open(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        let opened = self.try_open().await;
+        if opened.is_err() {
+            self.set_turn(None);
+        }
+        opened
+    }
+
+    async fn try_open(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
         let connections = &self.store.state.connections;
         // A newcomer queues before it asks for the connection, so that owners of records go first.
         self.set_turn(Some(connections.turn().await?));
@@ -87,27 +93,34 @@ impl AttemptTransaction {
         let mut transaction = connections.begin_for_handler(&self.store.pool, begin).await?;
         if let Err(error) = self.watch_commits(&mut transaction).await {
             self.abandon(transaction).await;
-            return Err(error);
+            let message = "begin: the connection cannot be watched";
+            return Err(StoreError::new(StoreErrorKind::Unavailable, message).with_source(error));
         }
+        Ok(transaction)
+    }
+
+    async fn lock(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
+        let statements = self.store.statements().await?;
+        let mut transaction = self.open().await?;
         let mine = prepared(&Call::new(&statements.own.mine).of_attempt(&self.attempt))
             .fetch_optional(&mut *transaction)
             .await;
-        match mine
-            .map_err(|source| failed(TransactionErrorKind::Lost, "the record could not be read", source))?
-        {
-            Some(_) => Ok(transaction),
-            None => {
-                self.abandon(transaction).await;
+        let error = match mine {
+            Ok(Some(_)) => return Ok(transaction),
+            Ok(None) => {
                 let message = "another attempt has taken the record over";
-                Err(TransactionError::new(TransactionErrorKind::Lost, message))
+                TransactionError::new(TransactionErrorKind::Lost, message)
             }
-        }
+            Err(source) => failed(TransactionErrorKind::Lost, "the record could not be read", source),
+        };
+        self.abandon(transaction).await;
+        Err(error)
     }
 
     /// Runs a statement about the savepoint. Fails if the savepoint is gone: as
     /// [`Ended`](TransactionErrorKind::Ended) if something may be committed, else as
     /// [`Failed`](TransactionErrorKind::Failed).
-    async fn at_savepoint(
+    pub(super) async fn at_savepoint(
         &self,
         connection: &mut SqliteConnection,
         verb: &str,
@@ -137,12 +150,8 @@ impl AttemptTransaction {
             }
             Last::Phase { .. } => Call::new(&statements.own.retain).with("lease", self.lease),
         };
-        let failed = |source| {
-            let message = "the last statement of the transaction failed";
-            failed(kind_of(&source), message, source)
-        };
         let changed = prepared(&fenced.of_attempt(&self.attempt)).execute(&mut *connection).await;
-        if changed.map_err(failed)?.rows_affected() == 0 {
+        if changed.map_err(Self::last_failed)?.rows_affected() == 0 {
             return Err(TransactionError::new(TransactionErrorKind::Lost, "the record is another attempt's"));
         }
         if let Last::Phase { name, result } = last {
@@ -150,14 +159,46 @@ impl AttemptTransaction {
                 .of_attempt(&self.attempt)
                 .with("name", name.as_str())
                 .with("result", &**result);
-            prepared(&finish).execute(connection).await.map_err(failed)?;
+            prepared(&finish).execute(connection).await.map_err(Self::last_failed)?;
         }
         Ok(())
     }
 
+    pub(super) fn last_failed(source: sqlx::Error) -> TransactionError {
+        failed(kind_of(&source), "the last statement of the transaction failed", source)
+    }
+
+    pub(super) async fn send_commit(
+        &self,
+        transaction: Transaction<'static, Sqlite>,
+    ) -> Result<(), TransactionError> {
+        let committed = transaction.commit().await;
+        self.set_turn(None);
+        committed.map_err(|source| match code(&source) {
+            // Nothing says whether the commit has reached the disk.
+            None | Some(INPUT_OUTPUT) => failed(TransactionErrorKind::Unconfirmed, "COMMIT failed", source),
+            Some(_) => failed(kind_of(&source), "COMMIT failed", source),
+        })
+    }
+
+    /// Rolls back, and fails if the transaction is not the one that was begun.
+    pub(super) async fn undo(
+        &self,
+        mut transaction: Transaction<'static, Sqlite>,
+    ) -> Result<(), TransactionError> {
+        // The proof comes first, because the rollback removes the savepoint.
+        let proved = self.at_savepoint(&mut transaction, "ROLLBACK TO").await;
+        self.abandon(transaction).await;
+        match proved {
+            // It was rolled back before.
+            Err(error) if error.kind() == TransactionErrorKind::Failed => Ok(()),
+            proved => proved,
+        }
+    }
+
     /// Rolls back without a proof that the transaction is the one that was begun. Closes a
     /// connection that is not in order.
-    async fn abandon(&self, transaction: Transaction<'static, Sqlite>) {
+    pub(super) async fn abandon(&self, transaction: Transaction<'static, Sqlite>) {
         if let Err(error) = transaction.rollback().await {
             let error = &error as &dyn std::error::Error;
             tracing::debug!(target: TRACING_TARGET, error, "nothing to roll back");
@@ -169,11 +210,7 @@ impl AttemptTransaction {
 #[async_trait]
 impl Driver<Sqlite> for AttemptTransaction {
     async fn begin(&self) -> Result<Transaction<'static, Sqlite>, TransactionError> {
-        let locked = self.lock().await;
-        if locked.is_err() {
-            self.set_turn(None);
-        }
-        locked
+        self.lock().await
     }
 
     async fn commit(
@@ -185,24 +222,11 @@ impl Driver<Sqlite> for AttemptTransaction {
             self.abandon(transaction).await;
             return Err(error);
         }
-        let committed = transaction.commit().await;
-        self.set_turn(None);
-        committed.map_err(|source| match code(&source) {
-            // Nothing says whether the commit has reached the disk.
-            None | Some(INPUT_OUTPUT) => failed(TransactionErrorKind::Unconfirmed, "COMMIT failed", source),
-            Some(_) => failed(kind_of(&source), "COMMIT failed", source),
-        })
+        self.send_commit(transaction).await
     }
 
-    async fn roll_back(&self, mut transaction: Transaction<'static, Sqlite>) -> Result<(), TransactionError> {
-        // The proof comes first, because the rollback removes the savepoint.
-        let proved = self.at_savepoint(&mut transaction, "ROLLBACK TO").await;
-        self.abandon(transaction).await;
-        match proved {
-            // It was rolled back before.
-            Err(error) if error.kind() == TransactionErrorKind::Failed => Ok(()),
-            proved => proved,
-        }
+    async fn roll_back(&self, transaction: Transaction<'static, Sqlite>) -> Result<(), TransactionError> {
+        self.undo(transaction).await
     }
 
     /// Does nothing: SQLite can end a transaction on its own connection only.

@@ -10,9 +10,9 @@ use http::Extensions;
 use tower_idempotency::{
     Consumer, IdempotencyKey, StoreError,
     store::{
-        Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Fingerprint, Record, RecordFilter,
-        RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store, StoreErrorKind,
-        StoreTransaction, TransactionLimits,
+        Attempt, BeginOutcome, Claim, ClaimOutcome, CompleteOutcome, Fenced, Fingerprint, Record,
+        RecordFilter, RecordState, RecoveryStore, RenewOutcome, Renewal, Resolution, ResolveOutcome, Store,
+        StoreErrorKind, StoreTransaction, TransactionLimits,
     },
 };
 
@@ -244,6 +244,10 @@ impl Store for BrokenStore {
         _: &mut Extensions,
     ) -> Option<Arc<dyn StoreTransaction>> {
         None
+    }
+
+    async fn begin_single(&self, _: &Claim, _: &TransactionLimits) -> Result<BeginOutcome, StoreError> {
+        Err(StoreError::new(StoreErrorKind::Misconfigured, "there are no transactions"))
     }
 
     fn recovery(&self) -> Option<Arc<dyn RecoveryStore>> {

@@ -12,7 +12,7 @@ use crate::support::forward::forward;
 
 #[async_trait::async_trait]
 impl Store for Faulty {
-    forward!(inner: prepare complete hold get list resolve transaction close);
+    forward!(inner: prepare complete hold get list resolve transaction begin_single close);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         let forget = "UPDATE idempotency_records SET repeatable_until = NULL, unresolved = 0";
