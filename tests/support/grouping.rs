@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use tower_idempotency::store::{Grouping, Store, conformance::Fixture};
 
-use super::{schema::{PooledSchema, Schema}, sqlite::SqliteFile};
+use super::{
+    schema::{PooledSchema, Schema},
+    sqlite::SqliteFile,
+};
 
 /// What `TEST_GROUPS` chooses: `on`, the default, `off`, or `one` for groups of one call each.
 ///

@@ -169,7 +169,12 @@ struct UnderWay<T: Item> {
 
 impl<T: Item> Group<T> {
     /// Runs an item, alone or in a group.
-    pub(super) async fn run<E>(&self, grouping: Grouping, item: T, engine: &E) -> Result<T::Outcome, StoreError>
+    pub(super) async fn run<E>(
+        &self,
+        grouping: Grouping,
+        item: T,
+        engine: &E,
+    ) -> Result<T::Outcome, StoreError>
     where
         T: Grouped<E>,
     {
@@ -316,7 +321,9 @@ impl<T: Item> Batch<T> {
         let begun = Instant::now();
         let outcomes = T::together(&self.items, engine).await;
         drop(self.under_way);
-        metrics::group(T::OPERATION, self.items.len());
+        if outcomes.is_ok() {
+            metrics::group(T::OPERATION, self.items.len());
+        }
         let mut turns = turns(self.items.len(), begun.elapsed(), outcomes);
         let mut own = Turn::Alone;
         for (caller, turn) in self.callers.into_iter().zip(turns.drain(..)) {

@@ -140,8 +140,7 @@ impl<E: Engine> Grouped<E> for Release {
     async fn together(releases: &[Self], engine: &E) -> Together<Fenced> {
         let rows = engine.release_together(releases).await?;
         let released = attempts::<E>(Self::OPERATION, &rows)?;
-        let outcome =
-            |release: &Self| released.contains(&release.0.id.as_uuid()).then_some(Fenced::Applied);
+        let outcome = |release: &Self| released.contains(&release.0.id.as_uuid()).then_some(Fenced::Applied);
         Ok(releases.iter().map(outcome).collect())
     }
 }

@@ -20,10 +20,6 @@ use std::{fmt::Debug, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use http::Extensions;
 
-pub use self::{
-    group::Grouping,
-    setup::{InvalidIdentifier, TableCreation},
-};
 use self::{
     call::{Call, Dialect},
     group::Groups,
@@ -32,6 +28,10 @@ use self::{
     rows::Fields,
     setup::Ready,
     statements::{Purges, Records, Recovery},
+};
+pub use self::{
+    group::Grouping,
+    setup::{InvalidIdentifier, TableCreation},
 };
 use crate::{
     error::StoreError,
