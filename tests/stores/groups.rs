@@ -10,7 +10,7 @@ use bytes::Bytes;
 use metrics::{Counter, Gauge, Histogram, HistogramFn, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use tokio::task::JoinSet;
 use tower_idempotency::store::{
-    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Grouping, RecordState, Store,
+    Attempt, Claim, ClaimOutcome, CompleteOutcome, Fenced, Grouping, RecordState, Renewal, Store,
 };
 
 use crate::support::{
@@ -109,15 +109,11 @@ async fn storm<S: Store + Clone>(stores: [S; 2]) {
     for store in &stores {
         store.prepare().await.unwrap();
     }
-    let lease = Duration::from_millis(300);
-    let lapsing = |number| {
-        let mut claim = claim(&format!("{number}"));
-        claim.lease = lease;
-        claim
-    };
-    let fresh = won_once(&stores, lapsing).await;
+    let fresh = won_once(&stores, |number| claim(&format!("{number}"))).await;
     assert!(fresh.values().all(|(_, number)| *number == 1), "{fresh:?}");
-    tokio::time::sleep(2 * lease).await;
+    let short = |(attempt, _): &(Attempt, u32)| Renewal::new(attempt.clone(), Duration::from_millis(1));
+    stores[0].renew(&fresh.values().map(short).collect::<Vec<_>>()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
     let taken = won_once(&stores, |number| claim(&format!("{number}"))).await;
     assert!(taken.values().all(|(_, number)| *number == 2), "{taken:?}");
     let mut completions = JoinSet::new();

@@ -76,7 +76,7 @@ async fn a_locked_record_delays_no_other() {
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn a_statement_that_hangs_and_a_leader_that_is_gone_stall_no_other() {
     let schema = Schema::create().await;
-    let store = schema.store().with_grouping(Grouping::default());
+    let store = schema.store().with_max_connections(16).with_grouping(Grouping::default());
     store.prepare().await.unwrap();
     let mut transaction = schema.pool.begin().await.unwrap();
     for key in ["hangs", "z"] {
@@ -107,7 +107,7 @@ fn a_runtime_that_goes_down_leaves_no_call_waiting() {
     });
     let (schema, store, transaction) = one.block_on(async {
         let schema = Schema::create().await;
-        let store = schema.store().with_grouping(Grouping::default());
+        let store = schema.store().with_max_connections(16).with_grouping(Grouping::default());
         store.prepare().await.unwrap();
         let mut transaction = schema.pool.begin().await.unwrap();
         for key in ["hangs", "z"] {
