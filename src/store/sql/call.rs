@@ -117,7 +117,7 @@ pub(in crate::store) struct Statement {
 }
 
 impl Statement {
-    /// Replaces the names by columns or placeholders. A value that occurs twice is sent once if it has a
+    /// Replaces the names by placeholders. A value that occurs twice is sent once if it has a
     /// number. Two colons are a cast.
     pub(in crate::store) fn new(template: &str, placeholder: Option<char>) -> Self {
         Self::over_rows(template, placeholder, &[])

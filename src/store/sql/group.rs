@@ -185,7 +185,7 @@ impl<T: Item> Group<T> {
         };
         let turn = match turn {
             Turn::Lead(batch) => batch.run(engine).await,
-            turn => turn,
+            turn @ (Turn::Done(_) | Turn::Alone) => turn,
         };
         match turn {
             Turn::Done(outcome) => outcome,

@@ -49,7 +49,7 @@ statements! {
             "{record}"
         ),
         /// Shows the records that claims of many keys find.
-        look_together: dialect.of_rows().statement(&format!(
+        look_together: dialect.of_rows().with("large", "FALSE").statement(&format!(
             "SELECT {{record}}, {{large}} OR {{decision}} <> 'show' AS open, FALSE AS written
              FROM ({CLAIMS}) AS excluded CROSS JOIN {{records}} AS {{r}} WHERE {{this_key}}"
         )),

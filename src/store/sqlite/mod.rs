@@ -6,7 +6,7 @@ mod requirements;
 mod setup;
 mod transaction;
 
-use std::{collections::HashSet, fmt::Write, sync::Arc, time::Duration};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use http::Extensions;
@@ -224,15 +224,13 @@ impl Engine for SqliteStore {
         let json = claims_as_json(claims);
         let look = Call::new(&own.look_together).with("claims", json.as_str());
         let mut rows = self.read("claim", look).await?;
-        // Duplicates only read. Another claim may take a record before the statement that writes,
-        // which therefore decides again.
-        let mut settled = HashSet::with_capacity(rows.len());
+        let mut settled = false;
         for row in &rows {
-            if !row.flag("open").map_err(failed)? {
-                settled.insert(row.text("key").map_err(failed)?);
-            }
+            settled |= !row.flag("open").map_err(failed)?;
         }
-        if settled.len() < claims.len() {
+        // A duplicate never waits for the writer, so beside one the others are sent alone. Another
+        // claim may take a record before the statement that writes, which therefore decides again.
+        if !settled {
             let take = Call::new(&own.take_together).with("claims", json.as_str());
             rows.extend(self.write(Rank::Newcomer, "claim", &take).await?.rows);
         }
