@@ -179,7 +179,7 @@ async fn large_responses(store: &(impl Store + Clone)) {
     store.prepare().await.unwrap();
     let claims: Vec<_> = (0..30).map(|number| claim(&format!("{number}"))).collect();
     claim_all(store, &claims).await;
-    let response = |number: usize| vec![number as u8; [100, 20_000, 1_500_000][number % 3]];
+    let response = |number: usize| vec![u8::try_from(number).unwrap(); [100, 20_000, 1_500_000][number % 3]];
     let mut completions = JoinSet::new();
     for (number, claim) in claims.iter().cloned().enumerate() {
         let (store, response) = (store.clone(), Bytes::from(response(number)));

@@ -116,7 +116,8 @@ fn a_runtime_that_goes_down_leaves_no_call_waiting() {
         (schema, store, transaction)
     });
     let spawn_after = |runtime: &tokio::runtime::Runtime, key: &str| {
-        let claimed = runtime.block_on(async { spawn(&store, claim(key)) });
+        let _runtime = runtime.enter();
+        let claimed = spawn(&store, claim(key));
         std::thread::sleep(Duration::from_millis(5));
         claimed
     };

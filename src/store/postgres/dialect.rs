@@ -91,7 +91,8 @@ statements! {
                      {now} + lease * interval '1 microsecond' AS lease_until,
                      {now} + retention * interval '1 microsecond' AS expires_at
                  FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :records::uuid[],
-                         :fingerprints::bytea[], :limits::bigint[], :leases::bigint[], :retentions::bigint[])
+                         :fingerprints::bytea[], :limits::bigint[], :leases::bigint[],
+                         :retentions::bigint[])
                      AS i (consumer, key, attempt, id, fingerprint, max_abandoned, lease, retention)
                  ORDER BY consumer COLLATE \"C\", key COLLATE \"C\"
              ), found AS (

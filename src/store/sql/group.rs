@@ -57,8 +57,8 @@ impl Grouping {
         Self { max_rows: 0 }
     }
 
-    /// Sets the number of calls in a statement, 1 to 1,000. With 1, each call is a group of its own,
-    /// even one that arrives alone: tests reach the statements of groups in this way.
+    /// Sets the number of calls in a statement, 1 to 1,000. With 1, each call is a group of its
+    /// own, even one that arrives alone: tests reach the statements of groups in this way.
     #[must_use]
     pub fn with_max_rows(rows: u16) -> Self {
         Self { max_rows: usize::from(rows.clamp(1, MOST_ROWS)) }
@@ -257,8 +257,8 @@ impl<T: Item> Queue<T> {
         Some(batch)
     }
 
-    /// Takes those that wait, as far as there is room. If there is not, each consumer gets its turn:
-    /// a storm of one delays no other.
+    /// Takes those that wait, as far as there is room. If there is not, each consumer gets its
+    /// turn: a storm of one delays no other.
     fn take(&mut self, queue: &Arc<Mutex<Self>>, max_rows: usize) -> Option<Batch<T>> {
         let mut waiting = mem::take(&mut self.waiting);
         waiting.retain(|waiter| !waiter.caller.is_closed());
@@ -352,7 +352,8 @@ fn turns<T: Item>(items: usize, elapsed: Duration, outcomes: Together<T::Outcome
         }
         Err(error) => {
             tracing::debug!(
-                target: TRACING_TARGET, operation = T::OPERATION, items, error = &error as &dyn std::error::Error,
+                target: TRACING_TARGET, operation = T::OPERATION, items,
+                error = &error as &dyn std::error::Error,
                 "a group of calls failed; each of them is repeated alone"
             );
             (0..items).map(|_| Turn::Alone).collect()
