@@ -132,7 +132,8 @@ statements! {
         /// reason.
         complete_together: dialect.of_rows().statement(
             "WITH i AS (
-                 SELECT * FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :responses::bytea[])
+                 SELECT * FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[],
+                         :responses::bytea[])
                      AS i (consumer, key, attempt, response)
                  ORDER BY consumer COLLATE \"C\", key COLLATE \"C\"
              ), locked AS (
