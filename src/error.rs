@@ -45,6 +45,12 @@ impl StoreError {
         self
     }
 
+    /// Makes the error of one call from that of several.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn shared(error: &std::sync::Arc<Self>) -> Self {
+        Self::new(error.kind, error.message.clone()).with_source(std::sync::Arc::clone(error))
+    }
+
     /// The effect of the call, as far as it is known.
     #[must_use]
     pub fn kind(&self) -> StoreErrorKind {

@@ -16,6 +16,7 @@ mod names {
     pub(super) const OVERLOOKED: &str = "idempotency_intents_overlooked";
     pub(super) const SENT_AGAIN: &str = "idempotency_requests_sent_again_total";
     pub(super) const PURGED: &str = "idempotency_purged_total";
+    pub(super) const GROUP: &str = "idempotency_group_size";
 }
 
 /// `true` with the feature `metrics`: then the queries that fill gauges are worth their cost.
@@ -69,6 +70,14 @@ pub(crate) fn overlooked(intents: u64) {
     metrics::gauge!(names::OVERLOOKED).set(float(intents));
     #[cfg(not(feature = "metrics"))]
     let _ = intents;
+}
+
+/// Records the number of calls that shared a statement.
+pub(crate) fn group(statement: &'static str, calls: usize) {
+    #[cfg(feature = "metrics")]
+    metrics::histogram!(names::GROUP, "statement" => statement).record(float(calls as u64));
+    #[cfg(not(feature = "metrics"))]
+    let _ = (statement, calls);
 }
 
 /// Counts deleted rows.

@@ -58,7 +58,7 @@ impl<T> Work<T> {
     pub(crate) fn poll_or_move(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, EndedEarly>> {
         match Pin::new(&mut *self).poll(cx) {
             Poll::Pending if self.move_to_task() => Pin::new(self).poll(cx),
-            polled => polled,
+            polled @ (Poll::Pending | Poll::Ready(_)) => polled,
         }
     }
 
@@ -68,7 +68,7 @@ impl<T> Work<T> {
                 self.state = State::InTask((self.run_in_task)(rest, &self.runtime));
                 true
             }
-            moved => {
+            moved @ (State::InTask(_) | State::Ended) => {
                 self.state = moved;
                 false
             }

@@ -25,7 +25,7 @@ pub use memory::MemoryStore;
 pub use postgres::{ConnectionMode, PostgresStore};
 pub use recovery::RecoveryStore;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
-pub use sql::{InvalidIdentifier, TableCreation};
+pub use sql::{Grouping, InvalidIdentifier, TableCreation};
 #[cfg(feature = "sqlite")]
 pub use sqlite::SqliteStore;
 pub use transaction::{

@@ -158,7 +158,7 @@ async fn without_a_place_every_answer_that_needs_no_handler_is_given_memory() {
 #[tokio::test]
 async fn without_a_place_every_answer_that_needs_no_handler_is_given_sqlite() {
     let file = SqliteFile::new();
-    without_a_place(tower_idempotency::SqliteStore::new(file.pool())).await;
+    without_a_place(file.store()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tower_idempotency::{
-    IdempotencyKey, Reaper, ReplayCache, SqliteStore,
+    IdempotencyKey, Reaper, ReplayCache,
     store::{Attempt, Claim, ClaimOutcome, ConnectionMode, IntoStore, RecordState, Store},
 };
 
@@ -20,7 +20,7 @@ const MANY: usize = 100;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_at_once_run_once_sqlite() {
     let file = SqliteFile::new();
-    a_hundred_at_once_run_once(SqliteStore::new(file.pool())).await;
+    a_hundred_at_once_run_once(file.store()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -59,7 +59,7 @@ async fn a_hundred_at_once_at_two_servers_run_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_while_the_record_expires_run_once_sqlite() {
     let file = SqliteFile::new();
-    a_hundred_while_the_record_expires_run_once(SqliteStore::new(file.pool())).await;
+    a_hundred_while_the_record_expires_run_once(file.store()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -89,7 +89,7 @@ async fn a_hundred_while_the_record_expires_run_once(store: impl IntoStore) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_while_the_lease_of_a_dead_owner_ends_run_once_sqlite() {
     let file = SqliteFile::new();
-    a_hundred_while_the_lease_of_a_dead_owner_ends_run_once(Arc::new(SqliteStore::new(file.pool()))).await;
+    a_hundred_while_the_lease_of_a_dead_owner_ends_run_once(Arc::new(file.store())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

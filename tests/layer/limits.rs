@@ -17,7 +17,7 @@ use sqlx::{Postgres, Sqlite};
 use tower::Layer;
 use tower_idempotency::{
     Consumer, ConsumerExtractor, Idempotency, IdempotencyLayer, IntentLog, KeySyntax, Lookup, MemoryStore,
-    Reaper, Reconciler, RejectionCode, Resource, SqliteStore, TransactionOptions, Tx,
+    Reaper, Reconciler, RejectionCode, Resource, TransactionOptions, Tx,
     jobs::LogOutcome,
     recovery::{Completer, KeptRequests, Refused, Restore},
     store::Store,
@@ -163,7 +163,7 @@ async fn every_setting_is_refused_or_works_sqlite() {
         sqlx::query("SELECT 1").execute(&mut *tx).await.unwrap();
         (StatusCode::CREATED, "done")
     });
-    let store = Arc::new(SqliteStore::new(file.pool()));
+    let store = Arc::new(file.store());
     every_setting(&store, &Router::new().route("/charges", handler)).await;
 }
 
@@ -281,7 +281,7 @@ async fn every_setting_of_a_reconciler_is_refused_or_works() {
         built("look-ups", COUNTS, ZERO, |value| lookup().with_max_lookups(value)),
     ];
     let file = SqliteFile::new();
-    let handle = IdempotencyLayer::new(SqliteStore::new(file.pool())).handle();
+    let handle = IdempotencyLayer::new(file.store()).handle();
     for reconciler in reconcilers.iter().flatten() {
         handle.reconcile(reconciler).await.unwrap();
         handle.start_reconciler(reconciler.clone()).unwrap();
@@ -310,7 +310,7 @@ async fn every_setting_of_a_completer_is_refused_or_works() {
         built("tries", COUNTS, ZERO, |value| completer().with_max_tries(value)),
     ];
     let file = SqliteFile::new();
-    let handle = IdempotencyLayer::new(SqliteStore::new(file.pool())).handle();
+    let handle = IdempotencyLayer::new(file.store()).handle();
     for completer in completers.iter().flatten() {
         handle.complete_abandoned(completer).await.unwrap();
         handle.start_completer(completer.clone()).unwrap();
@@ -334,9 +334,7 @@ async fn every_setting_of_an_intent_is_refused_or_works() {
                 open(idempotency, value).call(call).await.map(|resource| resource.id)
             };
             let app = Router::new().route("/charges", post(handler));
-            for store in
-                [Arc::new(MemoryStore::new()) as Arc<dyn Store>, Arc::new(SqliteStore::new(file.pool()))]
-            {
+            for store in [Arc::new(MemoryStore::new()) as Arc<dyn Store>, Arc::new(file.store())] {
                 let app = app.clone().layer(IdempotencyLayer::new(store));
                 let answer = send(&app, charge(&format!("{name}-{number}"))).await;
                 let expected = if refused { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::OK };
@@ -349,7 +347,7 @@ async fn every_setting_of_an_intent_is_refused_or_works() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_setting_of_a_log_is_refused_or_works() {
     let file = SqliteFile::new();
-    let log = || IntentLog::new(SqliteStore::new(file.pool()));
+    let log = || IntentLog::new(file.store());
     let made = [
         built("store time-out", DURATIONS, TOO_SHORT, |value| log().with_store_timeout(value)),
         built("lease", DURATIONS, TOO_SHORT, |value| log().with_lease(value).with_retention(Duration::MAX)),
@@ -394,7 +392,7 @@ async fn every_setting_of_the_postgres_store_is_refused_or_works() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_call_of_an_operator_takes_any_duration_and_count() {
     let file = SqliteFile::new();
-    for layer in [layer(), IdempotencyLayer::new(SqliteStore::new(file.pool()))] {
+    for layer in [layer(), IdempotencyLayer::new(file.store())] {
         let handle = layer.handle();
         for (duration, count) in DURATIONS.into_iter().zip(COUNTS) {
             assert_eq!(handle.purge_settled(duration, count).await.unwrap(), 0);

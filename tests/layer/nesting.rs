@@ -10,7 +10,7 @@ use axum::{
 };
 use tower_idempotency::{
     Consumer, ConsumerExtractor, Fingerprinter, Idempotency, IdempotencyLayer, IntentLog, MemoryStore,
-    RejectionCode, SqliteStore,
+    RejectionCode,
     jobs::LogOutcome,
     store::{IntoStore, RecordFilter, Store},
 };
@@ -135,7 +135,7 @@ async fn without_a_free_place_the_inner_layer_passes_what_the_outer_one_guards()
 #[tokio::test]
 async fn two_pools_of_one_sqlite_file_run_once() {
     let file = SqliteFile::new();
-    two_stores_of_one_database_run_once(SqliteStore::new(file.pool()), SqliteStore::new(file.pool())).await;
+    two_stores_of_one_database_run_once(file.store(), file.store()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

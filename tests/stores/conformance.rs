@@ -5,10 +5,11 @@ use std::{io, sync::Arc, time::Duration};
 use tokio::runtime::{Builder, Runtime};
 use tower_idempotency::{
     MemoryStore, conformance_tests,
-    store::{Store, conformance::Fixture},
+    store::{Grouping, Store, conformance::Fixture},
 };
 
 use crate::support::{
+    grouping::Grouped,
     schema::{PooledSchema, Schema},
     sqlite::SqliteFile,
 };
@@ -58,3 +59,21 @@ conformance_tests!(memory_on_threads, MemoryOnThreads::default());
 conformance_tests!(sqlite, SqliteFile::new());
 conformance_tests!(postgres, Schema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);
 conformance_tests!(pgbouncer, PooledSchema::create().await, #[ignore = "needs PostgreSQL: run scripts/test"]);
+
+conformance_tests!(sqlite_ungrouped, Grouped(SqliteFile::new(), Grouping::off()));
+conformance_tests!(sqlite_in_groups_of_one, Grouped(SqliteFile::new(), Grouping::with_max_rows(1)));
+conformance_tests!(
+    postgres_ungrouped,
+    Grouped(Schema::create().await, Grouping::off()),
+    #[ignore = "needs PostgreSQL: run scripts/test"]
+);
+conformance_tests!(
+    postgres_in_groups_of_one,
+    Grouped(Schema::create().await, Grouping::with_max_rows(1)),
+    #[ignore = "needs PostgreSQL: run scripts/test"]
+);
+conformance_tests!(
+    pgbouncer_in_groups_of_one,
+    Grouped(PooledSchema::create().await, Grouping::with_max_rows(1)),
+    #[ignore = "needs PostgreSQL: run scripts/test"]
+);

@@ -5,6 +5,8 @@ mod support;
 
 mod conformance;
 mod connections;
+mod groups;
+mod groups_faults;
 mod mutants;
 mod own_database;
 mod postgres;

@@ -70,7 +70,7 @@ fn take(left: &AtomicUsize) -> bool {
 
 #[async_trait::async_trait]
 impl Store for Asked {
-    forward!(store: prepare renew complete release hold get list evict resolve transaction recovery purge close);
+    forward!(store: prepare renew complete release hold get list evict resolve transaction begin_single recovery purge close);
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         self.state.claims.send_modify(|claims| *claims += 1);

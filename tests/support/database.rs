@@ -38,7 +38,7 @@ impl Database {
     /// The store of the servers, for this process.
     pub fn store(&self) -> Arc<dyn Store> {
         match self {
-            Self::Sqlite(file) => Arc::new(tower_idempotency::SqliteStore::new(file.pool())),
+            Self::Sqlite(file) => Arc::new(file.store()),
             Self::Postgres(schema) => Arc::new(schema.store()),
         }
     }

@@ -6,6 +6,7 @@ use sqlx::{AssertSqlSafe, Database, PgPool, Pool, Postgres, Sqlite, SqlitePool, 
 use tower_idempotency::{PostgresStore, SqliteStore, store::Store};
 
 use super::{
+    grouping::grouping,
     schema::{Schema, server},
     sqlite::SqliteFile,
 };
@@ -42,7 +43,7 @@ impl Db for Postgres {
     }
 
     fn store(pool: &PgPool) -> Arc<dyn Store> {
-        Arc::new(PostgresStore::new(pool.clone()))
+        Arc::new(PostgresStore::new(pool.clone()).with_grouping(grouping()))
     }
 
     async fn run(connection: &mut Self::Connection, sql: &str) -> Result<(), sqlx::Error> {
@@ -71,7 +72,7 @@ impl Db for Sqlite {
     }
 
     fn store(pool: &SqlitePool) -> Arc<dyn Store> {
-        Arc::new(SqliteStore::new(pool.clone()))
+        Arc::new(SqliteStore::new(pool.clone()).with_grouping(grouping()))
     }
 
     async fn run(connection: &mut Self::Connection, sql: &str) -> Result<(), sqlx::Error> {

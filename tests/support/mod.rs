@@ -8,6 +8,7 @@ pub mod database;
 pub mod db;
 pub mod direct;
 pub mod forward;
+pub mod grouping;
 pub mod http;
 pub mod log;
 pub mod postgres;

@@ -11,7 +11,7 @@ use tower_idempotency::{
     store::{ConnectionMode, Store, conformance::Fixture},
 };
 
-use super::{proxy::Proxy, required_env};
+use super::{grouping::grouping, proxy::Proxy, required_env};
 
 /// A schema that only one test uses.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Schema {
     }
 
     pub fn store(&self) -> PostgresStore {
-        PostgresStore::new(self.pool.clone()).with_schema(&self.name).unwrap()
+        PostgresStore::new(self.pool.clone()).with_schema(&self.name).unwrap().with_grouping(grouping())
     }
 
     /// A statement in which `{s}` is the schema.
@@ -84,7 +84,7 @@ impl PooledSchema {
 
     pub fn store(&self) -> PostgresStore {
         let store = PostgresStore::new(self.pool()).with_schema(&self.0.name).unwrap();
-        store.with_connection_mode(ConnectionMode::TransactionPooler)
+        store.with_connection_mode(ConnectionMode::TransactionPooler).with_grouping(grouping())
     }
 }
 

@@ -12,7 +12,7 @@ use tower_idempotency::{
     store::{Store, conformance::Fixture},
 };
 
-use super::wait_for;
+use super::{grouping::grouping, wait_for};
 
 /// A database file that goes away with the test.
 #[derive(Debug)]
@@ -43,6 +43,10 @@ impl SqliteFile {
         wait_for("files that can all be read", || read_all().ok())
     }
 
+    pub fn store(&self) -> SqliteStore {
+        SqliteStore::new(self.pool()).with_grouping(grouping())
+    }
+
     pub fn pool(&self) -> SqlitePool {
         SqlitePoolOptions::new().max_connections(4).connect_lazy_with(self.options())
     }
@@ -51,7 +55,7 @@ impl SqliteFile {
 #[async_trait::async_trait]
 impl Fixture for SqliteFile {
     async fn open(&self) -> Arc<dyn Store> {
-        Arc::new(SqliteStore::new(self.pool()))
+        Arc::new(self.store())
     }
 
     async fn open_with_clock_ahead(&self, _by: Duration) -> Arc<dyn Store> {

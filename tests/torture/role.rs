@@ -128,12 +128,17 @@ pub fn app(database_url: &str, settings: &Settings) -> Router {
     if database_url.starts_with("sqlite:") {
         let pool = SqlitePoolOptions::new().max_connections(4);
         let pool = pool.connect_lazy(database_url).expect("DATABASE_URL is one of SQLite");
-        let store = Trapped::new(SqliteStore::new(pool), trap.clone());
+        let store = Trapped::new(
+            SqliteStore::new(pool).with_grouping(crate::support::grouping::grouping()),
+            trap.clone(),
+        );
         return router::<Sqlite>(settings, store, trap);
     }
     let pool = PgPoolOptions::new().max_connections(10).acquire_timeout(Duration::from_secs(5));
     let pool = pool.connect_lazy(database_url).expect("DATABASE_URL is one of PostgreSQL");
-    let store = PostgresStore::new(pool).with_statement_timeout(settings.statement_timeout);
+    let store = PostgresStore::new(pool)
+        .with_grouping(crate::support::grouping::grouping())
+        .with_statement_timeout(settings.statement_timeout);
     router::<Postgres>(settings, Trapped::new(store, trap.clone()), trap)
 }
 

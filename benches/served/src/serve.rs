@@ -17,7 +17,9 @@ use sqlx::{
 };
 use tokio::net::TcpListener;
 use tower_http::limit::RequestBodyLimitLayer;
-use tower_idempotency::{Consumer, ConsumerExtractor, IdempotencyLayer, MemoryStore, store::IntoStore};
+use tower_idempotency::{
+    Consumer, ConsumerExtractor, IdempotencyLayer, MemoryStore, layer::Strategy, store::IntoStore,
+};
 
 use crate::{Result, by_hand};
 
@@ -83,7 +85,7 @@ pub fn layer(store: impl IntoStore) -> IdempotencyLayer {
 
 /// The layer with one transaction for record and effect.
 pub fn single_transaction(store: impl IntoStore) -> IdempotencyLayer {
-    layer(store)
+    layer(store).with_strategy(Strategy::SingleTransaction)
 }
 
 /// A body of so many bytes.

@@ -10,7 +10,7 @@ use sqlx::{
 
 use super::ConnectionMode;
 use crate::store::sql::{
-    call::{Call, Value},
+    call::{Call, List, Value},
     micros,
 };
 
@@ -66,6 +66,10 @@ impl<'a> Call<'a> {
             Value::Bytes(bytes) => query.bind(bytes),
             Value::Uuid(id) => query.bind(id),
             Value::Int(number) => query.bind(number),
+            Value::List(List::Texts(list)) => query.bind(list),
+            Value::List(List::Bytes(list)) => query.bind(list),
+            Value::List(List::Uuids(list)) => query.bind(list),
+            Value::List(List::Ints(list)) => query.bind(list),
             Value::Span(span) => query.bind(PgInterval { months: 0, days: 0, microseconds: micros(span) }),
         })
     }
@@ -106,9 +110,22 @@ impl Value<'_> {
             // Writing to a string does not fail.
             Self::Uuid(id) => drop(write!(text, "'{id}'::uuid")),
             Self::Int(number) => drop(write!(text, "({number})")),
+            Self::List(List::Texts(list)) => write_list(text, list, |text| Value::Text(Some(text))),
+            Self::List(List::Bytes(list)) => write_list(text, list, |bytes| Value::Bytes(Some(bytes))),
+            Self::List(List::Uuids(list)) => write_list(text, list, Value::Uuid),
+            Self::List(List::Ints(list)) => write_list(text, list, Value::Int),
             Self::Span(span) => drop(write!(text, "({} * interval '1 microsecond')", micros(*span))),
         }
     }
+}
+
+fn write_list<'a, T: Copy>(text: &mut String, list: &[T], value: impl Fn(T) -> Value<'a>) {
+    text.push_str("ARRAY[");
+    for (place, item) in list.iter().enumerate() {
+        text.push_str(if place > 0 { "," } else { "" });
+        value(*item).write(text);
+    }
+    text.push(']');
 }
 
 fn write_text(text: &mut String, value: &str) {

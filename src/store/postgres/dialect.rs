@@ -79,6 +79,93 @@ statements! {
              FROM locked AS l WHERE {this_key}
              RETURNING {record}"
         ),
+        /// Claims many keys. The rows of `i` are the records that the claims propose.
+        ///
+        /// Inserts only the keys that the snapshot does not show, as `claim` does. Takes keys that
+        /// exist by an insert that never inserts: so it finds each row by the index of the key,
+        /// whatever the planner knew about the table. The row is locked by then, so it waits for
+        /// none, and it decides again about the row as it was locked.
+        claim_together: dialect.of_rows().statement(
+            "WITH i AS (
+                 SELECT consumer, key, id, fingerprint, attempt, max_abandoned::smallint AS max_abandoned,
+                     {now} + lease * interval '1 microsecond' AS lease_until,
+                     {now} + retention * interval '1 microsecond' AS expires_at
+                 FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :records::uuid[],
+                         :fingerprints::bytea[], :limits::bigint[], :leases::bigint[],
+                         :retentions::bigint[])
+                     AS i (consumer, key, attempt, id, fingerprint, max_abandoned, lease, retention)
+                 ORDER BY consumer COLLATE \"C\", key COLLATE \"C\"
+             ), found AS (
+                 SELECT {record}, {large} OR {decision} <> 'show' AS open, excluded.attempt AS claimant
+                 FROM i AS excluded
+                 CROSS JOIN LATERAL (SELECT * FROM {records} AS {r} WHERE {this_key} LIMIT 1) AS {r}
+             ), locked AS (
+                 SELECT excluded.* FROM i AS excluded CROSS JOIN LATERAL (
+                     SELECT FROM {records} AS {r} WHERE {this_key} AND {decision} <> 'show'
+                     LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS {r}
+                 WHERE excluded.attempt = ANY (ARRAY (SELECT claimant FROM found WHERE open))
+             ), added AS (
+                 INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                     abandoned, max_abandoned, lease_until, created_at, expires_at)
+                 SELECT consumer, key, id, fingerprint, 'in_progress', attempt, 1, 0, max_abandoned,
+                     lease_until, {now}, expires_at
+                 FROM i WHERE attempt <> ALL (ARRAY (SELECT claimant FROM found))
+                 ORDER BY consumer COLLATE \"C\", key COLLATE \"C\"
+                 ON CONFLICT (consumer, key) DO NOTHING
+                 RETURNING {record}
+             ), took AS (
+                 INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                     abandoned, max_abandoned, lease_until, created_at, expires_at)
+                 SELECT consumer, key, id, fingerprint, 'in_progress', attempt, 1, 0, max_abandoned,
+                     lease_until, {now}, expires_at
+                 FROM locked
+                 ON CONFLICT (consumer, key) DO UPDATE SET {taken} WHERE {decision} <> 'show'
+                 RETURNING {record}
+             )
+             SELECT found.*, FALSE AS written FROM found
+             UNION ALL
+             SELECT added.*, FALSE AS open, NULL AS claimant, TRUE AS written FROM added
+             UNION ALL
+             SELECT took.*, FALSE AS open, NULL AS claimant, TRUE AS written FROM took"
+        ),
+        /// Completes many records. It is written as an insert that never inserts, for the same
+        /// reason.
+        complete_together: dialect.of_rows().statement(
+            "WITH i AS (
+                 SELECT * FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[],
+                         :responses::bytea[])
+                     AS i (consumer, key, attempt, response)
+                 ORDER BY consumer COLLATE \"C\", key COLLATE \"C\"
+             ), locked AS (
+                 SELECT excluded.* FROM i AS excluded CROSS JOIN LATERAL (
+                     SELECT FROM {records} AS {r} WHERE {this_key} AND {mine}
+                     LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED) AS {r}
+             )
+             INSERT INTO {records} AS {r} (consumer, key, id, fingerprint, state, attempt, attempt_number,
+                 abandoned, max_abandoned, lease_until, created_at, expires_at, response)
+             SELECT consumer, key, attempt, '', 'held', attempt, 0, 0, 0, {now}, {now}, {now}, response
+             FROM locked
+             ON CONFLICT (consumer, key) DO UPDATE SET expires_at = {expiry_if_completed},
+                 state = 'completed', response = excluded.response, completed_at = {now}
+             WHERE {mine}
+             RETURNING {r}.attempt"
+        ),
+        /// Releases many keys. Finds the rows by `ctid`, for the reason of `renew`: no insert
+        /// deletes.
+        release_together: dialect.of_rows().statement(
+            "WITH i AS (
+                 SELECT * FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[])
+                     AS i (consumer, key, attempt)
+                 ORDER BY consumer COLLATE \"C\", key COLLATE \"C\"
+             ), locked AS (
+                 SELECT {r}.place FROM i AS excluded CROSS JOIN LATERAL (
+                     SELECT {r}.ctid AS place FROM {records} AS {r}
+                     WHERE {this_key} AND NOT {retained} AND {mine}
+                     LIMIT 1 FOR UPDATE SKIP LOCKED) AS {r}
+             )
+             DELETE FROM {records} AS {r} USING locked WHERE {r}.ctid = locked.place
+             RETURNING {r}.attempt"
+        ),
         /// Finds the rows by `ctid`. In a join by their key, a plan that was made while the table
         /// was small could walk through the whole index.
         renew: dialect.with("lease", "l.lease").statement(

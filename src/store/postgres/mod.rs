@@ -16,6 +16,7 @@ use sqlx::{
     PgPool, Row,
     postgres::{PgPoolOptions, PgRow},
 };
+use uuid::Uuid;
 
 pub(crate) use self::transaction::transaction_error_kind;
 use self::{
@@ -27,7 +28,10 @@ use super::{
     IntoStore, Store,
     sql::{
         Engine, Rank, Reply,
-        call::Call,
+        call::{Call, List, Statement, max_abandoned},
+        group::{Grouping, Groups, Item},
+        grouped::{Completion, Release},
+        micros,
         records::{renewals_as_json, shown, taken},
         rows::{Fields, fields_of},
         setup::{Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
@@ -76,6 +80,7 @@ pub struct PostgresStore {
     prefix: Identifier,
     creation: TableCreation,
     settings: Settings,
+    grouping: Grouping,
     state: Arc<State>,
 }
 
@@ -101,6 +106,7 @@ pub enum ConnectionMode {
 struct State {
     connections: Connections,
     ready: Lazy<Ready<Own>>,
+    groups: Groups,
     session: Lazy<Session>,
 }
 
@@ -120,6 +126,7 @@ impl PostgresStore {
             prefix: Identifier::default_prefix(),
             creation,
             settings,
+            grouping: Grouping::default(),
             state: Arc::default(),
         }
     }
@@ -168,6 +175,22 @@ impl PostgresStore {
     #[must_use]
     pub fn with_table_creation(mut self, creation: TableCreation) -> Self {
         self.creation = creation;
+        self.with_new_state()
+    }
+
+    /// Sets how calls that arrive simultaneously share statements. Default:
+    /// [`Grouping::default()`].
+    ///
+    /// ```no_run
+    /// # fn example(pool: sqlx::PgPool) {
+    /// use tower_idempotency::{PostgresStore, store::Grouping};
+    ///
+    /// let store = PostgresStore::new(pool).with_grouping(Grouping::off());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_grouping(mut self, grouping: Grouping) -> Self {
+        self.grouping = grouping;
         self.with_new_state()
     }
 
@@ -282,6 +305,45 @@ impl Engine for PostgresStore {
         taken(&rows).map_err(failed)
     }
 
+    fn grouping(&self) -> Grouping {
+        self.grouping
+    }
+
+    fn groups(&self) -> &Groups {
+        &self.state.groups
+    }
+
+    async fn claim_together(&self, claims: &[Claim]) -> Result<Vec<PgRow>, StoreError> {
+        let attempts = Attempts::of(claims);
+        let records: Vec<_> = claims.iter().map(|claim| claim.record_id.as_uuid()).collect();
+        let fingerprints: Vec<_> = claims.iter().map(|claim| claim.fingerprint.as_bytes()).collect();
+        let limits: Vec<_> = claims.iter().map(|claim| i64::from(max_abandoned(claim))).collect();
+        let leases: Vec<_> = claims.iter().map(|claim| micros(claim.lease)).collect();
+        let retentions: Vec<_> = claims.iter().map(|claim| micros(claim.retention)).collect();
+        let call = attempts
+            .call(&self.statements().await?.own.claim_together)
+            .with("records", List::Uuids(&records))
+            .with("fingerprints", List::Bytes(&fingerprints))
+            .with("limits", List::Ints(&limits))
+            .with("leases", List::Ints(&leases))
+            .with("retentions", List::Ints(&retentions));
+        self.read("claim", call).await
+    }
+
+    async fn complete_together(&self, completions: &[Completion]) -> Result<Vec<PgRow>, StoreError> {
+        let attempts = Attempts::of(completions);
+        let responses: Vec<_> = completions.iter().map(|completion| &*completion.response).collect();
+        let call = attempts
+            .call(&self.statements().await?.own.complete_together)
+            .with("responses", List::Bytes(&responses));
+        self.read("complete", call).await
+    }
+
+    async fn release_together(&self, releases: &[Release]) -> Result<Vec<PgRow>, StoreError> {
+        let attempts = Attempts::of(releases);
+        self.read("release", attempts.call(&self.statements().await?.own.release_together)).await
+    }
+
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<PgRow>, StoreError> {
         let renewals = renewals_as_json(renewals);
         self.read("renew", Call::new(&self.statements().await?.own.renew).with("renewals", renewals.as_str()))
@@ -308,6 +370,31 @@ impl Engine for PostgresStore {
 
     fn error(operation: &str, source: sqlx::Error) -> StoreError {
         connection::error(operation, source)
+    }
+}
+
+/// The attempts of a group, by column.
+struct Attempts<'a> {
+    consumers: Vec<&'a str>,
+    keys: Vec<&'a str>,
+    ids: Vec<Uuid>,
+}
+
+impl<'a> Attempts<'a> {
+    fn of(items: &'a [impl Item]) -> Self {
+        let attempts = || items.iter().map(Item::attempt);
+        Self {
+            consumers: attempts().map(|attempt| attempt.consumer.as_str()).collect(),
+            keys: attempts().map(|attempt| attempt.key.as_str()).collect(),
+            ids: attempts().map(|attempt| attempt.id.as_uuid()).collect(),
+        }
+    }
+
+    fn call(&'a self, statement: &'a Statement) -> Call<'a> {
+        Call::new(statement)
+            .with("consumers", List::Texts(&self.consumers))
+            .with("keys", List::Texts(&self.keys))
+            .with("attempts", List::Uuids(&self.ids))
     }
 }
 

@@ -18,6 +18,8 @@ use crate::{
 pub(in crate::store) struct Dialect {
     placeholder: Option<char>,
     fragments: Vec<(&'static str, Cow<'static, str>)>,
+    /// The columns from which values are read.
+    columns: &'static [(&'static str, &'static str)],
 }
 
 impl Dialect {
@@ -30,7 +32,7 @@ impl Dialect {
     ) -> Self {
         let tables = TABLES.map(|name| (name, Cow::from(table(name))));
         let own = fragments.iter().map(|(name, value)| (*name, Cow::from(*value)));
-        Self { placeholder, fragments: own.chain(tables).collect() }
+        Self { placeholder, fragments: own.chain(tables).collect(), columns: &[] }
     }
 
     /// Replaces the fragment of this name.
@@ -41,11 +43,23 @@ impl Dialect {
         dialect
     }
 
+    /// Makes the dialect of statements over many rows, which are called `excluded` as in an `ON
+    /// CONFLICT`. They are the records that claims propose, or have the values of other calls. The
+    /// values that the rules name are read from them.
+    pub(in crate::store) fn of_rows(&self) -> Self {
+        let rows = self
+            .with("lease_until", "excluded.lease_until")
+            .with("expiry_if_new", "excluded.expires_at")
+            .with("stored", "CASE WHEN NOT {large} THEN {r}.response END AS response")
+            .with("large", "(COALESCE(octet_length({r}.response), 0) > 16384)");
+        Self { columns: COLUMNS, ..rows }
+    }
+
     /// Renders a statement.
     pub(in crate::store) fn statement(&self, template: &str) -> Statement {
         let mut sql = String::with_capacity(4 * template.len());
         self.fill(template, true, &mut sql);
-        Statement::new(&sql, self.placeholder)
+        Statement::over_rows(&sql, self.placeholder, self.columns)
     }
 
     /// Renders a statement that ends by returning `columns`. They have no alias, because SQLite
@@ -55,7 +69,7 @@ impl Dialect {
         self.fill(template, true, &mut sql);
         sql.push_str(" RETURNING ");
         self.fill(columns, false, &mut sql);
-        Statement::new(&sql, self.placeholder)
+        Statement::over_rows(&sql, self.placeholder, self.columns)
     }
 
     /// Fills in the fragments, and the fragments inside of them. Names in quotes stay as they are:
@@ -106,11 +120,15 @@ impl Statement {
     /// Replaces the names by placeholders. A value that occurs twice is sent once if it has a
     /// number. Two colons are a cast.
     pub(in crate::store) fn new(template: &str, placeholder: Option<char>) -> Self {
+        Self::over_rows(template, placeholder, &[])
+    }
+
+    fn over_rows(template: &str, placeholder: Option<char>, columns: &[(&str, &str)]) -> Self {
         let (mut text, mut names) = (String::new(), Vec::new());
         for (part, quoted) in by_quotes(template) {
             match quoted {
                 true => text.push_str(part),
-                false => number(part, placeholder, &mut text, &mut names),
+                false => number(part, placeholder, columns, &mut text, &mut names),
             }
         }
         Self { text: text.into(), names }
@@ -118,7 +136,13 @@ impl Statement {
 }
 
 /// Replaces the names in a part of a statement.
-fn number(part: &str, placeholder: Option<char>, text: &mut String, names: &mut Vec<String>) {
+fn number(
+    part: &str,
+    placeholder: Option<char>,
+    columns: &[(&str, &str)],
+    text: &mut String,
+    names: &mut Vec<String>,
+) {
     let mut parts = part.split(':');
     text.push_str(parts.next().unwrap_or_default());
     while let Some(part) = parts.next() {
@@ -129,6 +153,11 @@ fn number(part: &str, placeholder: Option<char>, text: &mut String, names: &mut 
         }
         let end = part.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(part.len());
         let (name, rest) = part.split_at(end);
+        if let Some((_, column)) = columns.iter().find(|(value, _)| *value == name) {
+            text.push_str(column);
+            text.push_str(rest);
+            continue;
+        }
         let known = names.iter().position(|known| known == name && placeholder.is_some());
         let number = known.unwrap_or(names.len()) + 1;
         if known.is_none() {
@@ -187,6 +216,19 @@ pub(in crate::store) enum Value<'a> {
     Int(i64),
     /// A time span. Every database can add it to its clock.
     Span(Duration),
+    /// For databases that have arrays.
+    #[cfg(feature = "postgres")]
+    List(List<'a>),
+}
+
+/// The values of a column of many rows.
+#[cfg(feature = "postgres")]
+#[derive(Clone, Copy)]
+pub(in crate::store) enum List<'a> {
+    Texts(&'a [&'a str]),
+    Bytes(&'a [&'a [u8]]),
+    Uuids(&'a [Uuid]),
+    Ints(&'a [i64]),
 }
 
 /// A statement and its values.
@@ -226,7 +268,7 @@ impl<'a> Call<'a> {
         self.of_attempt(&claim.attempt)
             .with("record", claim.record_id.as_uuid())
             .with("fingerprint", claim.fingerprint.as_bytes())
-            .with("max_abandoned", u32::from(claim.max_abandoned.min(MOST_ABANDONED)))
+            .with("max_abandoned", max_abandoned(claim))
             .with("lease", claim.lease)
             .with("retention", claim.retention)
     }
@@ -242,6 +284,11 @@ impl<'a> Call<'a> {
             value.unwrap_or_else(|| panic!("a call gives every value of its statement: :{name} is missing"))
         })
     }
+}
+
+/// Returns the limit of a claim as far as it fits into its column.
+pub(in crate::store) fn max_abandoned(claim: &Claim) -> u32 {
+    u32::from(claim.max_abandoned.min(MOST_ABANDONED))
 }
 
 impl From<bool> for Value<'_> {
@@ -292,10 +339,28 @@ impl From<Duration> for Value<'_> {
     }
 }
 
+#[cfg(feature = "postgres")]
+impl<'a> From<List<'a>> for Value<'a> {
+    fn from(list: List<'a>) -> Self {
+        Self::List(list)
+    }
+}
+
 const TABLES: [&str; 4] = ["records", "intents", "phases", "requests"];
 
 /// The aliases of a record, an intent and a kept request.
 const ALIASES: [&str; 3] = ["r", "i", "q"];
+
+/// The values of the rules, and the columns of rows that have them.
+const COLUMNS: &[(&str, &str)] = &[
+    ("consumer", "excluded.consumer"),
+    ("key", "excluded.key"),
+    ("record", "excluded.id"),
+    ("fingerprint", "excluded.fingerprint"),
+    ("attempt", "excluded.attempt"),
+    ("max_abandoned", "excluded.max_abandoned"),
+    ("response", "excluded.response"),
+];
 
 /// The largest number that fits into the column, in the dialect where it is smallest.
 const MOST_ABANDONED: u16 = i16::MAX.unsigned_abs();

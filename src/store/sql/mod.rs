@@ -3,6 +3,8 @@
 
 pub(super) mod call;
 pub(super) mod errors;
+pub(super) mod group;
+pub(super) mod grouped;
 pub(super) mod pool;
 pub(super) mod records;
 mod recovery;
@@ -19,14 +21,19 @@ use std::{fmt::Debug, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use http::Extensions;
 
-pub use self::setup::{InvalidIdentifier, TableCreation};
 use self::{
     call::{Call, Dialect},
+    group::Groups,
+    grouped::{Completion, Release},
     returning::Takes,
     rows::Fields,
     setup::Ready,
     single::Singles,
     statements::{Purges, Records, Recovery},
+};
+pub use self::{
+    group::Grouping,
+    setup::{InvalidIdentifier, TableCreation},
 };
 use crate::{
     error::StoreError,
@@ -67,6 +74,22 @@ pub(super) trait Engine: Clone + Debug + Send + Sync + 'static {
 
     /// Claims once. Returns `None` if another claim came between, or has the record locked.
     async fn try_claim(&self, claim: &Claim) -> Result<Option<ClaimOutcome>, StoreError>;
+
+    fn grouping(&self) -> Grouping;
+
+    fn groups(&self) -> &Groups;
+
+    /// Claims keys, no two of them the same, with few statements. Skips locked records. Returns
+    /// records of these keys: those that a claim has `written`, and those that it found and left.
+    /// One of the latter that is `open` is not the answer to its claim.
+    async fn claim_together(&self, claims: &[Claim]) -> Result<Vec<Self::Row>, StoreError>;
+
+    /// Completes records that are not locked, in one statement. Returns the `attempt` of each.
+    async fn complete_together(&self, completions: &[Completion]) -> Result<Vec<Self::Row>, StoreError>;
+
+    /// Releases keys whose records are neither locked nor retained, in one statement. Returns the
+    /// `attempt` of each.
+    async fn release_together(&self, releases: &[Release]) -> Result<Vec<Self::Row>, StoreError>;
 
     /// Renews leases whose records are not locked. Returns one row for each attempt that owns its
     /// record: the `attempt`, and `renewed`, which is true if the lease was renewed.

@@ -7,8 +7,9 @@ use bytes::Bytes;
 use http::Extensions;
 
 use super::{
-    Engine, Rank, all, applied,
-    call::{Call, Statement},
+    Engine, Rank, all,
+    call::Call,
+    grouped::{Completion, Release, fenced},
     micros,
     rows::{self, Fields, required},
 };
@@ -33,13 +34,8 @@ impl<E: Engine> Store for E {
     }
 
     async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
-        for _ in 0..CLAIM_ROUNDS {
-            // Without an outcome, another claim came between. The next round sees its record.
-            if let Some(outcome) = self.try_claim(claim).await? {
-                return Ok(outcome);
-            }
-        }
-        Ok(ClaimOutcome::Contended)
+        let _call = self.groups().begin();
+        self.groups().claims.run(self.grouping(), claim.clone(), self).await
     }
 
     async fn renew(&self, renewals: &[Renewal]) -> Result<Vec<RenewOutcome>, StoreError> {
@@ -53,23 +49,14 @@ impl<E: Engine> Store for E {
     }
 
     async fn complete(&self, attempt: &Attempt, response: Bytes) -> Result<CompleteOutcome, StoreError> {
-        let statement = &self.statements().await?.records.complete;
-        let call = Call::new(statement).of_attempt(attempt).with("response", &*response);
-        if self.change(Rank::Owner, "complete", call).await? > 0 {
-            return Ok(CompleteOutcome::Completed);
-        }
-        // The record tells why: a repeated completion, for example, finds it completed.
-        Ok(not_completed(attempt, self.get(&attempt.consumer, &attempt.key).await?))
+        let completion = Completion { attempt: attempt.clone(), response };
+        let _call = self.groups().begin();
+        self.groups().completions.run(self.grouping(), completion, self).await
     }
 
     async fn release(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
-        let records = &self.statements().await?.records;
-        // Deletes first: a record that becomes retained between the two statements is then left by
-        // the second one, and never deleted.
-        match fenced(self, "release", &records.release, attempt).await? {
-            Fenced::Applied => Ok(Fenced::Applied),
-            Fenced::Lost => fenced(self, "release", &records.release_retained, attempt).await,
-        }
+        let _call = self.groups().begin();
+        self.groups().releases.run(self.grouping(), Release(attempt.clone()), self).await
     }
 
     async fn hold(&self, attempt: &Attempt) -> Result<Fenced, StoreError> {
@@ -145,18 +132,9 @@ impl<E: Engine> Store for E {
     }
 
     async fn close(&self) {
+        self.groups().idle().await;
         self.close_connections().await;
     }
-}
-
-async fn fenced<E: Engine>(
-    engine: &E,
-    operation: &str,
-    statement: &Statement,
-    attempt: &Attempt,
-) -> Result<Fenced, StoreError> {
-    let call = Call::new(statement).of_attempt(attempt);
-    Ok(applied(engine.change(Rank::Owner, operation, call).await?))
 }
 
 /// Returns the outcome of a claim that wrote nothing and found this row.
@@ -205,20 +183,6 @@ fn renewed(renewals: &[Renewal], rows: &[impl Fields]) -> Result<Vec<RenewOutcom
     Ok(renewals.iter().map(outcome).collect())
 }
 
-/// Returns the outcome of a completion that changed nothing, by the record that was found.
-fn not_completed(attempt: &Attempt, found: Option<Record>) -> CompleteOutcome {
-    match found {
-        None => CompleteOutcome::Absent,
-        Some(record)
-            if record.attempt == Some(attempt.id)
-                && matches!(record.state, RecordState::Completed { .. }) =>
-        {
-            CompleteOutcome::Completed
-        }
-        Some(record) => CompleteOutcome::Lost(Box::new(record)),
-    }
-}
-
 /// Returns the outcome of a resolution that changed nothing, by the record that was found.
 fn not_resolved(found: Option<Record>) -> ResolveOutcome {
     let Some(record) = found else { return ResolveOutcome::Absent };
@@ -238,10 +202,6 @@ fn shown_state(filter: RecordFilter) -> &'static str {
         RecordFilter::Completed => "completed",
     }
 }
-
-/// The number of times that a claim asks the database before it answers
-/// [`Contended`](crate::store::ClaimOutcome::Contended).
-const CLAIM_ROUNDS: u32 = 3;
 
 /// The number of leases that one statement extends at most.
 const RENEW_BATCH: usize = 500;

@@ -15,8 +15,9 @@ pub(super) const RULES: &[(&str, &str)] = &[
          CAST({r}.unresolved AS {bigint}) AS unresolved,
          {micros(}{r}.lease_until - {now}{micros)} AS lease_left,
          {micros(}{r}.created_at{micros)} AS created_at,
-         {micros(}{r}.expires_at{micros)} AS expires_at, {r}.response",
+         {micros(}{r}.expires_at{micros)} AS expires_at, {stored}",
     ),
+    ("stored", "{r}.response"),
     (
         "intent",
         "{i}.id, {i}.record_id, {i}.consumer, {i}.key, {i}.name, {i}.discriminator,
@@ -38,7 +39,7 @@ pub(super) const RULES: &[(&str, &str)] = &[
     // `{decided}` to a word: after the first assignment, `{decision}` would see the new expiry.
     (
         "taken",
-        "expires_at     = CASE {decided} WHEN 'create' THEN {now} + :retention
+        "expires_at     = CASE {decided} WHEN 'create' THEN {expiry_if_new}
                           WHEN 'takeover' THEN {expiry_if_leased}
                           ELSE {r}.expires_at END,
          abandoned      = CASE WHEN {decided} = 'create' THEN 0
@@ -79,6 +80,7 @@ pub(super) const RULES: &[(&str, &str)] = &[
             AND NOT ({r}.state = 'in_progress' AND ({r}.lease_until > {now} OR {r}.unresolved > 0)))",
     ),
     // The expiry of a record.
+    ("expiry_if_new", "({now} + :retention)"),
     (
         "expiry_if_freed",
         "CASE WHEN {r}.expires_at <= {now} AND {r}.state <> 'completed'

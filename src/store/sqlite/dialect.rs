@@ -48,6 +48,37 @@ statements! {
              ON CONFLICT (consumer, key) DO UPDATE SET {taken} WHERE {decision} <> 'show'",
             "{record}"
         ),
+        /// Shows the records that claims of many keys find.
+        look_together: dialect.of_rows().with("large", "FALSE").statement(&format!(
+            "SELECT {{record}}, {{large}} OR {{decision}} <> 'show' AS open, FALSE AS written
+             FROM ({CLAIMS}) AS excluded CROSS JOIN {{records}} AS {{r}} WHERE {{this_key}}"
+        )),
+        take_together: dialect.of_rows().returning(
+            &format!(
+                "INSERT INTO {{records}} AS {{r}} (consumer, key, id, fingerprint, state, attempt,
+                     attempt_number, abandoned, max_abandoned, lease_until, created_at, expires_at)
+                 SELECT consumer, key, id, fingerprint, 'in_progress', attempt, 1, 0, max_abandoned,
+                     lease_until, {{now}}, expires_at
+                 FROM ({CLAIMS}) WHERE TRUE
+                 ON CONFLICT (consumer, key) DO UPDATE SET {{taken}} WHERE {{decision}} <> 'show'"
+            ),
+            "{record}, TRUE AS written"
+        ),
+        complete_together: dialect.of_rows().returning(
+            "UPDATE {records} AS {r} SET expires_at = {expiry_if_completed}, state = 'completed',
+                 response = excluded.response, completed_at = {now}
+             FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, unhex(value ->> 2) AS attempt,
+                       substr(:responses, value ->> 3, value ->> 4) AS response
+                   FROM json_each(:attempts)) AS excluded
+             WHERE {this_key} AND {mine}",
+            "{r}.attempt"
+        ),
+        release_together: dialect.of_rows().returning(
+            "DELETE FROM {records} AS {r} WHERE ({r}.consumer, {r}.key, {r}.attempt) IN (
+                 SELECT value ->> 0, value ->> 1, unhex(value ->> 2) FROM json_each(:attempts))
+             AND NOT {retained} AND {r}.state IN ('in_progress', 'held')",
+            "{r}.attempt"
+        ),
         renew: dialect.with("lease", "i.lease").returning(
             "UPDATE {records} AS {r} SET expires_at = {expiry_if_leased}, lease_until = {lease_until}
              FROM (SELECT value ->> 0 AS consumer, value ->> 1 AS key, value ->> 2 AS attempt,
@@ -79,6 +110,14 @@ statements! {
         ),
     }
 }
+
+/// The records that claims propose.
+const CLAIMS: &str = "
+    SELECT value ->> 0 AS consumer, value ->> 1 AS key, unhex(value ->> 2) AS attempt,
+        unhex(value ->> 3) AS id, unhex(value ->> 4) AS fingerprint, value ->> 5 AS max_abandoned,
+        {now} + ((value ->> 6) + 999) / 1000 AS lease_until,
+        {now} + ((value ->> 7) + 999) / 1000 AS expires_at
+    FROM json_each(:claims)";
 
 #[cfg(test)]
 mod tests {

@@ -7,7 +7,7 @@ mod setup;
 mod single;
 mod transaction;
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use http::Extensions;
@@ -23,7 +23,9 @@ use super::{
     IntoStore, Store,
     sql::{
         self, Engine, Rank, Reply,
-        call::{Call, Value},
+        call::{Call, Value, max_abandoned},
+        group::{Grouping, Groups},
+        grouped::{Completion, Release},
         records::{renewals_as_json, shown, taken},
         rows::{Fields, fields_of},
         setup::{Identifier, InvalidIdentifier, Lazy, Ready, TableCreation},
@@ -72,6 +74,7 @@ pub struct SqliteStore {
     pool: SqlitePool,
     prefix: Identifier,
     creation: TableCreation,
+    grouping: Grouping,
     state: Arc<State>,
 }
 
@@ -80,6 +83,7 @@ struct State {
     connections: Connections,
     ready: Lazy<Ready<Own>>,
     taken: Taken,
+    groups: Groups,
 }
 
 impl SqliteStore {
@@ -90,6 +94,7 @@ impl SqliteStore {
             pool,
             prefix: Identifier::default_prefix(),
             creation: TableCreation::default(),
+            grouping: Grouping::default(),
             state: Arc::default(),
         }
     }
@@ -109,6 +114,22 @@ impl SqliteStore {
     #[must_use]
     pub fn with_table_creation(mut self, creation: TableCreation) -> Self {
         self.creation = creation;
+        self.with_new_state()
+    }
+
+    /// Sets how calls that arrive simultaneously share statements. Default:
+    /// [`Grouping::default()`].
+    ///
+    /// ```no_run
+    /// # fn example(pool: sqlx::SqlitePool) {
+    /// use tower_idempotency::{SqliteStore, store::Grouping};
+    ///
+    /// let store = SqliteStore::new(pool).with_grouping(Grouping::off());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_grouping(mut self, grouping: Grouping) -> Self {
+        self.grouping = grouping;
         self.with_new_state()
     }
 
@@ -191,6 +212,54 @@ impl Engine for SqliteStore {
         taken(&reply.rows).map_err(failed)
     }
 
+    fn grouping(&self) -> Grouping {
+        self.grouping
+    }
+
+    fn groups(&self) -> &Groups {
+        &self.state.groups
+    }
+
+    async fn claim_together(&self, claims: &[Claim]) -> Result<Vec<SqliteRow>, StoreError> {
+        let own = &self.statements().await?.own;
+        let failed = |source| connection::error("claim", source);
+        let json = claims_as_json(claims);
+        let look = Call::new(&own.look_together).with("claims", json.as_str());
+        let mut rows = self.read("claim", look).await?;
+        let mut settled = false;
+        for row in &rows {
+            settled |= !row.flag("open").map_err(failed)?;
+        }
+        // A duplicate never waits for the writer, so beside one the others are sent alone. Another
+        // claim may take a record before the statement that writes, which therefore decides again.
+        if !settled {
+            let take = Call::new(&own.take_together).with("claims", json.as_str());
+            rows.extend(self.write(Rank::Newcomer, "claim", &take).await?.rows);
+        }
+        Ok(rows)
+    }
+
+    async fn complete_together(&self, completions: &[Completion]) -> Result<Vec<SqliteRow>, StoreError> {
+        // The responses as one value, because JSON has no bytes.
+        let (mut responses, mut attempts) = (Vec::new(), Vec::with_capacity(completions.len()));
+        for Completion { attempt, response } in completions {
+            attempts.push(with_id(attempt, [(responses.len() + 1).into(), response.len().into()]));
+            responses.extend_from_slice(response);
+        }
+        let attempts = serde_json::Value::from(attempts).to_string();
+        let statement = &self.statements().await?.own.complete_together;
+        let call = Call::new(statement).with("attempts", attempts.as_str()).with("responses", &*responses);
+        Ok(self.write(Rank::Owner, "complete", &call).await?.rows)
+    }
+
+    async fn release_together(&self, releases: &[Release]) -> Result<Vec<SqliteRow>, StoreError> {
+        let attempts = releases.iter().map(|Release(attempt)| with_id(attempt, []));
+        let attempts = attempts.collect::<serde_json::Value>().to_string();
+        let statement = &self.statements().await?.own.release_together;
+        let call = Call::new(statement).with("attempts", attempts.as_str());
+        Ok(self.write(Rank::Owner, "release", &call).await?.rows)
+    }
+
     async fn renew_batch(&self, renewals: &[Renewal]) -> Result<Vec<SqliteRow>, StoreError> {
         let (own, json) = (&self.statements().await?.own, renewals_as_json(renewals));
         let renew = Call::new(&own.renew).with("renewals", json.as_str());
@@ -227,6 +296,35 @@ impl Engine for SqliteStore {
     }
 }
 
+/// Returns claims as JSON.
+fn claims_as_json<'a>(claims: impl IntoIterator<Item = &'a Claim>) -> String {
+    let row = |claim: &Claim| {
+        let id = hexadecimal(claim.record_id.as_uuid().as_bytes());
+        let fingerprint = hexadecimal(claim.fingerprint.as_bytes());
+        let (lease, retention) = (sql::micros(claim.lease), sql::micros(claim.retention));
+        with_id(
+            &claim.attempt,
+            [id.into(), fingerprint.into(), max_abandoned(claim).into(), lease.into(), retention.into()],
+        )
+    };
+    claims.into_iter().map(row).collect::<serde_json::Value>().to_string()
+}
+
+/// Returns the key of an attempt, its id and `more` as JSON.
+fn with_id<const N: usize>(attempt: &Attempt, more: [serde_json::Value; N]) -> serde_json::Value {
+    let id = hexadecimal(attempt.id.as_uuid().as_bytes());
+    let known = [attempt.consumer.as_str().into(), attempt.key.as_str().into(), id.into()];
+    known.into_iter().chain(more).collect()
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut digits, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(digits, "{byte:02x}");
+        digits
+    })
+}
+
 fields_of!(SqliteRow);
 
 impl IntoStore for SqlitePool {
@@ -246,6 +344,8 @@ fn prepared<'q>(call: &Call<'q>) -> Prepared<'q> {
         Value::Uuid(id) => query.bind(id),
         Value::Int(number) => query.bind(number),
         Value::Span(span) => query.bind(millis(span)),
+        #[cfg(feature = "postgres")]
+        Value::List(_) => unreachable!("SQLite has no arrays"),
     })
 }
 

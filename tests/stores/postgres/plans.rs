@@ -6,7 +6,9 @@ use tokio::task::JoinSet;
 use tower_idempotency::{
     PostgresStore, Resource,
     intent::IntentFilter,
-    store::{Fenced, IntentFence, IntentUpdate, OpenOutcome, Opening, RenewOutcome, Renewal, Store},
+    store::{
+        Fenced, Grouping, IntentFence, IntentUpdate, OpenOutcome, Opening, RenewOutcome, Renewal, Store,
+    },
 };
 
 use super::{complete, must_exist};
@@ -47,8 +49,12 @@ async fn postgres_completes_without_touching_an_index() {
 #[tokio::test]
 #[ignore = "needs PostgreSQL: run scripts/test"]
 async fn postgres_plans_survive_the_growth_of_the_table() {
+    grows(Grouping::off()).await;
+}
+
+async fn grows(grouping: Grouping) {
     let schema = Schema::create().await;
-    let store = schema.store().with_max_connections(1);
+    let store = schema.store().with_max_connections(1).with_grouping(grouping);
     store.prepare().await.unwrap();
     schema.run("ALTER TABLE {s}.idempotency_records SET (autovacuum_enabled = off)").await;
     every_statement(&store, "small").await;
@@ -61,7 +67,13 @@ async fn postgres_plans_survive_the_growth_of_the_table() {
              FROM generate_series(1, 500000) AS n",
         )
         .await;
-    reads_few(&schema, store, every_statement).await;
+    reads_few(&schema, store, grouping, every_statement).await;
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn postgres_plans_of_groups_survive_the_growth_of_the_table() {
+    grows(Grouping::with_max_rows(1)).await;
 }
 
 /// Nothing is known of the tables to the planner, before and after.
@@ -90,12 +102,18 @@ async fn postgres_plans_survive_the_growth_of_intents_and_phases() {
              FROM generate_series(1, 30000) AS n",
         )
         .await;
-    reads_few(&schema, store, every_statement_of_recovery).await;
+    reads_few(&schema, store, Grouping::off(), every_statement_of_recovery).await;
 }
 
 /// Checks it with a store that has its plans already, and with one that makes them for the large tables.
-async fn reads_few(schema: &Schema, planned: PostgresStore, every: impl AsyncFn(&PostgresStore, &str)) {
-    for (store, name) in [(planned, "large"), (schema.store().with_max_connections(1), "planned")] {
+async fn reads_few(
+    schema: &Schema,
+    planned: PostgresStore,
+    grouping: Grouping,
+    every: impl AsyncFn(&PostgresStore, &str),
+) {
+    let fresh = schema.store().with_max_connections(1).with_grouping(grouping);
+    for (store, name) in [(planned, "large"), (fresh, "planned")] {
         flush_statistics(&store).await;
         let before = Reads::of(schema).await;
         every(&store, name).await;
