@@ -117,13 +117,13 @@ async fn a_claim_whose_reply_came_too_late_is_released_and_not_held() {
 
 async fn a_claim_that_nobody_waits_for_is_released(configure: impl Fn(IdempotencyLayer) -> IdempotencyLayer) {
     let node = Node::warm(configure).await;
-    node.proxy.set(Fault::HoldReplies);
-    node.app.send("key").await.assert_refused("store-unavailable");
+    node.proxy.set(Fault::HoldRepliesFrom(b"late"));
+    node.app.send("late").await.assert_refused("store-unavailable");
     assert_eq!(node.app.runs(), 1);
     // The key is taken, and nobody knows.
-    node.until_record("key", |record| record.is_some()).await;
+    node.until_record("late", |record| record.is_some()).await;
     node.proxy.set(Fault::None);
-    let answer = send_until_not(&["in-progress"], || node.app.send("key")).await;
+    let answer = send_until_not(&["in-progress"], || node.app.send("late")).await;
     assert!(answer.is_first(), "{answer:?}");
     assert_eq!(node.app.runs(), 2);
 }
