@@ -35,6 +35,9 @@ impl Node {
                 Err(look) => look,
             };
             let left = give_up.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(no_answer(limit));
+            }
             match self.joined.enter(claim) {
                 Place::First(first) => {
                     let outcome = self.claim_in_store(claim.clone(), left).await;

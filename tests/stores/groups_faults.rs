@@ -70,6 +70,27 @@ async fn a_locked_record_delays_no_other() {
     assert!(matches!(locked.await.unwrap().unwrap(), CompleteOutcome::Completed));
 }
 
+/// While another transaction has added a key and not committed it, the other claims of a group are won.
+#[tokio::test]
+#[ignore = "needs PostgreSQL: run scripts/test"]
+async fn a_key_that_is_being_added_delays_no_other() {
+    let schema = Schema::create().await;
+    let store = schema.store().with_grouping(Grouping::default());
+    store.prepare().await.unwrap();
+    let mut transaction = schema.pool.begin().await.unwrap();
+    insert(&schema, &mut transaction, "adding").await;
+
+    let mut others: Vec<_> = (0..20).map(|number| spawn(&store, claim(&format!("{number}")))).collect();
+    let adding = spawn(&store, claim("adding"));
+    others.extend((20..40).map(|number| spawn(&store, claim(&format!("{number}")))));
+    for other in others {
+        must_win(other).await;
+    }
+    assert!(!adding.is_finished(), "it is claimed although another transaction is adding it");
+    transaction.rollback().await.unwrap();
+    must_win(adding).await;
+}
+
 /// The statement of one call hangs: those that wait for it do not wait for its end. Neither do those whose leader has
 /// gone.
 #[tokio::test]
@@ -78,10 +99,7 @@ async fn a_statement_that_hangs_and_a_leader_that_is_gone_stall_no_other() {
     let schema = Schema::create().await;
     let store = schema.store().with_max_connections(16).with_grouping(Grouping::default());
     store.prepare().await.unwrap();
-    let mut transaction = schema.pool.begin().await.unwrap();
-    for key in ["hangs", "z"] {
-        insert(&schema, &mut transaction, key).await;
-    }
+    close_gate(&schema).await;
     let hanging = spawn(&store, claim("hangs"));
     tokio::task::yield_now().await;
     // It waits first, so it leads. Its statement hangs at the last of its keys.
@@ -92,7 +110,7 @@ async fn a_statement_that_hangs_and_a_leader_that_is_gone_stall_no_other() {
     leader.abort();
     assert!(leader.await.unwrap_err().is_cancelled());
     must_win(spawn(&store, claim("latest"))).await;
-    transaction.rollback().await.unwrap();
+    open_gate(&schema).await;
     for claimed in followers.into_iter().chain([hanging]) {
         must_win(claimed).await;
     }
@@ -105,15 +123,12 @@ fn a_runtime_that_goes_down_leaves_no_call_waiting() {
     let [one, two] = [(); 2].map(|()| {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
     });
-    let (schema, store, transaction) = one.block_on(async {
+    let (schema, store) = one.block_on(async {
         let schema = Schema::create().await;
         let store = schema.store().with_max_connections(16).with_grouping(Grouping::default());
         store.prepare().await.unwrap();
-        let mut transaction = schema.pool.begin().await.unwrap();
-        for key in ["hangs", "z"] {
-            insert(&schema, &mut transaction, key).await;
-        }
-        (schema, store, transaction)
+        close_gate(&schema).await;
+        (schema, store)
     });
     let spawn_after = |runtime: &tokio::runtime::Runtime, key: &str| {
         let _runtime = runtime.enter();
@@ -127,7 +142,7 @@ fn a_runtime_that_goes_down_leaves_no_call_waiting() {
     std::thread::sleep(Duration::from_millis(300));
     two.shutdown_background();
     one.block_on(async {
-        transaction.rollback().await.unwrap();
+        open_gate(&schema).await;
         for claimed in followers.into_iter().chain([hanging]) {
             must_win(claimed).await;
         }
@@ -207,6 +222,23 @@ async fn lock(schema: &Schema, transaction: &mut Transaction<'static, Postgres>,
         &format!("SELECT FROM {{s}}.idempotency_records WHERE key = '{key}' FOR UPDATE"),
     )
     .await;
+}
+
+/// Claims of the keys `hangs` and `z` hang until the gate is opened, whatever locks they may wait for.
+async fn close_gate(schema: &Schema) {
+    let sql = "
+        CREATE TABLE {s}.gate AS SELECT TRUE AS closed;
+        CREATE FUNCTION {s}.wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            WHILE EXISTS (SELECT FROM {s}.gate) LOOP PERFORM pg_sleep(0.02); END LOOP;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER gate BEFORE INSERT ON {s}.idempotency_records
+            FOR EACH ROW WHEN (NEW.key IN ('hangs', 'z')) EXECUTE FUNCTION {s}.wait()";
+    schema.run(sql).await;
+}
+
+async fn open_gate(schema: &Schema) {
+    schema.run("DELETE FROM {s}.gate").await;
 }
 
 /// Inserts a record whose transaction stays open: a claim of the key waits for it.

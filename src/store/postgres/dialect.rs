@@ -85,12 +85,15 @@ statements! {
         /// exist by an insert that never inserts: so it finds each row by the index of the key,
         /// whatever the planner knew about the table. The row is locked by then, so it waits for
         /// none, and it decides again about the row as it was locked.
+        ///
+        /// An insert can wait for the transaction of another that has inserted the key and not
+        /// committed yet. The time for which it does is short: then the claims go alone.
         claim_together: dialect.of_rows().statement(
             "WITH i AS (
                  SELECT consumer, key, id, fingerprint, attempt, max_abandoned::smallint AS max_abandoned,
                      {now} + lease * interval '1 microsecond' AS lease_until,
                      {now} + retention * interval '1 microsecond' AS expires_at
-                 FROM unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :records::uuid[],
+                 FROM (SELECT set_config('lock_timeout', '100', true)) AS patience, unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :records::uuid[],
                          :fingerprints::bytea[], :limits::bigint[], :leases::bigint[],
                          :retentions::bigint[])
                      AS i (consumer, key, attempt, id, fingerprint, max_abandoned, lease, retention)

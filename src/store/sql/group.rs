@@ -12,7 +12,10 @@ use std::{
     collections::{HashMap, HashSet},
     fmt::{self, Debug},
     mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,7 +28,7 @@ use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
 use super::grouped::{Completion, Release};
 use crate::{
     consumer::Consumer,
-    error::StoreError,
+    error::{StoreError, StoreErrorKind},
     metrics,
     redact::TRACING_TARGET,
     stored::record::{Attempt, Claim},
@@ -135,7 +138,21 @@ struct Queue<T: Item> {
 struct Waiter<T: Item> {
     number: u64,
     item: T,
-    caller: oneshot::Sender<Turn<T>>,
+    caller: Caller<T>,
+}
+
+/// The way to a call that waits.
+struct Caller<T: Item> {
+    turn: oneshot::Sender<Turn<T>>,
+    /// Its statement has begun.
+    begun: Arc<AtomicBool>,
+}
+
+/// A call that waits.
+struct Waiting<T: Item> {
+    number: u64,
+    turn: oneshot::Receiver<Turn<T>>,
+    begun: Arc<AtomicBool>,
 }
 
 /// An end of waiting.
@@ -149,14 +166,14 @@ enum Turn<T: Item> {
 enum Place<T: Item> {
     Direct(Option<UnderWay<T>>),
     Lead(Batch<T>),
-    Wait(u64, oneshot::Receiver<Turn<T>>),
+    Wait(Waiting<T>),
 }
 
 /// The items of one statement. If it is dropped, their callers take the direct path.
 struct Batch<T: Item> {
     items: Vec<T>,
     /// The callers of the items. `None` for the one that leads.
-    callers: Vec<Option<oneshot::Sender<Turn<T>>>>,
+    callers: Vec<Option<Caller<T>>>,
     under_way: UnderWay<T>,
 }
 
@@ -181,7 +198,7 @@ impl<T: Item> Group<T> {
         let turn = match self.enter(grouping.max_rows, &item) {
             Place::Direct(_under_way) => return item.alone(engine).await,
             Place::Lead(batch) => Turn::Lead(batch),
-            Place::Wait(number, caller) => self.wait(grouping.max_rows, number, caller).await,
+            Place::Wait(waiting) => self.wait(grouping.max_rows, waiting).await,
         };
         let turn = match turn {
             Turn::Lead(batch) => batch.run(engine).await,
@@ -202,23 +219,26 @@ impl<T: Item> Group<T> {
         if free && max_rows > 1 {
             return Place::Direct(Some(queue.begin(&self.0, max_rows)));
         }
-        let (caller, receiver) = oneshot::channel();
-        let number = queue.next_number();
+        let (sender, turn) = oneshot::channel();
+        let (number, begun) = (queue.next_number(), Arc::default());
+        let caller = Caller { turn: sender, begun: Arc::clone(&begun) };
         queue.waiting.push(Waiter { number, item: item.clone(), caller });
         match free.then(|| queue.lead(&self.0, max_rows, number)).flatten() {
             Some(batch) => Place::Lead(batch),
-            None => Place::Wait(number, receiver),
+            None => Place::Wait(Waiting { number, turn, begun }),
         }
     }
 
-    async fn wait(&self, max_rows: usize, number: u64, mut caller: oneshot::Receiver<Turn<T>>) -> Turn<T> {
-        let turn = match timeout(PATIENCE, &mut caller).await {
+    async fn wait(&self, max_rows: usize, mut waiting: Waiting<T>) -> Turn<T> {
+        let turn = match timeout(PATIENCE, &mut waiting.turn).await {
             Ok(turn) => turn,
-            // The statement before this one takes long. A leader that has this item is not found
-            // here, and is waited for: its statement has a time-out.
-            Err(_) => match self.lead(max_rows, number) {
+            // The statement before this one takes long.
+            Err(_) => match self.lead(max_rows, waiting.number) {
                 Some(batch) => return Turn::Lead(batch),
-                None => caller.await,
+                // The statement of its group has a time-out.
+                None if waiting.begun.load(Ordering::Acquire) => waiting.turn.await,
+                // The task of the leader does not run.
+                None => return Turn::Alone,
             },
         };
         turn.unwrap_or(Turn::Alone)
@@ -261,7 +281,7 @@ impl<T: Item> Queue<T> {
     /// turn: a storm of one delays no other.
     fn take(&mut self, queue: &Arc<Mutex<Self>>, max_rows: usize) -> Option<Batch<T>> {
         let mut waiting = mem::take(&mut self.waiting);
-        waiting.retain(|waiter| !waiter.caller.is_closed());
+        waiting.retain(|waiter| !waiter.caller.turn.is_closed());
         if waiting.len() > max_rows {
             waiting = by_turns(waiting);
         }
@@ -301,7 +321,7 @@ impl<T: Item> Batch<T> {
     fn hand_over(mut self) {
         while let Some(leader) = self.callers.iter().position(Option::is_some) {
             let Some(caller) = self.callers[leader].take() else { return };
-            match caller.send(Turn::Lead(self)) {
+            match caller.turn.send(Turn::Lead(self)) {
                 Err(Turn::Lead(mut batch)) => {
                     // Its future was dropped.
                     batch.items.remove(leader);
@@ -319,41 +339,50 @@ impl<T: Item> Batch<T> {
         T: Grouped<E>,
     {
         let begun = Instant::now();
-        let outcomes = T::together(&self.items, engine).await;
+        for caller in self.callers.iter().flatten() {
+            caller.begun.store(true, Ordering::Release);
+        }
+        let outcomes = T::together(&self.items, engine).await.map_err(Arc::new);
         drop(self.under_way);
         if outcomes.is_ok() {
             metrics::group(T::OPERATION, self.items.len());
         }
-        let mut turns = turns(self.items.len(), begun.elapsed(), outcomes);
+        let lost = outcomes.as_ref().err().filter(|error| error.kind() == StoreErrorKind::Ambiguous);
+        let lost = lost.map(StoreError::shared);
+        let turns = turns(self.items.len(), begun.elapsed(), outcomes);
         let mut own = Turn::Alone;
-        for (caller, turn) in self.callers.into_iter().zip(turns.drain(..)) {
+        for (caller, turn) in self.callers.into_iter().zip(turns) {
             match caller {
                 // One that has gone needs no outcome.
-                Some(caller) => drop(caller.send(turn)),
+                Some(caller) => drop(caller.turn.send(turn)),
                 None => own = turn,
             }
         }
-        own
+        // One caller learns that the connection was lost, even if all succeed on another one.
+        lost.map_or(own, |error| Turn::Done(Err(error)))
     }
 }
 
 /// Returns the outcomes of a group's items. After an error each item goes alone, so that one bad
 /// item harms no other. But if the server has not answered for long, each gets the error: it would
 /// wait as long again.
-fn turns<T: Item>(items: usize, elapsed: Duration, outcomes: Together<T::Outcome>) -> Vec<Turn<T>> {
+fn turns<T: Item>(
+    items: usize,
+    elapsed: Duration,
+    outcomes: Result<Vec<Option<T::Outcome>>, Arc<StoreError>>,
+) -> Vec<Turn<T>> {
     match outcomes {
         Ok(outcomes) => {
             let turn = |outcome: Option<_>| outcome.map_or(Turn::Alone, |outcome| Turn::Done(Ok(outcome)));
             outcomes.into_iter().map(turn).collect()
         }
         Err(error) if error.is_retryable() && elapsed >= LATE => {
-            let error = Arc::new(error);
             (0..items).map(|_| Turn::Done(Err(StoreError::shared(&error)))).collect()
         }
         Err(error) => {
             tracing::debug!(
                 target: TRACING_TARGET, operation = T::OPERATION, items,
-                error = &error as &dyn std::error::Error,
+                error = &*error as &dyn std::error::Error,
                 "a group of calls failed; each of them is repeated alone"
             );
             (0..items).map(|_| Turn::Alone).collect()
