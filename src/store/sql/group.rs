@@ -230,18 +230,21 @@ impl<T: Item> Group<T> {
     }
 
     async fn wait(&self, max_rows: usize, mut waiting: Waiting<T>) -> Turn<T> {
-        let turn = match timeout(PATIENCE, &mut waiting.turn).await {
-            Ok(turn) => turn,
+        for _ in 0..2 {
+            if let Ok(turn) = timeout(PATIENCE, &mut waiting.turn).await {
+                return turn.unwrap_or(Turn::Alone);
+            }
             // The statement before this one takes long.
-            Err(_) => match self.lead(max_rows, waiting.number) {
-                Some(batch) => return Turn::Lead(batch),
-                // The statement of its group has a time-out.
-                None if waiting.begun.load(Ordering::Acquire) => waiting.turn.await,
-                // The task of the leader does not run.
-                None => return Turn::Alone,
-            },
-        };
-        turn.unwrap_or(Turn::Alone)
+            if let Some(batch) = self.lead(max_rows, waiting.number) {
+                return Turn::Lead(batch);
+            }
+            // The statement of its group has a time-out.
+            if waiting.begun.load(Ordering::Acquire) {
+                return waiting.turn.await.unwrap_or(Turn::Alone);
+            }
+        }
+        // The task of the leader does not run.
+        Turn::Alone
     }
 
     fn lead(&self, max_rows: usize, number: u64) -> Option<Batch<T>> {
