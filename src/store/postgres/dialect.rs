@@ -93,7 +93,8 @@ statements! {
                  SELECT consumer, key, id, fingerprint, attempt, max_abandoned::smallint AS max_abandoned,
                      {now} + lease * interval '1 microsecond' AS lease_until,
                      {now} + retention * interval '1 microsecond' AS expires_at
-                 FROM (SELECT set_config('lock_timeout', '100', true)) AS patience, unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :records::uuid[],
+                 FROM (SELECT set_config('lock_timeout', '100', true)) AS patience,
+                     unnest(:consumers::text[], :keys::text[], :attempts::uuid[], :records::uuid[],
                          :fingerprints::bytea[], :limits::bigint[], :leases::bigint[],
                          :retentions::bigint[])
                      AS i (consumer, key, attempt, id, fingerprint, max_abandoned, lease, retention)
