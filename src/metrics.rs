@@ -16,6 +16,7 @@ mod names {
     pub(super) const OVERLOOKED: &str = "idempotency_intents_overlooked";
     pub(super) const SENT_AGAIN: &str = "idempotency_requests_sent_again_total";
     pub(super) const PURGED: &str = "idempotency_purged_total";
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(super) const GROUP: &str = "idempotency_group_size";
 }
 
@@ -73,6 +74,7 @@ pub(crate) fn overlooked(intents: u64) {
 }
 
 /// Records the number of calls that shared a statement.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) fn group(statement: &'static str, calls: usize) {
     #[cfg(feature = "metrics")]
     metrics::histogram!(names::GROUP, "statement" => statement).record(float(calls as u64));

@@ -117,12 +117,13 @@ pub(in crate::store) struct Statement {
 }
 
 impl Statement {
-    /// Replaces the names by placeholders. A value that occurs twice is sent once if it has a
-    /// number. Two colons are a cast.
+    #[cfg(feature = "postgres")]
     pub(in crate::store) fn new(template: &str, placeholder: Option<char>) -> Self {
         Self::over_rows(template, placeholder, &[])
     }
 
+    /// Replaces the names by columns or placeholders. A value that occurs twice is sent once if it
+    /// has a number. Two colons are a cast.
     fn over_rows(template: &str, placeholder: Option<char>, columns: &[(&str, &str)]) -> Self {
         let (mut text, mut names) = (String::new(), Vec::new());
         for (part, quoted) in by_quotes(template) {
